@@ -1,0 +1,31 @@
+"""Prompt/completion examples -> tokenised, masked, seeded batches.
+
+Knows no model and no trainer, and imports without torch, transformers and datasets.
+
+sources   reading and checking: skills, jsonl files, datasets of the hub
+templates columns -> the text of prompt and completion
+splits    which example is in train, validation and test; the hash of them all
+tokens    prompt and completion as token ids
+batches   padding, labels, and the order of the training examples
+"""
+
+from lorabench.data.batches import IGNORED, batch, order, order_hash, pad_id, padded_length
+from lorabench.data.sources import check
+from lorabench.data.splits import Example, Splits, content_hash, load
+from lorabench.data.tokens import Tokens, tokenise
+
+__all__ = [
+    "IGNORED",
+    "Example",
+    "Splits",
+    "Tokens",
+    "batch",
+    "check",
+    "content_hash",
+    "load",
+    "order",
+    "order_hash",
+    "pad_id",
+    "padded_length",
+    "tokenise",
+]

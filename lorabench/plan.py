@@ -1,0 +1,233 @@
+"""config -> Plan: what a run will do, resolved and checked before anything trains.
+
+The run id and the checks of names and files need no torch; modules and counts are read off a
+skeleton of the base on the meta device, so no weights are loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from lorabench import data
+from lorabench import model as base_model
+from lorabench.config import Config, ConfigErrors, ModelConfig, lora_alpha, model_name, scale
+
+# Keys of a config that never change a result.
+NOT_DECIDING = {
+    "trainer": {"device", "num_threads", "checkpoint_every", "log_every"},
+    "model": {"path", "name", "revision"},
+    "data": {"name", "train", "validation", "test"},
+}
+
+
+class HeadPlan(BaseModel):
+    """The output layer and what the head policy does to it."""
+
+    policy: str
+    module: str | None
+    tied: bool
+    consequence: str
+
+
+class Plan(BaseModel):
+    """What one run will do."""
+
+    run_id: str
+    folder: str
+    model: str
+    lora_modules: list[str]
+    saved_modules: list[str]
+    trainable_parameters: int
+    total_parameters: int
+    scale: float
+    head: HeadPlan
+    memory_bytes: int  # estimate: base, adapter, optimizer, activations of one micro-batch
+    disk_bytes: int  # estimate: what the run folder will hold
+    train_flops: float  # estimate: 4 x parameters FLOPs a token, for all steps
+    tracker: str
+    warnings: list[str]
+    pack: dict[str, Any] = {}
+
+
+def deciding(config: Config) -> dict[str, Any]:
+    """What decides a run's result, canonically: the content the run id is the hash of."""
+    content = dataclasses.asdict(config)
+    for group, keys in NOT_DECIDING.items():
+        content[group] = {k: v for k, v in content[group].items() if k not in keys}
+    lora = content["lora"]
+    lora["lora_alpha"] = lora_alpha(config.lora)
+    del lora["alpha_ratio"]
+    content["model"] |= base_model.identity(config.model)
+    content["data"]["content"] = data.content_hash(config.data)
+    for key in ("tracker", "output_dir", "sweep", "seed"):
+        del content[key]
+    return content
+
+
+def run_id(config: Config) -> str:
+    """First 12 hex digits of sha256 over the canonical JSON of what decides the result."""
+    text = json.dumps(deciding(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def folder(config: Config) -> Path:
+    """Where the run's files lie."""
+    return Path(config.output_dir) / config.sweep / run_id(config)
+
+
+def check(config: Config) -> list[str]:
+    """Errors found without torch: where base and data are, whether the folder can be written."""
+    errors = base_model.check(config.model) + data.check(config.data)
+    place = Path(config.output_dir)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        errors.append(f"output_dir: must be a folder; '{place}' is a file; set output_dir=...")
+    elif not _writable(place):
+        errors.append(
+            f"output_dir: must be writable; '{place}' is not; set output_dir=... or change its mode"
+        )
+    return errors
+
+
+def _writable(place: Path) -> bool:
+    import tempfile
+
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return True
+    except OSError:
+        return False
+
+
+@lru_cache(maxsize=8)
+def _skeleton(key: str) -> Any:
+    return base_model.skeleton(ModelConfig(**json.loads(key)))
+
+
+def skeleton(model: ModelConfig) -> Any:
+    """The base on the meta device, built once for all runs of a process."""
+    return _skeleton(json.dumps(dataclasses.asdict(model), sort_keys=True))
+
+
+_RESOLVED: dict[str, tuple[list[str], int]] = {}
+
+
+def _modules(config: Config) -> tuple[list[str], int]:
+    """Adapted modules and trainable parameters, learnt on a skeleton; once per distinct adapter."""
+    from lorabench import adapters
+
+    groups = (config.model, config.target_modules, config.head, config.lora)
+    key = json.dumps([dataclasses.asdict(group) for group in groups], sort_keys=True)
+    if key not in _RESOLVED:
+        base = skeleton(config.model)
+        modules = adapters.resolve_modules(base, config)
+        wrapped = adapters.attach_skeleton(base, config, modules)
+        count = sum(p.numel() for p in adapters.trainable(wrapped).values())
+        _RESOLVED[key] = (modules, count)
+    return _RESOLVED[key]
+
+
+def make(config: Config) -> Plan:
+    """Resolve one run.
+
+    Raises:
+        ConfigErrors: names that match nothing, a base that cannot be had, options that would
+            train nothing.
+    """
+    base = skeleton(config.model)
+    modules, trainable = _modules(config)
+    head = _head_plan(config, base)
+    total = base_model.num_parameters(base)
+    weight_bytes = 8 if config.trainer.dtype == "float64" else 4
+    text = base.config.get_text_config()
+    tokens = (config.trainer.micro_batch_size or config.trainer.batch_size) * config.data.max_length
+    activation = 2 if config.trainer.dtype == "bfloat16" else weight_bytes
+    layers = 1 if config.trainer.gradient_checkpointing else text.num_hidden_layers
+    activations = tokens * text.hidden_size * layers * 34 * activation
+    logits = tokens * text.vocab_size * 4 * 3
+    base_bytes = sum(p.numel() * p.element_size() for p in base.parameters())
+    warnings = _warnings(config, base)
+    return Plan(
+        run_id=run_id(config),
+        folder=str(folder(config)),
+        model=model_name(config.model),
+        lora_modules=list(modules),
+        saved_modules=[head.module] if head.policy == "full" and head.module else [],
+        trainable_parameters=trainable,
+        total_parameters=total,
+        scale=scale(config.lora),
+        head=head,
+        memory_bytes=base_bytes + 4 * weight_bytes * trainable + activations + logits,
+        disk_bytes=weight_bytes * trainable * (4 if config.trainer.checkpoint_every else 1) + 300_000,
+        train_flops=4.0 * total * config.trainer.steps * config.trainer.batch_size * config.data.max_length,
+        tracker=tracker_address(config),
+        warnings=warnings,
+    )
+
+
+def _head_plan(config: Config, base: Any) -> HeadPlan:
+    found = base_model.output_head(base)
+    tied = base_model.is_tied(base)
+    name = found[0] if found else None
+    if config.head.policy != "exclude" and name is None:
+        raise ConfigErrors([
+            f"head: must be exclude where the base has no output head; "
+            f"'{model_name(config.model)}' has none; got {config.head.policy}"
+        ])
+    consequence = {
+        "exclude": "frozen; the adapter merges and converts like any other",
+        "lora": (
+            "an adapter on a tied head: training and reloading are exact; merging needs the head "
+            "untied first (plain merge_and_unload also changes the embeddings), GGUF drops it"
+            if tied
+            else "an adapter on an untied head: merges like any other module"
+        ),
+        "full": (
+            "a trained copy of the head, untied from the embeddings and saved with the adapter"
+            if tied
+            else "a trained copy of the head, saved with the adapter"
+        ),
+    }[config.head.policy]
+    return HeadPlan(policy=config.head.policy, module=name, tied=tied, consequence=consequence)
+
+
+def _warnings(config: Config, base: Any) -> list[str]:
+    from transformers import AutoConfig
+
+    found = []
+    if config.trainer.warmup_steps >= config.trainer.steps:
+        found.append("trainer.warmup_steps: the whole run is warm-up, lr never reaches its peak")
+    experts = [name for name, p in base.named_parameters() if p.dim() == 3]
+    if experts:
+        found.append(
+            f"{len(experts)} expert parameters (such as {experts[0]}) are no linear layers: "
+            f"they get no adapter"
+        )
+    where = base_model.location(config.model)
+    if Path(where).is_dir():
+        original = AutoConfig.from_pretrained(where)
+        for key, value in vars(original).items():
+            if isinstance(value, float) and ("dropout" in key or "pdrop" in key) and value:
+                found.append(f"the base's own {key}={value:g} is switched off: only lora_dropout acts")
+    return found
+
+
+def tracker_address(config: Config) -> str:
+    """Where the tracker writes."""
+    import os
+
+    tracker = config.tracker
+    if tracker.kind == "none" or tracker.mode == "disabled":
+        return "none"
+    if tracker.mode == "offline":
+        return f"wandb offline files in {Path(config.output_dir) / config.sweep / 'wandb'}"
+    url = os.environ.get("WANDB_BASE_URL", "the wandb client's default server")
+    return f"wandb at {url}, project {tracker.entity + '/' if tracker.entity else ''}{tracker.project}"

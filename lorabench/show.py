@@ -1,0 +1,231 @@
+"""Tables a person reads: rich on a terminal, the same text in a pipe, JSON on request."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lorabench.compare import HIGHER_IS_BETTER
+
+if TYPE_CHECKING:
+    from lorabench.record import Record
+    from lorabench.sweep import Job
+
+
+def console() -> Console:
+    """Standard output; a pipe gets lines wide enough not to be cut."""
+    found = Console(highlight=False)
+    if not found.is_terminal:
+        found = Console(highlight=False, width=200)
+    return found
+
+
+def dump(content: Any) -> None:
+    """JSON on standard output."""
+    print(json.dumps(content, indent=2, default=str))
+
+
+def quantity(number: float) -> str:
+    """12,345 or 1.23M or 2.61B."""
+    for size, unit in ((1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:,.0f}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in the largest unit that keeps a digit before the point."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if num_bytes < 1000 or unit == "GB":
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    raise AssertionError
+
+
+def with_spread(spread: dict[str, Any], digits: int = 4) -> str:
+    """mean ± sample standard deviation over seeds."""
+    text = f"{spread['mean']:.{digits}f}"
+    return text if spread["sd"] is None else f"{text} ± {spread['sd']:.{digits}f}"
+
+
+# --- plan ------------------------------------------------------------------------------------
+
+
+def plan(jobs: list[Job], as_json: bool) -> None:
+    """What a command will do."""
+    peak = matmul_flops()
+    plans = [
+        job.plan.model_dump() | {"label": job.label, "seconds": seconds(job, peak)} for job in jobs
+    ]
+    if as_json:
+        dump({"runs": plans, "seconds": sum(p["seconds"] for p in plans)})
+        return
+    out = console()
+    first = jobs[0]
+    table = Table(title=f"{len(jobs)} run{'s' if len(jobs) > 1 else ''} on {first.plan.model}", title_justify="left")
+    for name in ("run", "what", "modules", "trainable", "scale", "head", "memory", "seconds"):
+        table.add_column(name, justify="left" if name in ("run", "what", "head") else "right")
+    for job, planned in zip(jobs, plans, strict=True):
+        head = job.plan.head
+        table.add_row(
+            job.plan.run_id, job.label, str(len(job.plan.lora_modules)),
+            quantity(job.plan.trainable_parameters), f"{job.plan.scale:g}",
+            f"{head.policy}{', tied' if head.tied else ''}", f"~{size(job.plan.memory_bytes)}",
+            f"~{planned['seconds']:.0f}",
+        )  # fmt: skip
+    out.print(table)
+    config = first.config
+    total = first.plan.total_parameters
+    out.print(f"base      {first.plan.model}: {quantity(total)} parameters, {config.model.dtype}, {config.model.path}")
+    out.print(f"training  {config.trainer.steps} steps of {config.trainer.batch_size} examples, "
+              f"lr {config.trainer.lr:g} {config.trainer.schedule}, computed in {config.trainer.dtype}")  # fmt: skip
+    for policy in dict.fromkeys(job.plan.head.policy for job in jobs):
+        head = next(job.plan.head for job in jobs if job.plan.head.policy == policy)
+        out.print(f"head      {policy} ({head.module}): {head.consequence}")
+    for modules, count in _module_sets(jobs):
+        out.print(f"modules   {count}: {_shorten(modules)}")
+    out.print(f"folder    {Path(first.plan.folder).parent}, ~{size(sum(j.plan.disk_bytes for j in jobs))} in all")
+    out.print(f"tracker   {first.plan.tracker}")
+    total_seconds = sum(p["seconds"] for p in plans)
+    out.print(f"time      ~{total_seconds:.0f} s for all runs (a rough estimate from a short measurement of this machine)")
+    for warning in dict.fromkeys(w for job in jobs for w in job.plan.warnings):
+        out.print(f"warning   {warning}", style="yellow")
+    if len(jobs) > 1 or first.plan.lora_modules:
+        out.print("`--json` lists every adapted module.", style="dim")
+
+
+def _module_sets(jobs: list[Job]) -> list[tuple[list[str], str]]:
+    sets: dict[tuple[str, ...], int] = {}
+    for job in jobs:
+        key = tuple([*job.plan.lora_modules, *(f"{m} (in full)" for m in job.plan.saved_modules)])
+        sets[key] = sets.get(key, 0) + 1
+    return [(list(key), f"{count} run{'s' if count > 1 else ''}") for key, count in sets.items()]
+
+
+def _shorten(modules: list[str]) -> str:
+    """Modules with their layer numbers folded: layers.{0-3}.self_attn.q_proj."""
+    import re
+
+    groups: dict[str, list[int]] = {}
+    for name in modules:
+        found = re.search(r"\.(\d+)\.", name)
+        key = name if found is None else f"{name[: found.start(1)]}#{name[found.end(1) :]}"
+        groups.setdefault(key, []).append(-1 if found is None else int(found[1]))
+    parts = []
+    for key, numbers in groups.items():
+        low, high = min(numbers), max(numbers)
+        whole = len(numbers) == high - low + 1
+        folded = f"{low}-{high}" if whole else ",".join(map(str, numbers))
+        parts.append(key.replace("#", f"{{{folded}}}" if len(numbers) > 1 else str(low)))
+    return ", ".join(parts)
+
+
+def matmul_flops() -> float:
+    """Matrix-multiplication FLOPs a second of the device that will train, measured briefly."""
+    import time
+
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.ones(1024, 1024, device=device)
+    rates = []
+    for _ in range(4):
+        begun = time.perf_counter()
+        (a @ a).sum().item()
+        rates.append(2 * 1024**3 / (time.perf_counter() - begun))
+    return max(rates)
+
+
+def seconds(job: Job, peak: float) -> float:
+    """A rough time: training FLOPs at a third of the peak, plus a per-step overhead."""
+    steps = job.config.trainer.steps
+    overhead = 0.0003 * len(job.plan.lora_modules) + 0.003
+    return job.plan.train_flops / (peak / 3) + steps * overhead + 2.0
+
+
+# --- runs and compare ------------------------------------------------------------------------
+
+COLOURS = {"finished": "green", "failed": "red", "interrupted": "yellow", "stopped": "yellow"}
+
+
+def runs(found: list[tuple[Path, Record]], as_json: bool) -> None:
+    """Status of every run."""
+    from lorabench import compare
+
+    table = compare.table([record for _, record in found])
+    if as_json:
+        dump([
+            {"run_id": r.run_id, "folder": str(path), "status": r.status, "error": r.error,
+             "steps_done": r.steps_done, "seeds": r.seeds, "setting": one["setting"]}
+            for (path, r), one in zip(found, table["runs"], strict=True)
+        ])  # fmt: skip
+        return
+    out = Table(title=f"{found[0][0].parent}: {len(found)} runs", title_justify="left")
+    for name in ("run", *_short_keys(table["varied"]), "seed", "status", "steps", "seconds", "error"):
+        out.add_column(name)
+    for (_, record), one in zip(found, table["runs"], strict=True):
+        colour = COLOURS.get(record.status, "cyan")
+        out.add_row(
+            record.run_id, *(_value(one["setting"][key]) for key in table["varied"]),
+            str(record.config["seed"]), f"[{colour}]{record.status}[/]",
+            f"{record.steps_done}/{record.config['trainer']['steps']}",
+            f"{record.cost.total_seconds:.1f}", record.error or "",
+        )  # fmt: skip
+    console().print(out)
+
+
+def _short_keys(keys: list[str]) -> list[str]:
+    """The last part of each dotted key, or all of it where two end alike."""
+    last = [key.rpartition(".")[2] for key in keys]
+    names = [key if last.count(short) > 1 else short for key, short in zip(keys, last, strict=True)]
+    return ["head" if name == "policy" else name for name in names]
+
+
+def _value(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def comparison(table: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """One row a setting; the best mean of each metric is marked."""
+    if as_json:
+        dump(table)
+        return
+    rows = table["rows"]
+    out = console()
+    if not rows:
+        out.print(f"{folder}: no run has finished; lorabench runs {folder} shows their status")
+        return
+    metrics = list(dict.fromkeys((s, n) for row in rows for s in ("test",) for n in row["metrics"].get(s, {})))
+    title = f"{folder}: {len(rows)} settings, mean ± standard deviation over seeds"
+    shown = Table(title=title, title_justify="left")
+    for name in _short_keys(table["varied"]):
+        shown.add_column(name)
+    for split, name in metrics:
+        arrow = "↑" if name in HIGHER_IS_BETTER else "↓"
+        shown.add_column(f"{split} {name} {arrow}", justify="right")
+    for name in ("seeds", "trainable", "train s", "peak memory"):
+        shown.add_column(name, justify="right")
+    best = {}
+    for split, name in metrics:
+        means = [row["metrics"].get(split, {}).get(name, {}).get("mean") for row in rows]
+        known = [m for m in means if m is not None]
+        best[split, name] = max(known) if name in HIGHER_IS_BETTER else min(known)
+    for row in rows:
+        cells = [_value(row["setting"][key]) for key in table["varied"]]
+        for split, name in metrics:
+            value = row["metrics"].get(split, {}).get(name)
+            text = "" if value is None else with_spread(value)
+            if value is not None and value["mean"] == best[split, name] and len(rows) > 1:
+                text = f"[bold]{text}[/]"
+            cells.append(text)
+        count = row["train_seconds"]["n"]
+        cells += [str(count), quantity(row["trainable_parameters"]),
+                  f"{row['train_seconds']['mean']:.1f}", size(row["peak_memory_bytes"]["max"])]  # fmt: skip
+        shown.add_row(*cells)
+    out.print(shown)
+    for status, ids in table["left_out"].items():
+        out.print(f"left out, {status}: {', '.join(ids)}", style="yellow")
