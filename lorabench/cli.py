@@ -113,10 +113,9 @@ def _explain(error: BaseException) -> list[str] | None:
     import omegaconf.errors
 
     text = "\n".join(str(link) for link in chain)
-    found = re.search(r"Could not find '([\w\-./]+)/([^'/]+)'\s+Available options in '[^']+':((?:\s+\S+)+)", text)
+    found = re.search(r"Could not find '([\w\-./]+)/([^'/]+)'\s+Available options in '[^']+':((?:\n\t\S+)+)", text)
     if found:
         group, name, options = found[1], found[2], found[3].split()
-        options = [o for o in options if o != "Set"][: options.index("Set")] if "Set" in options else options
         return [f"{group}: must be one of {', '.join(options)}; got {did_you_mean(name, options)}"]
     found = re.search(r"(?:Could not override|Could not append to config\. An item is already at|Could not delete from config\.) '([^']+)'", text)
     if found and "not in" in text:

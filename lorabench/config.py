@@ -198,7 +198,12 @@ def typed(cfg: DictConfig) -> Config:
     Raises:
         ConfigErrors: a required key is missing, or a value is out of its range.
     """
-    cfg = OmegaConf.masked_copy(cfg, [spec.name for spec in fields(Config)])  # not Hydra's node
+    known = [spec.name for spec in fields(Config)]
+    unknown = [f"{key}: no such key; got {did_you_mean(str(key), known)}"
+               for key in cfg if key not in (*known, "hydra")]  # fmt: skip
+    if unknown:
+        raise ConfigErrors(unknown)
+    cfg = OmegaConf.masked_copy(cfg, known)
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ConfigErrors(f"{key}: must be given; got nothing; set {key}=..." for key in missing)
@@ -209,12 +214,17 @@ def typed(cfg: DictConfig) -> Config:
     return config
 
 
-def _build(cls: type, values: Any) -> Any:
+def _build(cls: type, values: Any, prefix: str = "") -> Any:
     """Nested dataclasses from plain containers (types were checked when Hydra composed them)."""
     if not is_dataclass(cls):
         return values
     hints = get_type_hints(cls)
-    return cls(**{key: _build(hints[key], value) for key, value in values.items()})
+    unknown = [key for key in values if key not in hints]
+    if unknown:  # `+lora.foo=1` gets past Hydra
+        raise ConfigErrors(
+            f"{prefix}{key}: no such key; got {did_you_mean(key, hints)}" for key in unknown
+        )
+    return cls(**{key: _build(hints[key], v, f"{prefix}{key}.") for key, v in values.items()})
 
 
 def lora_alpha(lora: LoraSettings) -> float:

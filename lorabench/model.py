@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -186,8 +187,9 @@ def dtype(name: str) -> torch.dtype:
 def _call(model: ModelConfig, load: Callable[..., Any], **options: Any) -> Any:
     """A transformers loader on this base, its failures as one line."""
     folder = local_folder(model)
-    if folder is None and model.revision:
-        options["revision"] = model.revision
+    if folder is None:
+        options["revision"] = model.revision or "main"
+        _must_be_reachable(model)
     try:
         return load(location(model), **options)
     except (OSError, ConnectionError) as error:
@@ -197,6 +199,27 @@ def _call(model: ModelConfig, load: Callable[..., Any], **options: Any) -> Any:
     except ValueError as error:  # an architecture or file this transformers does not know
         first = str(error).strip().splitlines()[0]
         raise ConfigErrors([f"model.path: '{model.path}' does not load: {first}"]) from error
+
+
+def _must_be_reachable(model: ModelConfig) -> None:
+    """Refuse at once where the hub's name does not resolve: its client would retry for long."""
+    import socket
+    from urllib.parse import urlparse
+
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision or "main")
+    proxied = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"))
+    if isinstance(cached, str) or proxied or constants.HF_HUB_OFFLINE:
+        return
+    host = urlparse(constants.ENDPOINT).hostname or ""
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError as error:
+        raise ConfigErrors([
+            hub_failure("model.path", model.path, OSError(f"no network: {host} does not resolve"))
+        ]) from error
 
 
 def architecture(model: ModelConfig) -> Any:

@@ -19,6 +19,7 @@ from lorabench import data
 from lorabench import model as base_model
 from lorabench.config import Config, ConfigErrors, ModelConfig, lora_alpha, model_name, scale
 
+RUNTIME_BYTES = 450_000_000  # Python, torch and transformers themselves
 # Keys of a config that never change a result.
 NOT_DECIDING = {
     "trainer": {"device", "num_threads", "checkpoint_every", "log_every"},
@@ -165,7 +166,7 @@ def make(config: Config) -> Plan:
         total_parameters=total,
         scale=scale(config.lora),
         head=head,
-        memory_bytes=base_bytes + 4 * weight_bytes * trainable + activations + logits,
+        memory_bytes=RUNTIME_BYTES + base_bytes + 4 * weight_bytes * trainable + activations + logits,
         disk_bytes=weight_bytes * trainable * (4 if config.trainer.checkpoint_every else 1) + 300_000,
         train_flops=4.0 * total * config.trainer.steps * config.trainer.batch_size * config.data.max_length,
         tracker=tracker_address(config),

@@ -63,6 +63,7 @@ def plan_jobs(composed: list[DictConfig], labels: list[str]) -> list[Job]:
     Raises:
         ConfigErrors: everything wrong with any of them, each error once.
     """
+    labels = distinct(labels)
     errors: dict[str, list[str]] = {}
     jobs: list[Job] = []
     typed: list[tuple[Config, str]] = []
@@ -86,6 +87,13 @@ def plan_jobs(composed: list[DictConfig], labels: list[str]) -> list[Job]:
     if errors:
         raise ConfigErrors(_with_runs(error, where, len(composed)) for error, where in errors.items())
     return jobs
+
+
+def distinct(labels: list[str]) -> list[str]:
+    """The overrides that tell the runs of a command apart; those they share left out."""
+    words = [label.split() for label in labels]
+    common = set(words[0]).intersection(*words[1:]) if len(words) > 1 else set()
+    return [" ".join(word for word in label if word not in common) or "defaults" for label in words]
 
 
 def _with_runs(error: str, labels: list[str], total: int) -> str:
@@ -185,6 +193,9 @@ def configure_torch(config: Config) -> None:
     trainer = config.trainer
     if trainer.num_threads is not None and torch.get_num_threads() != trainer.num_threads:
         torch.set_num_threads(trainer.num_threads)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
     torch.use_deterministic_algorithms(trainer.deterministic)
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = trainer.allow_tf32

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -148,11 +148,15 @@ def test_a_mended_file_is_read_again(tmp_path):
         ({"prompt": "{}"}, "must be the name of a column alone"),
         ({"completion": "yes"}, "data.completion: must name at least one column; got 'yes'"),
         ({"split_by": "topic"}, "data.split_by: every column must be one of prompt, completion"),
+        ({"test": SourceConfig(split="test")}, "data.test.split: must be left out with data.test"),
+        ({"train": SourceConfig(path="", revision="x")}, "data.train.revision: must be left out"),
         ({"test": SourceConfig(prompt="{x}")}, "data.test.prompt: must be left out with data"),
     ],
 )
 def test_bad_templates(tmp_path, kwargs, expected):
     path = write(tmp_path / "a.jsonl", numbered(100))
+    if "train" in kwargs:
+        kwargs["train"].path = path
     assert expected in only_error(jsonl(path, **kwargs))
 
 
@@ -343,7 +347,7 @@ def test_local_folder_as_hub(tmp_path, cache):
         ({"prompt": "{qq}"}, "data.prompt: every column must be one of q, n, bad ('"),
         ({"completion": "{bad}"}, "row 1 of '"),
         ({"test": "nope"}, "data.test.path: must be a dataset that loads; "),
-        ({"subset": "nope"}, "'nope' not found. Available: ['default']; mend the folder, data."),
+        ({"subset": "nope"}, "'nope' not found. Available: ['default']; mend the folder"),
     ],
 )
 def test_bad_hub(tmp_path, cache, kwargs, expected):
@@ -582,6 +586,7 @@ def test_padded_length(longest, max_length, T):
     assert data.padded_length(made([(1, 1), (longest - 2, 2)]), max_length) == T
 
 
+@settings(deadline=None, max_examples=50)  # shared cores
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=9),
     st.data(),
@@ -626,6 +631,7 @@ def test_pad_id(tokenizer):
     assert data.pad_id(bpe()) == 0
 
 
+@settings(deadline=None, max_examples=50)  # shared cores
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**63), st.integers(1, 30))
 def test_order_is_epochs_of_permutations(num_examples, batch_size, seed, steps):
     batches = list(data.order(num_examples, batch_size, seed, steps))
@@ -641,6 +647,7 @@ def test_order_is_epochs_of_permutations(num_examples, batch_size, seed, steps):
 small = st.integers(0, 30)
 
 
+@settings(deadline=None, max_examples=50)  # shared cores
 @given(st.integers(1, 40), st.integers(1, 50), small, small, small)
 def test_order_resumes_anywhere(num_examples, batch_size, seed, steps, start):
     all_steps = [indices.tolist() for indices in data.order(num_examples, batch_size, seed, steps)]

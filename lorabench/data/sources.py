@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -44,12 +44,12 @@ def check(cfg: DataConfig) -> list[str]:
         key = f"data.{split}.path"
         path = local(source)
         if cfg.source == "hub":
-            if not path.is_dir() and (path.exists() or not HUB_ID.fullmatch(source.path)):
-                errors.append(_no_such_path(key, source.path, "a dataset id or a folder"))
+            if not path.is_dir() and (path.exists() or not HUB_ID.fullmatch(str(source.path))):
+                errors.append(_no_such_path(key, path, "a dataset id or a folder"))
         elif path.is_file():
             errors += _jsonl_errors(key, str(path), stamp(path), tuple(columns.items()))
         else:
-            errors.append(_no_such_path(key, source.path, "an existing file"))
+            errors.append(_no_such_path(key, path, "an existing file"))
     return list(dict.fromkeys(errors))
 
 
@@ -95,55 +95,46 @@ def _skills_errors(cfg: DataConfig) -> list[str]:
         try:
             skill_examples(cfg, split)
         except ValueError as error:
-            name, _, message = str(error).partition(": ")
-            errors.append(f"{SKILLS_KEYS.get(name, key)}: {message}")
+            name, _, rest = str(error).partition(": ")
+            errors.append(f"{SKILLS_KEYS.get(name, key)}: {rest}")
     return errors
 
 
 def _idle_keys(cfg: DataConfig) -> list[str]:
     """Keys that were given and would do nothing."""
-    errors = []
-
-    def idle(split: str, keys: Sequence[str], where: str, remedy: str) -> None:
-        for key in keys:
-            if (value := getattr(getattr(cfg, split), key)) is not None:
-                errors.append(
-                    f"data.{split}.{key}: must be left out with {where}; got {value!r}; {remedy}"
-                )
-
+    errors, default = [], SourceConfig()
     for split in SPLITS:
+        source = getattr(cfg, split)
+        given = [key for key, value in vars(source).items() if value != getattr(default, key)]
         if cfg.source == "skills":
-            idle(
-                split,
-                ("path", "subset", "revision", "prompt", "completion"),
-                "data.source=skills",
-                "use data=jsonl or data=hub",
-            )
-        elif getattr(cfg, split).path is None:
-            idle(
-                split,
-                ("subset", "revision", "prompt", "completion"),
-                f"data.{split}.path=null",
-                f"give data.{split}.path too",
-            )
+            where, remedy = "data.source=skills", "use data=jsonl or data=hub"
+        elif source.path is None:
+            where, remedy = f"data.{split}.path=null", f"give data.{split}.path too"
         elif cfg.source == "jsonl":
-            idle(split, ("subset", "revision"), "data.source=jsonl", "use data=hub")
+            where, remedy = "data.source=jsonl", "use data=hub"
+            given = [key for key in given if key in ("subset", "split", "revision")]
+        else:
+            continue
+        errors += [
+            f"data.{split}.{key}: must be left out with {where}; "
+            f"got {getattr(source, key)!r}; {remedy}"
+            for key in given
+        ]
     return errors
 
 
-def _no_such_path(key: str, name: str, law: str) -> str:
+def _no_such_path(key: str, path: Path, law: str) -> str:
     """A path that is not there, with the nearest name in its folder."""
-    path = Path(name).expanduser()
     if path.exists():
         came, remedy = (
             ("a folder", "use data=hub for it") if path.is_dir() else
             ("a file", "give its folder, or use data=jsonl for a jsonl file")
         )  # fmt: skip
-        return f"{key}: must be {law}; '{name}' is {came}; {remedy}"
+        return f"{key}: must be {law}; '{path}' is {came}; {remedy}"
     there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = nearest(path.name, there)
     remedy = f"did you mean '{path.parent / close[0]}'?" if close else "mend the path"
-    return f"{key}: must be {law}; '{name}' does not exist, seen from {Path.cwd()}; {remedy}"
+    return f"{key}: must be {law}; '{path}' does not exist, seen from {Path.cwd()}; {remedy}"
 
 
 # jsonl
@@ -220,38 +211,24 @@ def hub_rows(key: str, source: SourceConfig, columns: dict[str, str]) -> list[di
     except Exception as error:
         # datasets raises anything from ConnectionError to pyarrow's own: always a source's fault.
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        wanted = "".join(
-            f", {name} '{value}'"
-            for name, value in (
-                ("subset", source.subset),
-                ("split", source.split),
-                ("revision", source.revision),
-            )
-            if value is not None
-        )
+        chosen = {"subset": source.subset, "split": source.split, "revision": source.revision}
+        given = "".join(f", {name} '{value}'" for name, value in chosen.items() if value)
         remedy = (
-            "mend the folder, data.{0}.subset or data.{0}.split"
+            "mend the folder, or the subset and split"
             if is_folder
-            else "mend the name; without network give a local folder as {1}, or a file with "
-            "data.source=jsonl; a gated dataset wants its terms accepted and HF_TOKEN"
+            else f"mend the name; without network give a local folder as {key}, or a file with "
+            "data=jsonl; a gated dataset wants its terms accepted and HF_TOKEN set"
         )
-        raise ConfigErrors(
-            [
-                f"{key}: must be a dataset that loads; '{path}'{wanted}: {reason.rstrip('. ')}; "
-                + remedy.format(key.split(".")[1], key)
-            ]
-        ) from error
+        message = f"must be a dataset that loads; '{path}'{given}: {reason.rstrip('. ')}; {remedy}"
+        raise ConfigErrors([f"{key}: {message}"]) from error
     if errors := unknown_columns(columns, table.column_names, f"'{path}'"):
         raise ConfigErrors(errors)
     rows = table.select_columns(list(columns)).to_list()
     for number, row in enumerate(rows, 1):
         if reason := row_error(row, columns):
-            raise ConfigErrors(
-                [
-                    f"{key}: every row must hold text or a number in each column used; "
-                    f"row {number} of '{path}': {reason}; mend or remove the row"
-                ]
-            )
+            law = "every row must hold text or a number in each column used"
+            where = f"row {number} of '{path}': {reason}"
+            raise ConfigErrors([f"{key}: {law}; {where}; mend or remove the row"])
     return rows
 
 

@@ -97,7 +97,7 @@ def _read(cfg: DataConfig, notes: list[str]) -> dict[str, list[Example]]:
             pairs.append((prompt, completion))
             if split == "train":
                 by = cfg.split_by
-                groups.append(prompt if by is None else templates.as_text(row[by]))
+                groups.append(prompt if by is None else str(row[by]))
         if num_empty:
             notes.append(f"{split}: {num_empty} examples left out, their completion is empty")
         if not pairs:
@@ -127,16 +127,14 @@ def _sides(cfg: DataConfig, groups: list[str], missing: list[str]) -> list[str]:
 
     num_test, num_validation = number("test"), number("validation")
     if num_test + num_validation >= len(ordered):
-        raise ConfigErrors(
-            [
-                "data.train.path: must hold enough examples to take "
-                + " and ".join(missing)
-                + f" from them; got {len(ordered)} distinct value{'s'[: len(ordered) != 1]} of "
-                + (f"column '{cfg.split_by}'" if cfg.split_by else "the prompt")
-                + f" in '{cfg.train.path}'; give more, or "
-                + " and ".join(f"data.{split}.path" for split in missing)
-            ]
+        by = f"column '{cfg.split_by}'" if cfg.split_by else "the prompt"
+        paths = " and ".join(f"data.{split}.path" for split in missing)
+        message = (
+            f"data.train.path: must hold enough examples to take {' and '.join(missing)} from "
+            f"them; got {len(ordered)} distinct values of {by} in '{cfg.train.path}'; give more, "
+            f"or {paths}"
         )
+        raise ConfigErrors([message])
     side = dict.fromkeys(ordered, "train")
     side.update(dict.fromkeys(ordered[:num_test], "test"))
     side.update(dict.fromkeys(ordered[len(ordered) - num_validation :], "validation"))

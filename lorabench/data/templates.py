@@ -6,7 +6,6 @@ As `str.format`, but a field is a column's name and nothing more, and braces in 
 from __future__ import annotations
 
 import math
-import re
 import string
 from collections.abc import Sequence
 from typing import Any
@@ -46,7 +45,11 @@ def render(parts: list[tuple[str, str | None]], row: dict[str, Any]) -> str:
 def as_text(value: Any) -> str | None:
     """A cell as it goes into a template; None for what must not."""
     if isinstance(value, str):
-        return None if re.search("[\ud800-\udfff]", value) else value  # a lone surrogate
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # a lone surrogate
+            return None
+        return value
     if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
         return None
     return str(value) if isinstance(value, int | float) else None
@@ -60,7 +63,8 @@ def template_of(cfg: DataConfig, split: str, part: str) -> tuple[str, str]:
 
 def columns_of(cfg: DataConfig, split: str) -> tuple[dict[str, str], list[str]]:
     """The columns that a split needs, each with the key that asks for it; and bad templates."""
-    columns, errors = {}, []
+    columns: dict[str, str] = {}
+    errors = []
     for part in ("prompt", "completion"):
         key, template = template_of(cfg, split, part)
         try:

@@ -64,13 +64,12 @@ def tokenise(examples: Sequence[Example], tokenizer: Any, cfg: DataConfig) -> To
     shortest = None
     for index, (prompt, completion) in enumerate(pairs):
         if not prompt:
-            raise ConfigErrors(
-                [
-                    "data.prompt: must give at least one token, from which the completion's first is "
-                    f"predicted; got none for {examples[index].prompt!r}; give a prompt, or "
-                    "data.add_bos=true with a tokenizer that has a BOS token"
-                ]
+            message = (
+                "data.prompt: must give at least one token, to predict the completion from; got "
+                f"none for {examples[index].prompt!r}; give a prompt, or data.add_bos=true with a "
+                "tokenizer that has a BOS token"
             )
+            raise ConfigErrors([message])
         length = len(prompt) + len(completion)
         if not completion:
             kept.num_empty += 1
@@ -83,14 +82,13 @@ def tokenise(examples: Sequence[Example], tokenizer: Any, cfg: DataConfig) -> To
             kept.ids.append(examples[index].id)
             kept.indices.append(index)
     if not kept.input_ids:
-        raise ConfigErrors(
-            [
+        message = f"data.completion: must give tokens; got none from {len(examples)} examples"
+        if shortest:
+            message = (
                 f"data.max_length: must let at least one of {len(examples)} examples through; got "
                 f"{cfg.max_length}, the shortest has {shortest} tokens; raise data.max_length"
-                if shortest
-                else f"data.completion: must give tokens; got none from {len(examples)} examples"
-            ]
-        )
+            )
+        raise ConfigErrors([message])
     return kept
 
 
@@ -132,14 +130,13 @@ def _chat(examples: Sequence[Example], tokenizer: Any, cfg: DataConfig) -> list[
         full = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
         if full[: len(prompt)] != prompt:
             at = next(i for i, ids in enumerate(prompt) if full[i : i + 1] != [ids])
-            raise ConfigErrors(
-                [
-                    "data.chat_template: must write a conversation that begins with its prompt; "
-                    f"that of '{tokenizer.name_or_path}' gives {tokenizer.decode(full[at : at + 5])!r} "
-                    f"in place of {tokenizer.decode(prompt[at : at + 5])!r} at token {at}; set "
-                    "data.chat_template=false and write the turns into data.prompt"
-                ]
+            gives, meant = (tokenizer.decode(ids[at : at + 5]) for ids in (full, prompt))
+            message = (
+                "data.chat_template: must write a conversation that begins with its prompt; that "
+                f"of '{tokenizer.name_or_path}' gives {gives!r} in place of {meant!r} at token "
+                f"{at}; set data.chat_template=false and write the turns into data.prompt"
             )
+            raise ConfigErrors([message])
         completion = full[len(prompt) :]
         if cfg.add_eos and example.completion:
             end = len(completion) - completion[::-1].index(eos) if eos in completion else None

@@ -1,0 +1,80 @@
+"""Fixtures: composed configs, tiny checkpoints of several architectures, small jsonl files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["WANDB_SILENT"] = "true"
+
+import pytest
+import torch
+
+from lorabench import cli, config
+
+torch.set_num_threads(2)
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+         "max_position_embeddings": 128}  # fmt: skip
+
+
+def composed(*overrides: str) -> config.Config:
+    """The typed config of a command line."""
+    (cfg,), _ = cli.compose(list(overrides))
+    return config.typed(cfg)
+
+
+@pytest.fixture
+def compose() -> Callable[..., config.Config]:
+    return composed
+
+
+def tiny_config(kind: str, vocab_size: int) -> Any:
+    """A transformers config of a small model of that architecture."""
+    import transformers as t
+
+    common = SMALL | {"vocab_size": vocab_size}
+    if kind == "gpt2":
+        return t.GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=128,
+                            bos_token_id=2, eos_token_id=1)  # fmt: skip
+    makers = {"gemma": t.GemmaConfig, "llama": t.LlamaConfig, "qwen2": t.Qwen2Config, "qwen3": t.Qwen3Config}
+    return makers[kind](**common)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes a checkpoint folder of a tiny random model, with the embedded base's tokenizer."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            from lorabench import model as base_model
+
+            folder = tmp_path_factory.mktemp("models") / kind
+            tokenizer = AutoTokenizer.from_pretrained(base_model.ZOO / "tiny-gemma")
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(tiny_config(kind, len(tokenizer)))
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            made[kind] = folder
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Path:
+    """Sixty prompt/completion lines."""
+    path = tmp_path / "examples.jsonl"
+    rows = [{"prompt": f"add {i} and {i + 1} = ", "completion": str(2 * i + 1)} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
