@@ -25,7 +25,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorabench import model as base_model
-from lorabench.config import Config, ConfigErrors, did_you_mean, lora_alpha
+from lorabench.config import Config, ConfigErrors, did_you_mean, lora_alpha, model_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,7 +78,7 @@ def resolve_modules(skeleton: nn.Module, config: Config) -> list[str]:
     if not chosen:
         raise ConfigErrors([
             f"target_modules: '{targets.select}' must match a linear layer of base model "
-            f"'{base_model_name(config)}'; it matches none; use target_modules=custom with "
+            f"'{model_name(config.model)}'; it matches none; use target_modules=custom with "
             f"target_modules.names out of: {worth_naming}"
         ])
 
@@ -92,26 +92,20 @@ def resolve_modules(skeleton: nn.Module, config: Config) -> list[str]:
     adapted = [n for n in adapted if not any(_ends_with(n, e) for e in targets.exclude)]
     if config.head.policy == "lora":
         if head_name is None:
-            raise ConfigErrors([f"head: base model '{base_model_name(config)}' has no output head; use head=exclude"])
+            raise ConfigErrors([f"head: base model '{model_name(config.model)}' has no output head; use head=exclude"])
         adapted.append(head_name)
     if not adapted:
         raise ConfigErrors([
             "target_modules.exclude: must leave at least one module to adapt; it takes them all"
         ])
     for key in ("rank_pattern", "alpha_pattern"):
-        for name in getattr(config.lora, key):
+        for name in getattr(config.lora, key) or ():
             if not any(re.fullmatch(rf"(.*\.)?{name}", module) for module in adapted):
                 raise ConfigErrors([
                     f"lora.{key}: every entry must match an adapted module; unmatched: "
                     f"{did_you_mean(name, {m.rpartition('.')[2] for m in adapted})}"
                 ])
     return adapted
-
-
-def base_model_name(config: Config) -> str:
-    from lorabench.config import model_name
-
-    return model_name(config.model)
 
 
 def _is_attention(name: str) -> bool:
@@ -150,7 +144,7 @@ def _wrapped_by_peft(skeleton: nn.Module, chosen: list[str] | str, config: Confi
     except (ValueError, TypeError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigErrors([
-            f"target_modules: PEFT refuses {chosen!r} on base model '{base_model_name(config)}': {first}"
+            f"target_modules: PEFT refuses {chosen!r} on base model '{model_name(config.model)}': {first}"
         ]) from error
     order = {name: i for i, (name, _) in enumerate(skeleton.named_modules())}
     return sorted(wrapped.targeted_module_names, key=order.__getitem__)
@@ -174,8 +168,8 @@ def peft_config(config: Config, modules: list[str], head_name: str | None) -> Lo
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         init_lora_weights=init,
-        rank_pattern=dict(lora.rank_pattern),
-        alpha_pattern=dict(lora.alpha_pattern),
+        rank_pattern=dict(lora.rank_pattern or {}),
+        alpha_pattern=dict(lora.alpha_pattern or {}),
         target_modules=list(modules),
         modules_to_save=[head_name] if config.head.policy == "full" and head_name else None,
     )
@@ -229,6 +223,18 @@ def _trained_biases(base: nn.Module, config: Config, modules: list[str]) -> set[
     if config.lora.bias == "lora_only":
         return {name for name in names if name.rpartition(".")[0] in set(modules)}
     return set()
+
+
+def check_bias(base: nn.Module, config: Config, modules: list[str]) -> None:
+    """Refuse a bias policy that trains nothing, which PEFT takes without a word."""
+    policy = config.lora.bias
+    if policy != "none" and not _trained_biases(base, config, modules):
+        there = sum(name.rpartition(".")[2] == "bias" for name, _ in base.named_parameters())
+        raise ConfigErrors([
+            f"lora.bias: {policy} must find a bias to train; base model "
+            f"'{model_name(config.model)}' has {there}, none of them on an adapted module; "
+            f"use lora.bias=none"
+        ])
 
 
 def key(*parts: Any) -> int:

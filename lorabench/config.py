@@ -67,8 +67,8 @@ class LoraSettings:
     use_rslora: bool = False  # scale lora_alpha / sqrt(r)
     use_dora: bool = False
     init: str = "default"  # default (PEFT's Kaiming-uniform A, zero B) | gaussian | olora | pissa
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    rank_pattern: Any = None  # {module name or regex: r} where r differs
+    alpha_pattern: Any = None  # {module name or regex: lora_alpha} where it differs
 
 
 @dataclass
@@ -316,10 +316,14 @@ def range_errors(config: Config) -> list[str]:
     must(0 <= lora.lora_dropout < 1, "lora.lora_dropout", "in [0, 1)", lora.lora_dropout)
     one_of("lora.bias", lora.bias, ("none", "lora_only", "all"))
     one_of("lora.init", lora.init, ("default", "gaussian", "olora", "pissa"))
-    for name, r in lora.rank_pattern.items():
-        must(r >= 1, f"lora.rank_pattern.{name}", "at least 1", r)
-    for name, alpha in lora.alpha_pattern.items():
-        must(alpha > 0, f"lora.alpha_pattern.{name}", "above 0", alpha)
+    for key, least in (("rank_pattern", "a whole number of at least 1"), ("alpha_pattern", "above 0")):
+        pattern = getattr(lora, key)
+        if pattern is not None and not isinstance(pattern, dict):
+            must(False, f"lora.{key}", "a mapping such as {q_proj: 8}", pattern)
+            continue
+        for name, value in (pattern or {}).items():
+            number = isinstance(value, int if key == "rank_pattern" else (int, float))
+            must(number and value > 0, f"lora.{key}.{name}", least, value)
 
     one_of("data.source", data.source, ("skills", "jsonl", "hub"))
     if data.source == "skills":

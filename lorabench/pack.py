@@ -67,7 +67,10 @@ class ModulePack:
         self.tree = self.wrapped.get_base_model()
         self.tree.train()  # base dropouts are zero; checkpointing asks for training mode
         if config.trainer.gradient_checkpointing:
-            self.tree.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(  # its name since transformers 5.23
+                self.tree, "activation_checkpointing_enable", self.tree.gradient_checkpointing_enable
+            )
+            enable({"use_reentrant": False})
         head = base_model.output_head(self.tree)
         assert head is not None, "a causal language model has an output head"
         self.head_rows = HeadRows(head[1])

@@ -130,6 +130,7 @@ def _modules(config: Config) -> tuple[list[str], int]:
     if key not in _RESOLVED:
         base = skeleton(config.model)
         modules = adapters.resolve_modules(base, config)
+        adapters.check_bias(base, config, modules)
         wrapped = adapters.attach_skeleton(base, config, modules)
         count = sum(p.numel() for p in adapters.trainable(wrapped).values())
         _RESOLVED[key] = (modules, count)
@@ -147,6 +148,12 @@ def make(config: Config) -> Plan:
     modules, trainable = _modules(config)
     head = _head_plan(config, base)
     total = base_model.num_parameters(base)
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if positions and config.data.max_length > positions:
+        raise ConfigErrors([
+            f"data.max_length: must be at most the {positions} positions of base model "
+            f"'{model_name(config.model)}'; got {config.data.max_length}"
+        ])
     weight_bytes = 8 if config.trainer.dtype == "float64" else 4
     text = base.config.get_text_config()
     tokens = (config.trainer.micro_batch_size or config.trainer.batch_size) * config.data.max_length

@@ -149,15 +149,18 @@ def test_a_mended_file_is_read_again(tmp_path):
         ({"completion": "yes"}, "data.completion: must name at least one column; got 'yes'"),
         ({"split_by": "topic"}, "data.split_by: every column must be one of prompt, completion"),
         ({"test": SourceConfig(split="test")}, "data.test.split: must be left out with data.test"),
-        ({"train": SourceConfig(path="", revision="x")}, "data.train.revision: must be left out"),
         ({"test": SourceConfig(prompt="{x}")}, "data.test.prompt: must be left out with data"),
     ],
 )
 def test_bad_templates(tmp_path, kwargs, expected):
     path = write(tmp_path / "a.jsonl", numbered(100))
-    if "train" in kwargs:
-        kwargs["train"].path = path
     assert expected in only_error(jsonl(path, **kwargs))
+
+
+def test_keys_that_would_do_nothing(tmp_path):
+    source = SourceConfig(write(tmp_path / "a.jsonl", numbered(100)), revision="main")
+    error = only_error(DataConfig(name="mine", source="jsonl", train=source))
+    assert error.startswith("data.train.revision: must be left out with data.source=jsonl; got 'm")
 
 
 def test_all_errors_come_at_once(tmp_path):

@@ -1,0 +1,127 @@
+"""Seeded weights, PEFT files, and what injection leaves alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import composed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorabench import adapters, plan
+from lorabench import model as base_model
+
+TINY = ["tracker=none"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31), r=st.integers(1, 64), more=st.integers(0, 64), width=st.integers(1, 200),
+       init=st.sampled_from(["default", "gaussian"]))  # fmt: skip
+def test_smaller_ranks_are_the_first_rows_of_larger_ones(
+    seed: int, r: int, more: int, width: int, init: str
+) -> None:
+    small = adapters.initial_a(seed, "layer", r, width, init)
+    large = adapters.initial_a(seed, "layer", r + more, width, init)
+    scale = (r + more) / r if init == "gaussian" else 1.0  # N(0, 1/r^2), PEFT's scheme
+    # One float32 multiplication's rounding.
+    torch.testing.assert_close(small, large[:r] * scale, rtol=1e-6, atol=0)
+
+
+def test_initial_a_has_pefts_distribution() -> None:
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    torch.manual_seed(0)
+    layer = Linear(torch.nn.Linear(256, 8), "default", LoraConfig(), r=64, lora_alpha=8)
+    theirs = layer.lora_A["default"].weight.detach().flatten()
+    mine = adapters.initial_a(0, "layer", 64, 256).flatten()
+    # 16,384 uniform draws each: extremes within 1% of the bound, standard deviations within 3%.
+    assert float(mine.abs().max()) == pytest.approx(float(theirs.abs().max()), rel=0.01)
+    assert float(mine.std()) == pytest.approx(float(theirs.std()), rel=0.03)
+    assert abs(float(mine.mean())) < 0.002
+
+
+def test_adding_a_target_or_raising_r_leaves_shared_weights_unchanged() -> None:
+    base = base_model.load(composed(*TINY).model, "cpu")
+
+    def initial(*overrides: str) -> dict[str, torch.Tensor]:
+        config = composed(*TINY, *overrides)
+        wrapped = adapters.attach(base, config, plan.make(config).lora_modules)
+        return adapters.adapter_state(wrapped)
+
+    attention = initial("target_modules=attention")
+    more = initial("target_modules=all-linear", "head=lora", "lora.r=64")
+    assert len(attention) < len(more)
+    for name, tensor in attention.items():
+        if "lora_A" in name:
+            assert torch.equal(tensor, more[name][:16]), name
+    other = initial("target_modules=attention", "seeds.init=1")
+    assert all(not torch.equal(attention[n], other[n]) for n in attention if "lora_A" in n)
+    again = initial("target_modules=attention", "seeds.data=1", "seeds.dropout=1")
+    assert all(torch.equal(attention[n], again[n]) for n in attention)
+
+
+@pytest.mark.parametrize("overrides", [["head=lora"], ["head=full"], ["head=exclude", "lora.bias=none"]])
+def test_injection_leaves_the_base_as_it_was(overrides: list[str]) -> None:
+    config = composed(*TINY, *overrides)
+    base = base_model.load(config.model, "cpu")
+    before = base_model.checksum(base), str(base), base.config.to_dict(), base_model.is_tied(base)
+    wrapped = adapters.attach(base, config, plan.make(config).lora_modules)
+    shared = {p.data_ptr() for p in base.parameters()}
+    trained = adapters.trainable(wrapped)
+    assert trained and not any(p.data_ptr() in shared for p in trained.values())
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(1)
+    assert before == (base_model.checksum(base), str(base), base.config.to_dict(), base_model.is_tied(base))
+    assert not any(p.requires_grad for p in base.parameters())
+
+
+def test_checksum_sees_one_flipped_bit_and_swapped_rows() -> None:
+    base = base_model.load(composed(*TINY).model, "cpu")
+    before = base_model.checksum(base)
+    weight = next(base.parameters()).data
+    original = weight.clone()
+    weight.view(torch.int32)[3, 5] ^= 1
+    assert base_model.checksum(base) != before
+    weight.copy_(original)
+    assert base_model.checksum(base) == before
+    weight[[0, 1]] = weight[[1, 0]]
+    assert base_model.checksum(base) != before
+
+
+def test_saved_folder_is_plain_peft_and_the_same_under_any_hash_seed(tmp_path: Path) -> None:
+    script = """
+import sys; sys.path.insert(0, "tests")
+from pathlib import Path
+from conftest import composed
+from lorabench import adapters, plan, model
+config = composed("tracker=none", "head=lora", "lora.r=4")
+wrapped = adapters.attach(model.load(config.model, "cpu"), config, plan.make(config).lora_modules)
+print(adapters.save(wrapped, Path(sys.argv[1])))
+"""
+    contents = []
+    for hash_seed in ("1", "2"):
+        folder = tmp_path / hash_seed
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(folder)], env={**__import__("os").environ, "PYTHONHASHSEED": hash_seed},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        files = {p.name: p.read_bytes() for p in folder.iterdir()}
+        contents.append((done.stdout.strip().splitlines()[-1], files))
+    assert contents[0] == contents[1]
+    assert set(contents[0][1]) == {"adapter_config.json", "adapter_model.safetensors"}
+    settings = json.loads(contents[0][1]["adapter_config.json"])
+    assert Path(settings["base_model_name_or_path"]).is_dir()
+    from safetensors.torch import load
+
+    keys = set(load(contents[0][1]["adapter_model.safetensors"]))
+    assert not any("base_layer" in key or "embed_tokens" in key for key in keys)
+    assert {k for k in keys if "lm_head" in k} == {
+        "base_model.model.lm_head.lora_A.weight", "base_model.model.lm_head.lora_B.weight",
+    }  # fmt: skip

@@ -1,0 +1,160 @@
+"""What a plan says, against PEFT's own wrapping and counting."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import composed
+from peft import LoraConfig, get_peft_model
+
+from lorabench import plan
+from lorabench.config import ConfigErrors
+
+
+def wrapped_by_peft(folder: Path, **settings: object) -> tuple[set[str], int]:
+    """Modules and trainable parameters of stock PEFT on the loaded model."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, **settings))
+    return set(wrapped.targeted_module_names), wrapped.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize("kind", ["gemma", "llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("select", ["auto", "all-linear"])
+def test_modules_and_counts_are_pefts(
+    kind: str, select: str, tiny_folder: Callable[[str], Path]
+) -> None:
+    folder = tiny_folder(kind)
+    made = plan.make(composed("model=local", f"model.path={folder}", f"target_modules={select}"))
+    targets = None if select == "auto" else "all-linear"
+    modules, count = wrapped_by_peft(folder, target_modules=targets)
+    assert set(made.lora_modules) == modules
+    assert made.trainable_parameters == count
+
+
+@pytest.mark.parametrize(
+    ("kind", "select", "leaves"),
+    [
+        ("llama", "attention", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("llama", "mlp", {"gate_proj", "up_proj", "down_proj"}),
+        ("gpt2", "attention", {"c_attn", "c_proj"}),
+        ("gpt2", "mlp", {"c_fc", "c_proj"}),
+    ],
+)
+def test_attention_and_mlp_by_architecture(
+    kind: str, select: str, leaves: set[str], tiny_folder: Callable[[str], Path]
+) -> None:
+    config = composed("model=local", f"model.path={tiny_folder(kind)}", f"target_modules={select}")
+    modules = plan.make(config).lora_modules
+    assert {name.rpartition(".")[2] for name in modules} == leaves
+    assert len(modules) == 2 * len(leaves)  # two layers
+    inside = {"attention": ("attn", "self_attn"), "mlp": ("mlp",)}[select]
+    assert all(any(part in name.split(".") for part in inside) for name in modules)
+
+
+def test_head_full_counts_a_copy_of_the_head(tiny_folder: Callable[[str], Path]) -> None:
+    folder = tiny_folder("gemma")
+    made = plan.make(composed("model=local", f"model.path={folder}", "head=full"))
+    _, count = wrapped_by_peft(folder, target_modules="all-linear", modules_to_save=["lm_head"])
+    assert made.trainable_parameters == count
+    assert made.saved_modules == ["lm_head"]
+    assert made.head.tied
+
+
+def test_regex_list_and_exclude(tiny_folder: Callable[[str], Path]) -> None:
+    model = ["model=local", f"model.path={tiny_folder('llama')}", "target_modules=custom"]
+    regex = composed(*model, r"target_modules.names='.*layers\.1\..*(q|v)_proj'")
+    assert plan.make(regex).lora_modules == [
+        "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj",
+    ]  # fmt: skip
+    listed = composed(*model, "target_modules.names=[q_proj,v_proj]", "target_modules.exclude=[layers.0.self_attn.q_proj]")
+    assert plan.make(listed).lora_modules == [
+        "model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["target_modules.names=[q_porj,v_proj]"], "unmatched: 'q_porj' (did you mean 'q_proj'?)"),
+        (["target_modules.names=q_proj"], "PEFT refuses 'q_proj'"),
+        (["target_modules.names=[q_proj]", "target_modules.exclude=[v_proj]"], "unmatched: 'v_proj'"),
+        (["target_modules.names=[q_proj]", "target_modules.exclude=[q_proj]"], "leave at least one"),
+        (["target_modules.names=[q_proj,lm_head]"], "use head=lora"),
+        (["target_modules.names=[q_proj]", "lora.rank_pattern={v_proj:4}"], "lora.rank_pattern"),
+        (["target_modules.names=[q_proj]", "lora.bias=all"], "lora.bias"),
+    ],
+)
+def test_names_that_match_nothing_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigErrors) as refused:
+        plan.make(composed("target_modules=custom", *overrides))
+    assert message in str(refused.value)
+
+
+def test_auto_without_a_default_names_what_is_worth_naming(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, Phi3Config
+
+    config = Phi3Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigErrors) as refused:
+        plan.make(composed("model=local", f"model.path={tmp_path}", "target_modules=auto"))
+    assert "qkv_proj" in str(refused.value) and "all-linear" in str(refused.value)
+
+
+def test_run_id_follows_what_decides_the_result_and_nothing_else(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    same = [
+        [], ["tracker=none"], ["output_dir=elsewhere"], ["sweep=other"], ["trainer.device=cpu"],
+        ["trainer.checkpoint_every=7"], ["trainer.num_threads=1"], ["lora.lora_alpha=32"],
+        ["lora.alpha_ratio=2"], ["trainer.log_every=9"], ["model.name=nickname"],
+    ]  # fmt: skip
+    other = [
+        ["lora.r=17"], ["lora.lora_alpha=31"], ["head=lora"], ["seed=1"], ["seeds.dropout=1"],
+        ["trainer.lr=2e-3"], ["trainer.micro_batch_size=4"], ["data.num_train=4095"],
+        ["data.skills=[rot13]"], ["target_modules=mlp"], ["data.max_length=23"],
+        ["model=local", f"model.path={tiny_folder('gemma')}"],
+    ]  # fmt: skip
+    ids = [plan.run_id(composed(*overrides)) for overrides in same]
+    assert len(set(ids)) == 1
+    different = [plan.run_id(composed(*overrides)) for overrides in other]
+    assert len({ids[0], *different}) == 1 + len(other)
+
+
+def test_run_id_of_a_folder_is_its_content_not_its_place(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    import shutil
+
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_folder("llama"), moved)
+    here, there = (
+        plan.run_id(composed("model=local", f"model.path={p}")) for p in (tiny_folder("llama"), moved)
+    )
+    assert here == there
+    weights = moved / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert plan.run_id(composed("model=local", f"model.path={moved}")) != here
+
+
+def test_a_pinned_hub_model_has_a_run_id_without_network() -> None:
+    assert len(plan.run_id(composed("model=gemma-2b"))) == 12
+
+
+def test_memory_estimate_counts_base_and_optimizer() -> None:
+    small, large = (plan.make(composed(f"lora.r={r}")) for r in (16, 64))
+    per_parameter = (large.memory_bytes - small.memory_bytes) / (
+        large.trainable_parameters - small.trainable_parameters
+    )
+    assert per_parameter == 16  # weight, gradient and two moments in float32
+    assert torch.tensor(small.train_flops).isfinite()
