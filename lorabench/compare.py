@@ -76,12 +76,10 @@ def table(records: list[Record]) -> dict[str, Any]:
         }
         metrics: dict[str, dict[str, Any]] = {}
         for split, name in sorted(names):
-            values = [
-                records[i].metrics[split][name].value
-                for i in members
-                if name in records[i].metrics.get(split, {})
-            ]
-            metrics.setdefault(split, {})[name] = spread(values)
+            found = [records[i].metrics.get(split, {}).get(name) for i in members]
+            values = [metric.value for metric in found if metric and metric.value is not None]
+            if values:
+                metrics.setdefault(split, {})[name] = spread(values)
         costs = [records[i].cost for i in members]
         rows.append({
             "setting": {key: settings[members[0]].get(key) for key in varied},

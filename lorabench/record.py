@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 1
 PACKAGES = (
@@ -32,7 +32,9 @@ Status = Literal["running", "finished", "stopped", "interrupted", "failed"]
 class Metric(BaseModel):
     """One value over one split, with the version of its definition."""
 
-    value: float
+    model_config = ConfigDict(ser_json_inf_nan="strings")  # null would not read back
+
+    value: float | None  # None: not finite
     num_examples: int
     definition: str
 
@@ -51,6 +53,8 @@ class Cost(BaseModel):
 
 class Record(BaseModel):
     """record.json."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
     schema_version: int = SCHEMA_VERSION
     run_id: str
@@ -98,7 +102,7 @@ def read(folder: Path) -> Record | None:
     path = folder / "record.json"
     try:
         record = Record.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValidationError):
+    except (OSError, ValueError):  # no file, no text, no JSON, or not this schema
         return None
     if record.status == "running" and not is_alive(record):
         record.status = "interrupted"
@@ -110,8 +114,6 @@ def is_alive(record: Record) -> bool:
     pid = record.process.get("pid")
     if record.process.get("host") != socket.gethostname() or pid is None:
         return True
-    if pid == os.getpid():
-        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -122,9 +124,13 @@ def is_alive(record: Record) -> bool:
 
 
 def process_start(pid: int) -> str | None:
-    """When a process started, as the kernel counts: tells a reused pid from the old one."""
+    """When a process started, as the kernel counts: tells a reused pid from the old one.
+
+    None where the kernel does not say, and for a process that is dead but not yet reaped.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] == "Z" else fields[19]
     except (OSError, IndexError):
         return None
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lorabench.compare import HIGHER_IS_BETTER
 
@@ -17,16 +19,27 @@ if TYPE_CHECKING:
 
 
 def console() -> Console:
-    """Standard output; a pipe gets lines wide enough not to be cut."""
-    found = Console(highlight=False)
+    """Standard output; a pipe gets lines wide enough not to be cut.
+
+    No markup: labels, paths and errors hold brackets of their own.
+    """
+    found = Console(highlight=False, markup=False)
     if not found.is_terminal:
-        found = Console(highlight=False, width=200)
+        found = Console(highlight=False, markup=False, width=200)
     return found
 
 
 def dump(content: Any) -> None:
-    """JSON on standard output."""
-    print(json.dumps(content, indent=2, default=str))
+    """JSON on standard output; a value that is no number is null."""
+    print(json.dumps(_finite(content), indent=2, default=str, allow_nan=False))
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def quantity(number: float) -> str:
@@ -171,7 +184,7 @@ def runs(found: list[tuple[Path, Record]], as_json: bool) -> None:
         colour = COLOURS.get(record.status, "cyan")
         out.add_row(
             record.run_id, *(_value(one["setting"][key]) for key in table["varied"]),
-            str(record.config["seed"]), f"[{colour}]{record.status}[/]",
+            str(record.config["seed"]), Text(record.status, colour),
             f"{record.steps_done}/{record.config['trainer']['steps']}",
             f"{record.cost.total_seconds:.1f}", record.error or "",
         )  # fmt: skip
@@ -212,16 +225,16 @@ def comparison(table: dict[str, Any], folder: Path, as_json: bool) -> None:
     best = {}
     for split, name in metrics:
         means = [row["metrics"].get(split, {}).get(name, {}).get("mean") for row in rows]
-        known = [m for m in means if m is not None]
-        best[split, name] = max(known) if name in HIGHER_IS_BETTER else min(known)
+        known = [m for m in means if m is not None and not math.isnan(m)]
+        if known:
+            best[split, name] = max(known) if name in HIGHER_IS_BETTER else min(known)
     for row in rows:
-        cells = [_value(row["setting"][key]) for key in table["varied"]]
+        cells: list[str | Text] = [_value(row["setting"][key]) for key in table["varied"]]
         for split, name in metrics:
             value = row["metrics"].get(split, {}).get(name)
             text = "" if value is None else with_spread(value)
-            if value is not None and value["mean"] == best[split, name] and len(rows) > 1:
-                text = f"[bold]{text}[/]"
-            cells.append(text)
+            is_best = value is not None and value["mean"] == best.get((split, name))
+            cells.append(Text(text, "bold") if is_best and len(rows) > 1 else text)
         count = row["train_seconds"]["n"]
         cells += [str(count), quantity(row["trainable_parameters"]),
                   f"{row['train_seconds']['mean']:.1f}", size(row["peak_memory_bytes"]["max"])]  # fmt: skip

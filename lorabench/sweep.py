@@ -286,7 +286,10 @@ def _last_line(entry: record.Record) -> str:
     if entry.status == "failed":
         return f"failed: {entry.error}"
     scores = entry.metrics.get("test", {})
-    text = "  ".join(f"{name} {metric.value:.4f}" for name, metric in scores.items())
+    text = "  ".join(
+        f"{name} {'not finite' if m.value is None else format(m.value, '.4f')}"
+        for name, m in scores.items()
+    )
     return f"{entry.status}  {text}  {clock(entry.cost.total_seconds)}".replace("    ", "  ")
 
 
@@ -387,7 +390,7 @@ def _train_and_record(job: Job, entry: record.Record, display: Display) -> None:
                 written = answers(pack, evaluated[split], tokenizer, pad_id, config.data)
                 table = table.merge(written, on="example", how="left")
             entry.metrics[split] = {
-                name: record.Metric(value=value, num_examples=count, definition=DEFINITIONS[name])
+                name: record.Metric(value=value if np.isfinite(value) else None, num_examples=count, definition=DEFINITIONS[name])
                 for name, (value, count) in summarise(table, config.data.metric).items()
             }
             table.insert(0, "split", split)
@@ -406,6 +409,7 @@ def _train_and_record(job: Job, entry: record.Record, display: Display) -> None:
             f"{split}/{name}": metric.value
             for split, scores in entry.metrics.items()
             for name, metric in scores.items()
+            if metric.value is not None
         }
         tracker.finish(summary | {"trainable_parameters": job.plan.trainable_parameters,
                                   "train_seconds": entry.cost.train_seconds})  # fmt: skip

@@ -15,6 +15,9 @@ from lorabench.config import TrackerConfig
 
 log = logging.getLogger(__name__)
 
+LIVE: set[str] = set()  # W&B runs open in this process
+OFFLINE_SINCE: list[str] = []  # the failure after which this process tries no server any more
+
 
 class NoTracker:
     """The null object: the loop never asks whether there is a tracker."""
@@ -50,6 +53,7 @@ class WandbTracker(NoTracker):
         def close() -> None:
             self.run.summary.update(summary)
             self.run.finish(exit_code=int(failed))
+            LIVE.discard(self.run.id)
 
         self._try("finish", close)
 
@@ -82,13 +86,17 @@ def start(
         return NoTracker()
 
     folder.mkdir(parents=True, exist_ok=True)
-    modes = ["online", "offline"] if settings.mode == "online" else ["offline"]
+    online = settings.mode == "online" and not OFFLINE_SINCE
+    modes = ["online", "offline"] if online else ["offline"]
+    if settings.mode == "online" and not online:
+        notify(f"wandb: {OFFLINE_SINCE[0]}; this run is offline too")
+    wandb_id = run_id
     for mode in modes:
         try:
             run = wandb.init(
                 project=settings.project,
                 entity=settings.entity,
-                id=run_id,
+                id=wandb_id,
                 name=name,
                 group=sweep,
                 job_type="train",
@@ -103,13 +111,21 @@ def start(
                     x_disable_stats=True,
                 ),
             )  # fmt: skip
+            run.define_metric("step")
+            for pattern in ("train/loss", "validation/*", "test/*"):
+                run.define_metric(pattern, step_metric="step", summary="last")
         except Exception as error:  # no key, no network, no server: all end here
+            if mode == "online":
+                OFFLINE_SINCE.append(f"online start failed ({_first_line(error)})")
+                # The client keeps the id of the failed start in use until it is torn down.
+                if LIVE:
+                    wandb_id = f"{run_id}-offline"
+                else:
+                    wandb.teardown()
             told = "goes on offline" if mode != modes[-1] else "goes on without wandb"
             notify(f"wandb: {mode} start failed ({_first_line(error)}); the run {told}")
             continue
-        run.define_metric("step")
-        for pattern, summary in (("train/loss", "last"), ("validation/*", "last"), ("test/*", "last")):
-            run.define_metric(pattern, step_metric="step", summary=summary)
+        LIVE.add(run.id)
         address = run.url if mode == "online" else str(Path(run.dir).parent)
         return WandbTracker(run, str(address), notify)
     return NoTracker()

@@ -12,13 +12,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_SILENT"] = "true"
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
 
 from lorabench import cli, config
 
-torch.set_num_threads(2)
+# One thread: as fast for models this small, and steady on a shared machine.
+torch.set_num_threads(1)
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
