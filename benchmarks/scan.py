@@ -42,33 +42,60 @@ def run(name: str, out: Path) -> dict[str, Any]:
     skills, lr, steps, ranks, seeds = REGIMES[name]
     sweep = "scan_" + name.replace(" ", "_").replace(",", "")
     command = [
-        sys.executable, "-m", "lorabench", "train", "-m", "head=exclude,lora", f"lora.r={ranks}",
-        f"seed={seeds}", f"data.skills={skills}", f"trainer.lr={lr}", f"trainer.steps={steps}",
-        "tracker=none", "trainer.num_threads=1", f"output_dir={out}", f"sweep={sweep}",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "lorabench",
+        "train",
+        "-m",
+        "head=exclude,lora",
+        f"lora.r={ranks}",
+        f"seed={seeds}",
+        f"data.skills={skills}",
+        f"trainer.lr={lr}",
+        f"trainer.steps={steps}",
+        "tracker=none",
+        "trainer.num_threads=1",
+        f"output_dir={out}",
+        f"sweep={sweep}",
+    ]
     subprocess.run(command, check=True)
     compared = subprocess.run(
         [sys.executable, "-m", "lorabench", "compare", str(out / sweep), "--json"],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     rows = json.loads(compared.stdout)["rows"]
     found = [
-        {**row["setting"], **{
-            metric: {k: round(v, 4) for k, v in row["metrics"]["validation"][metric].items() if v is not None}
-            for metric in ("exact_match", "nll")
-        }}
+        {
+            **row["setting"],
+            **{
+                metric: {
+                    k: round(v, 4)
+                    for k, v in row["metrics"]["validation"][metric].items()
+                    if v is not None
+                }
+                for metric in ("exact_match", "nll")
+            },
+        }
         for row in rows
-    ]  # fmt: skip
+    ]
     exact = [row["exact_match"] for row in found]
     between = max(e["mean"] for e in exact) - min(e["mean"] for e in exact)
     within = max(e["max"] - e["min"] for e in exact)
-    inside = all(0.02 <= e["min"] and e["max"] <= 0.98 for e in exact)
+    inside = all(e["min"] >= 0.02 and e["max"] <= 0.98 for e in exact)
     return {
-        "regime": name, "skills": skills, "lr": float(lr), "steps": steps, "seeds": seeds,
-        "settings": found, "range_between_settings": round(between, 4),
-        "largest_range_over_seeds": round(within, 4), "inside_0.02_0.98": inside,
+        "regime": name,
+        "skills": skills,
+        "lr": float(lr),
+        "steps": steps,
+        "seeds": seeds,
+        "settings": found,
+        "range_between_settings": round(between, 4),
+        "largest_range_over_seeds": round(within, 4),
+        "inside_0.02_0.98": inside,
         "stable": bool(inside and within <= 0.5 * between),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -83,9 +110,12 @@ def main() -> None:
     if options.only:
         return
     content = {
-        "versions": record.versions(), "cpu": record.cpu_name(), "split": "validation",
-        "command": "python benchmarks/scan.py", "regimes": results,
-    }  # fmt: skip
+        "versions": record.versions(),
+        "cpu": record.cpu_name(),
+        "split": "validation",
+        "command": "python benchmarks/scan.py",
+        "regimes": results,
+    }
     target = Path(__file__).parent / "results" / "scan.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(content, indent=1) + "\n")

@@ -29,6 +29,7 @@ from lorabench.config import Config, ConfigErrors, did_you_mean, lora_alpha, mod
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 ADAPTER = "default"  # a name PEFT's substring filters cannot confuse with a module
 ATTENTION = {"attn", "self_attn", "attention", "self_attention", "cross_attn", "crossattention"}
@@ -37,7 +38,7 @@ ATTENTION = {"attn", "self_attn", "attention", "self_attention", "cross_attn", "
 # --- which modules ---------------------------------------------------------------------------
 
 
-def resolve_modules(skeleton: nn.Module, config: Config) -> list[str]:
+def resolve_modules(skeleton: PreTrainedModel, config: Config) -> list[str]:
     """Every module that gets a LoRA adapter, by full name, in the model's order.
 
     Args:
@@ -58,13 +59,13 @@ def resolve_modules(skeleton: nn.Module, config: Config) -> list[str]:
     if targets.select == "auto":
         model_type = skeleton.config.model_type
         if model_type not in PEFT_TARGETS:
-            raise ConfigErrors([
+            raise ConfigErrors(
                 f"target_modules: PEFT has default modules for {len(PEFT_TARGETS)} architectures, "
                 f"'{model_type}' is not among them; use target_modules=all-linear, or "
                 f"target_modules=custom with target_modules.names out of: {worth_naming}"
-            ])
-        chosen = PEFT_TARGETS[model_type]
-        chosen = chosen if isinstance(chosen, str) else list(chosen)
+            )
+        default = PEFT_TARGETS[model_type]
+        chosen = default if isinstance(default, str) else list(default)
     elif targets.select == "attention":
         chosen = [name for name in linear if _is_attention(name)]
     elif targets.select == "mlp":
@@ -76,35 +77,37 @@ def resolve_modules(skeleton: nn.Module, config: Config) -> list[str]:
         if isinstance(chosen, list):
             _must_match("target_modules.names", chosen, skeleton)
     if not chosen:
-        raise ConfigErrors([
+        raise ConfigErrors(
             f"target_modules: '{targets.select}' must match a linear layer of base model "
             f"'{model_name(config.model)}'; it matches none; use target_modules=custom with "
             f"target_modules.names out of: {worth_naming}"
-        ])
+        )
 
     adapted = _wrapped_by_peft(skeleton, chosen, config)
     if head_name in adapted and targets.select == "custom":
-        raise ConfigErrors([
+        raise ConfigErrors(
             f"target_modules.names: the head ({head_name}) belongs to the head policy; got "
             f"{targets.names!r}; leave it out and use head=lora"
-        ])
+        )
     _must_match("target_modules.exclude", targets.exclude, skeleton, among=adapted)
     adapted = [n for n in adapted if not any(_ends_with(n, e) for e in targets.exclude)]
     if config.head.policy == "lora":
         if head_name is None:
-            raise ConfigErrors([f"head: base model '{model_name(config.model)}' has no output head; use head=exclude"])
+            raise ConfigErrors(
+                f"head: base model '{model_name(config.model)}' has no head; use head=exclude"
+            )
         adapted.append(head_name)
     if not adapted:
-        raise ConfigErrors([
+        raise ConfigErrors(
             "target_modules.exclude: must leave at least one module to adapt; it takes them all"
-        ])
+        )
     for key in ("rank_pattern", "alpha_pattern"):
         for name in getattr(config.lora, key) or ():
             if not any(re.fullmatch(rf"(.*\.)?{name}", module) for module in adapted):
-                raise ConfigErrors([
+                raise ConfigErrors(
                     f"lora.{key}: every entry must match an adapted module; unmatched: "
                     f"{did_you_mean(name, {m.rpartition('.')[2] for m in adapted})}"
-                ])
+                )
     return adapted
 
 
@@ -117,21 +120,23 @@ def _ends_with(module: str, name: str) -> bool:
 
 
 def _must_match(
-    key: str, names: Iterable[str], skeleton: nn.Module, among: list[str] | None = None
+    key: str, names: Iterable[str], skeleton: PreTrainedModel, among: list[str] | None = None
 ) -> None:
     modules = among if among is not None else [name for name, _ in skeleton.named_modules() if name]
     known = {name.rpartition(".")[2] for name in modules} | set(modules)
     unmatched = [n for n in names if not any(_ends_with(module, n) for module in modules)]
     if unmatched:
         what = "an adapted module" if among is not None else "a module"
-        raise ConfigErrors([
+        raise ConfigErrors(
             f"{key}: every name must match {what} of base model "
             f"'{skeleton.config.model_type}'; unmatched: "
             + ", ".join(did_you_mean(name, sorted(known)) for name in unmatched)
-        ])
+        )
 
 
-def _wrapped_by_peft(skeleton: nn.Module, chosen: list[str] | str, config: Config) -> list[str]:
+def _wrapped_by_peft(
+    skeleton: PreTrainedModel, chosen: list[str] | str, config: Config
+) -> list[str]:
     """The modules PEFT wraps for this choice, learnt by letting it wrap a skeleton."""
     try:
         with warnings.catch_warnings():
@@ -143,9 +148,10 @@ def _wrapped_by_peft(skeleton: nn.Module, chosen: list[str] | str, config: Confi
             )
     except (ValueError, TypeError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ConfigErrors([
-            f"target_modules: PEFT refuses {chosen!r} on base model '{model_name(config.model)}': {first}"
-        ]) from error
+        raise ConfigErrors(
+            f"target_modules: PEFT refuses {chosen!r} on base model "
+            f"'{model_name(config.model)}': {first}"
+        ) from error
     order = {name: i for i, (name, _) in enumerate(skeleton.named_modules())}
     return sorted(wrapped.targeted_module_names, key=order.__getitem__)
 
@@ -156,15 +162,17 @@ def _wrapped_by_peft(skeleton: nn.Module, chosen: list[str] | str, config: Confi
 def peft_config(config: Config, modules: list[str], head_name: str | None) -> LoraConfig:
     """PEFT's own config for one run, target modules explicit."""
     lora = config.lora
+    bias: Any = lora.bias
+    alpha: Any = lora_alpha(lora)  # PEFT says int and takes any number
     init: Any = True if lora.init == "default" else lora.init
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model.location(config.model),
         revision=config.model.revision,
         r=lora.r,
-        lora_alpha=lora_alpha(lora),
+        lora_alpha=alpha,
         lora_dropout=lora.lora_dropout,
-        bias=lora.bias,
+        bias=bias,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         init_lora_weights=init,
@@ -175,7 +183,7 @@ def peft_config(config: Config, modules: list[str], head_name: str | None) -> Lo
     )
 
 
-def attach(base: nn.Module, config: Config, modules: list[str]) -> PeftModel:
+def attach(base: PreTrainedModel, config: Config, modules: list[str]) -> PeftModel:
     """The base with one run's adapter, weights seeded by module name; the base is left as it was.
 
     Args:
@@ -190,7 +198,9 @@ def attach(base: nn.Module, config: Config, modules: list[str]) -> PeftModel:
         torch.manual_seed(config.seeds.init)
         warnings.simplefilter("ignore")  # tied-layer warnings: the plan says it in full
         wrapped = get_peft_model(
-            tree, peft_config(config, modules, head[0] if head else None), adapter_name=ADAPTER,
+            tree,
+            peft_config(config, modules, head[0] if head else None),
+            adapter_name=ADAPTER,
             low_cpu_mem_usage=False,
         )
     seed_weights(wrapped, config)
@@ -201,7 +211,7 @@ def attach(base: nn.Module, config: Config, modules: list[str]) -> PeftModel:
     return wrapped
 
 
-def attach_skeleton(skeleton: nn.Module, config: Config, modules: list[str]) -> PeftModel:
+def attach_skeleton(skeleton: PreTrainedModel, config: Config, modules: list[str]) -> PeftModel:
     """The adapter on the meta device: names and shapes of everything a run trains."""
     head = base_model.output_head(skeleton)
     with warnings.catch_warnings():
@@ -210,12 +220,14 @@ def attach_skeleton(skeleton: nn.Module, config: Config, modules: list[str]) -> 
         if settings.init_lora_weights not in (True, "gaussian"):
             settings.init_lora_weights = True  # pissa and olora need weights; shapes are the same
         return get_peft_model(
-            base_model.share(skeleton, owned=lambda name: name.endswith("bias")), settings,
-            adapter_name=ADAPTER, low_cpu_mem_usage=True,
+            base_model.share(skeleton, owned=lambda name: name.endswith("bias")),
+            settings,
+            adapter_name=ADAPTER,
+            low_cpu_mem_usage=True,
         )
 
 
-def _trained_biases(base: nn.Module, config: Config, modules: list[str]) -> set[str]:
+def _trained_biases(base: PreTrainedModel, config: Config, modules: list[str]) -> set[str]:
     """Base parameters that bias=all or lora_only trains: each run needs its own."""
     names = [name for name, _ in base.named_parameters() if name.rpartition(".")[2] == "bias"]
     if config.lora.bias == "all":
@@ -225,16 +237,16 @@ def _trained_biases(base: nn.Module, config: Config, modules: list[str]) -> set[
     return set()
 
 
-def check_bias(base: nn.Module, config: Config, modules: list[str]) -> None:
+def check_bias(base: PreTrainedModel, config: Config, modules: list[str]) -> None:
     """Refuse a bias policy that trains nothing, which PEFT takes without a word."""
     policy = config.lora.bias
     if policy != "none" and not _trained_biases(base, config, modules):
         there = sum(name.rpartition(".")[2] == "bias" for name, _ in base.named_parameters())
-        raise ConfigErrors([
+        raise ConfigErrors(
             f"lora.bias: {policy} must find a bias to train; base model "
             f"'{model_name(config.model)}' has {there}, none of them on an adapted module; "
             f"use lora.bias=none"
-        ])
+        )
 
 
 def key(*parts: Any) -> int:
@@ -266,6 +278,7 @@ def seed_weights(wrapped: nn.Module, config: Config) -> None:
     """Overwrite PEFT's draw from the global stream by draws keyed by (seeds.init, module name)."""
     if config.lora.init not in ("default", "gaussian"):
         return
+    layer: Any
     for name, layer in lora_layers(wrapped).items():
         seed, init = config.seeds.init, config.lora.init
         if ADAPTER in layer.lora_A:
@@ -281,7 +294,7 @@ def seed_weights(wrapped: nn.Module, config: Config) -> None:
 
 def lora_layers(wrapped: nn.Module) -> dict[str, LoraLayer]:
     """PEFT's LoRA layers by the name their module has in the base."""
-    tree = wrapped.get_base_model() if isinstance(wrapped, PeftModel) else wrapped
+    tree: Any = wrapped.get_base_model() if isinstance(wrapped, PeftModel) else wrapped
     return {name: m for name, m in tree.named_modules() if isinstance(m, LoraLayer)}
 
 

@@ -21,7 +21,9 @@ class Mismatch(ValueError):
     """A checkpoint that belongs to another run, or is damaged."""
 
 
-def save(folder: Path, state: dict[str, Tensor], steps_done: int, fingerprint: dict[str, Any]) -> None:
+def save(
+    folder: Path, state: dict[str, Tensor], steps_done: int, fingerprint: dict[str, Any]
+) -> None:
     """Replace the checkpoint in `folder` by this one; a crash leaves the old or the new."""
     from safetensors.torch import save_file
 
@@ -74,7 +76,9 @@ def load(folder: Path, fingerprint: dict[str, Any]) -> tuple[dict[str, Tensor], 
         )
     file = folder / "state.safetensors"
     if hashlib.sha256(file.read_bytes()).hexdigest() != content["sha256"]:
-        raise Mismatch(f"checkpoint {folder}: its tensors are damaged; remove the folder to start again")
+        raise Mismatch(
+            f"checkpoint {folder}: its tensors are damaged; remove the folder to start again"
+        )
     return load_file(file), content["steps_done"]
 
 

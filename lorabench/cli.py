@@ -22,7 +22,8 @@ VERBS = {
 EXAMPLES = """\
 examples:
   lorabench train                                   one run on the embedded base, seconds
-  lorabench train -m head=exclude,lora lora.r=16,32 four runs, one table: lorabench compare outputs/default
+  lorabench train -m head=exclude,lora lora.r=16,32 four runs
+  lorabench compare outputs/default                 their table
   lorabench plan -m experiment=lm_head              what a sweep will do
   lorabench train --cfg job                         every key and its value
 """
@@ -41,12 +42,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"lorabench {__version__}")
         return 0
     handlers: dict[str, Callable[[list[str]], int]] = {
-        "train": train, "plan": plan, "runs": runs, "compare": compare,
-    }  # fmt: skip
+        "train": train,
+        "plan": plan,
+        "runs": runs,
+        "compare": compare,
+    }
     if verb not in handlers:
         from lorabench.config import did_you_mean
 
-        return _fail([f"lorabench: the first word must be one of {', '.join(VERBS)}; got {did_you_mean(verb, VERBS)}"])
+        return _fail(
+            [
+                f"lorabench: the first word must be one of {', '.join(VERBS)}; "
+                f"got {did_you_mean(verb, VERBS)}"
+            ]
+        )
     return _guarded(lambda: handlers[verb](arguments[1:]))
 
 
@@ -113,17 +122,29 @@ def _explain(error: BaseException) -> list[str] | None:
     import omegaconf.errors
 
     text = "\n".join(str(link) for link in chain)
-    found = re.search(r"Could not find '([\w\-./]+)/([^'/]+)'\s+Available options in '[^']+':((?:\n\t\S+)+)", text)
+    found = re.search(
+        r"Could not find '([\w\-./]+)/([^'/]+)'\s+Available options in '[^']+':((?:\n\t\S+)+)", text
+    )
     if found:
         group, name, options = found[1], found[2], found[3].split()
         return [f"{group}: must be one of {', '.join(options)}; got {did_you_mean(name, options)}"]
-    found = re.search(r"(?:Could not override|Could not append to config\. An item is already at|Could not delete from config\.) '([^']+)'", text)
+    found = re.search(
+        r"Could not (?:override|append to config\. An item is already at|delete from config\.)"
+        r" '([^']+)'",
+        text,
+    )
     if found and "not in" in text:
         key = found[1]
-        return [f"{key}: no such key; got {did_you_mean(key, keys())}; `lorabench train --cfg job` prints all keys"]
+        return [
+            f"{key}: no such key; got {did_you_mean(key, keys())}; "
+            "`lorabench train --cfg job` prints all keys"
+        ]
     found = re.search(r"In '[^']+': Could not find '([^']+)'", text)
     if found:
-        return [f"{found[1]}: no such group or file; `lorabench train --info defaults-tree` shows what there is"]
+        return [
+            f"{found[1]}: no such group or file; "
+            "`lorabench train --info defaults-tree` shows what there is"
+        ]
     if isinstance(error, (hydra.errors.HydraException, omegaconf.errors.OmegaConfBaseException)):
         shown = [line.strip() for line in str(error).splitlines() if line.strip()]
         cause = error.__cause__
@@ -203,7 +224,9 @@ class Train:
                 first[job.plan.run_id] = i
                 todo.append(i)
             else:  # two grid points that are the same run
-                outcome = sweep.Outcome(job.plan.run_id, job.label, "finished", job.plan.folder, kept=True)
+                outcome = sweep.Outcome(
+                    job.plan.run_id, job.label, "finished", job.plan.folder, kept=True
+                )
                 kept[i] = dataclasses.asdict(outcome)
         self._display(todo)
         return kept, [[i] for i in todo]
@@ -272,7 +295,10 @@ def _closing(outcomes: list[Any]) -> int:
         lines += [f"  {o.label or 'run'} ({o.folder}): {o.status}: {o.error}" for o in bad]
         return _fail(lines, 1)
     for folder in sorted(folders):
-        print(f"{folder}: {len(outcomes)} of {len(outcomes)} runs done; lorabench compare {folder}", file=sys.stderr)
+        print(
+            f"{folder}: {len(outcomes)} of {len(outcomes)} runs done; lorabench compare {folder}",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -292,8 +318,14 @@ def compose(arguments: list[str]) -> tuple[list[Any], list[str]]:
     with initialize_config_dir(conf_folder(), version_base="1.3", job_name="plan"):
         if not multirun:
             return [hydra_compose("train", overrides)], [" ".join(overrides) or "defaults"]
-        fixed = [o for o in OverridesParser.create().parse_overrides(overrides) if not o.is_sweep_override()]
-        whole = hydra_compose("train", [o.input_line for o in fixed if o.input_line], return_hydra_config=True)
+        fixed = [
+            o
+            for o in OverridesParser.create().parse_overrides(overrides)
+            if not o.is_sweep_override()
+        ]
+        whole = hydra_compose(
+            "train", [o.input_line for o in fixed if o.input_line], return_hydra_config=True
+        )
         params = whole.hydra.sweeper.params or {}
         lines = [f"{key}={value}" for key, value in params.items()] + overrides
         parsed = OverridesParser.create().parse_overrides(lines)
@@ -310,7 +342,10 @@ def plan(arguments: list[str]) -> int:
 
     as_json = "--json" in arguments
     if "-h" in arguments or "--help" in arguments:
-        print("lorabench plan [-m] [--json] KEY=VALUE ...   what `lorabench train` with the same words would do")
+        print(
+            "lorabench plan [-m] [--json] KEY=VALUE ...\n\n"
+            "what `lorabench train` with the same words would do"
+        )
         return 0
     jobs = sweep.plan_jobs(*compose([a for a in arguments if a != "--json"]))
     show.plan(jobs, as_json)
@@ -331,13 +366,13 @@ def _records(folder: Path) -> list[Any]:
     if not folder.is_dir():
         near = [str(p) for p in sorted(folder.parent.glob("*/")) if any(p.glob("*/record.json"))]
         has = f"; sweeps there: {', '.join(near)}" if near else ""
-        raise ConfigErrors([f"folder: must be the folder of a sweep; '{folder}' does not exist{has}"])
+        raise ConfigErrors(f"folder: must be the folder of a sweep; '{folder}' does not exist{has}")
     found = list(record.find(folder))
     if not found:
-        raise ConfigErrors([
+        raise ConfigErrors(
             f"folder: must hold runs (folders with record.json); '{folder}' has none; "
             f"`lorabench train` makes them"
-        ])
+        )
     return found
 
 

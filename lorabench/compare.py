@@ -9,9 +9,16 @@ from lorabench.record import Record
 
 # Keys that name a place or a machine, or are the seeds a setting is repeated over.
 NOT_A_SETTING = (
-    "seed", "seeds.", "output_dir", "sweep", "tracker.", "trainer.device", "trainer.num_threads",
-    "trainer.checkpoint_every", "trainer.log_every",
-)  # fmt: skip
+    "seed",
+    "seeds.",
+    "output_dir",
+    "sweep",
+    "tracker.",
+    "trainer.device",
+    "trainer.num_threads",
+    "trainer.checkpoint_every",
+    "trainer.log_every",
+)
 # Metrics where more is better; of the others less is.
 HIGHER_IS_BETTER = {"exact_match", "answer"}
 
@@ -31,7 +38,9 @@ def setting(record: Record) -> dict[str, Any]:
     return {
         key: value
         for key, value in flatten(record.config).items()
-        if not any(key == name or (name.endswith(".") and key.startswith(name)) for name in NOT_A_SETTING)
+        if not any(
+            key == name or (name.endswith(".") and key.startswith(name)) for name in NOT_A_SETTING
+        )
     }
 
 
@@ -58,9 +67,7 @@ def table(records: list[Record]) -> dict[str, Any]:
     """
     settings = [setting(record) for record in records]
     keys = list(dict.fromkeys(key for one in settings for key in one))
-    varied = [
-        key for key in keys if len({repr(one.get(key)) for one in settings}) > 1
-    ]
+    varied = [key for key in keys if len({repr(one.get(key)) for one in settings}) > 1]
     groups: dict[str, list[int]] = {}
     for i, record in enumerate(records):
         if record.status == "finished":
@@ -81,17 +88,19 @@ def table(records: list[Record]) -> dict[str, Any]:
             if values:
                 metrics.setdefault(split, {})[name] = spread(values)
         costs = [records[i].cost for i in members]
-        rows.append({
-            "setting": {key: settings[members[0]].get(key) for key in varied},
-            "seeds": sorted({records[i].config["seed"] for i in members}),
-            "metrics": metrics,
-            "trainable_parameters": first.plan["trainable_parameters"],
-            "train_seconds": spread([cost.train_seconds for cost in costs]),
-            "total_seconds": spread([cost.total_seconds for cost in costs]),
-            "tokens_per_second": spread([cost.tokens_per_second for cost in costs]),
-            "peak_memory_bytes": spread([float(cost.peak_memory_bytes) for cost in costs]),
-            "runs": [records[i].run_id for i in members],
-        })
+        rows.append(
+            {
+                "setting": {key: settings[members[0]].get(key) for key in varied},
+                "seeds": sorted({records[i].config["seed"] for i in members}),
+                "metrics": metrics,
+                "trainable_parameters": first.plan["trainable_parameters"],
+                "train_seconds": spread([cost.train_seconds for cost in costs]),
+                "total_seconds": spread([cost.total_seconds for cost in costs]),
+                "tokens_per_second": spread([cost.tokens_per_second for cost in costs]),
+                "peak_memory_bytes": spread([float(cost.peak_memory_bytes) for cost in costs]),
+                "runs": [records[i].run_id for i in members],
+            }
+        )
     rows.sort(key=lambda row: [_order(row["setting"][key]) for key in varied])
     left_out: dict[str, list[str]] = {}
     for record in records:

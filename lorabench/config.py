@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Optional, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
@@ -22,8 +22,8 @@ METRICS = ("nll", "exact_match", "answer")
 class ConfigErrors(ValueError):
     """Everything wrong with one config or a whole sweep, collected before anything is loaded."""
 
-    def __init__(self, errors: Iterable[str]):
-        self.errors = list(dict.fromkeys(errors))
+    def __init__(self, errors: Iterable[str] | str):
+        self.errors = list(dict.fromkeys([errors] if isinstance(errors, str) else errors))
         super().__init__("\n".join(self.errors))
 
 
@@ -33,8 +33,8 @@ class ModelConfig:
     """The base model: a hub id, a local folder, or `lorabench:NAME` for an embedded one."""
 
     path: str = MISSING
-    name: Optional[str] = None  # label in tables; None: the last part of path
-    revision: Optional[str] = None  # commit on the hub; ignored for a folder
+    name: str | None = None  # label in tables; None: the last part of path
+    revision: str | None = None  # commit on the hub; ignored for a folder
     dtype: str = "float32"  # of the frozen base weights
     attn_implementation: str = "sdpa"  # sdpa | eager | flash_attention_2
 
@@ -60,8 +60,8 @@ class LoraSettings:
     """PEFT's LoRA settings in PEFT's spelling. The effective scale is lora_alpha / r."""
 
     r: int = 16  # >= 1
-    lora_alpha: Optional[float] = None  # > 0; give this or alpha_ratio, not both
-    alpha_ratio: Optional[float] = None  # lora_alpha / r; with neither given: 2
+    lora_alpha: float | None = None  # > 0; give this or alpha_ratio, not both
+    alpha_ratio: float | None = None  # lora_alpha / r; with neither given: 2
     lora_dropout: float = 0.0  # probability, in [0, 1)
     bias: str = "none"  # none | lora_only | all
     use_rslora: bool = False  # scale lora_alpha / sqrt(r)
@@ -75,12 +75,12 @@ class LoraSettings:
 class SourceConfig:
     """Where the examples of one split come from."""
 
-    path: Optional[str] = None  # jsonl: a file; hub: a dataset id or local folder
-    subset: Optional[str] = None  # hub: configuration name
+    path: str | None = None  # jsonl: a file; hub: a dataset id or local folder
+    subset: str | None = None  # hub: configuration name
     split: str = "train"  # hub: split name
-    revision: Optional[str] = None  # hub: commit
-    prompt: Optional[str] = None  # template over columns; None: data.prompt
-    completion: Optional[str] = None  # template over columns; None: data.completion
+    revision: str | None = None  # hub: commit
+    prompt: str | None = None  # template over columns; None: data.prompt
+    completion: str | None = None  # template over columns; None: data.completion
 
 
 @dataclass
@@ -99,13 +99,13 @@ class DataConfig:
     test: SourceConfig = field(default_factory=SourceConfig)
     prompt: str = "{prompt}"  # template over columns
     completion: str = "{completion}"  # template over columns
-    split_by: Optional[str] = None  # column whose hash splits; None: the prompt
+    split_by: str | None = None  # column whose hash splits; None: the prompt
     validation_fraction: float = 0.05  # taken from train where validation has no path
     test_fraction: float = 0.05  # taken from train where test has no path
     # sizes, in examples; None: all there are
-    num_train: Optional[int] = None
-    num_validation: Optional[int] = None
-    num_test: Optional[int] = None
+    num_train: int | None = None
+    num_validation: int | None = None
+    num_test: int | None = None
     # tokens
     chat_template: bool = False  # prompt as a user turn, completion as the assistant's
     add_bos: bool = True  # where the tokenizer has one
@@ -113,7 +113,7 @@ class DataConfig:
     max_length: int = 512  # tokens of prompt and completion; longer examples are left out, counted
     # scores
     metric: list[str] = field(default_factory=lambda: ["nll", "exact_match"])
-    answer_pattern: Optional[str] = None  # regex; its last match's last group is the answer
+    answer_pattern: str | None = None  # regex; its last match's last group is the answer
     answer_examples: int = 200  # examples to generate on
     answer_max_new_tokens: int = 256
 
@@ -124,7 +124,7 @@ class TrainerConfig:
 
     steps: int = 200
     batch_size: int = 8  # examples a step
-    micro_batch_size: Optional[int] = None  # examples a forward; divides batch_size; None: all
+    micro_batch_size: int | None = None  # examples a forward; divides batch_size; None: all
     lr: float = 1e-3  # peak learning rate
     schedule: str = "linear"  # constant | linear | cosine, after the warm-up, to zero
     warmup_steps: int = 0
@@ -132,16 +132,16 @@ class TrainerConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    max_grad_norm: Optional[float] = 1.0  # None: no clipping
+    max_grad_norm: float | None = 1.0  # None: no clipping
     dtype: str = "${model.dtype}"  # of the computation; bfloat16: autocast, adapters in float32
     gradient_checkpointing: bool = False
     device: str = "auto"  # auto | cuda | cuda:N | mps | cpu
     deterministic: bool = True  # torch.use_deterministic_algorithms
     allow_tf32: bool = False
-    num_threads: Optional[int] = None  # CPU threads; None: torch's choice
+    num_threads: int | None = None  # CPU threads; None: torch's choice
     eval_every: int = 0  # steps between validation losses; 0: only after training
     eval_batch_size: int = 32  # examples
-    eval_examples: Optional[int] = None  # of each split; None: all
+    eval_examples: int | None = None  # of each split; None: all
     log_every: int = 1  # steps between lines of metrics.jsonl
     checkpoint_every: int = 0  # steps between checkpoints; 0: none
 
@@ -153,7 +153,7 @@ class TrackerConfig:
     kind: str = "wandb"  # wandb | none
     mode: str = "offline"  # offline | online | disabled
     project: str = "lorabench"
-    entity: Optional[str] = None
+    entity: str | None = None
     tags: list[str] = field(default_factory=list)  # besides the model's and the head's
 
 
@@ -199,8 +199,11 @@ def typed(cfg: DictConfig) -> Config:
         ConfigErrors: a required key is missing, or a value is out of its range.
     """
     known = [spec.name for spec in fields(Config)]
-    unknown = [f"{key}: no such key; got {did_you_mean(str(key), known)}"
-               for key in cfg if key not in (*known, "hydra")]  # fmt: skip
+    unknown = [
+        f"{key}: no such key; got {did_you_mean(key, known)}"
+        for key in map(str, cfg)
+        if key not in (*known, "hydra")
+    ]
     if unknown:
         raise ConfigErrors(unknown)
     cfg = OmegaConf.masked_copy(cfg, known)
@@ -260,10 +263,9 @@ def keys(cls: type = Config, prefix: str = "") -> list[str]:
     found = []
     hints = get_type_hints(cls)
     for spec in fields(cls):
-        kind = next((t for t in (hints[spec.name], *get_args(hints[spec.name])) if is_dataclass(t)), None)
         found.append(prefix + spec.name)
-        if kind is not None:
-            found += keys(kind, f"{prefix}{spec.name}.")
+        if is_dataclass(hints[spec.name]):
+            found += keys(hints[spec.name], f"{prefix}{spec.name}.")
     return found
 
 
@@ -284,24 +286,38 @@ def range_errors(config: Config) -> list[str]:
     lora, data, trainer, tracker = config.lora, config.data, config.trainer, config.tracker
     one_of("task", config.task, TASKS)
     one_of("model.dtype", config.model.dtype, DTYPES)
-    one_of("model.attn_implementation", config.model.attn_implementation,
-           ("sdpa", "eager", "flash_attention_2"))
+    one_of(
+        "model.attn_implementation",
+        config.model.attn_implementation,
+        ("sdpa", "eager", "flash_attention_2"),
+    )
     one_of("head.policy", config.head.policy, ("exclude", "lora", "full"))
 
     targets = config.target_modules
-    one_of("target_modules.select", targets.select,
-           ("auto", "attention", "mlp", "all-linear", "custom"))
+    one_of(
+        "target_modules.select",
+        targets.select,
+        ("auto", "attention", "mlp", "all-linear", "custom"),
+    )
     if targets.select == "custom":
         valid = isinstance(targets.names, str) or (
             isinstance(targets.names, list) and all(isinstance(n, str) for n in targets.names)
         )
-        must(bool(targets.names) and valid, "target_modules.names",
-             "a list of module names or one regex", targets.names,
-             "for example target_modules.names=[q_proj,v_proj]")
+        must(
+            bool(targets.names) and valid,
+            "target_modules.names",
+            "a list of module names or one regex",
+            targets.names,
+            "for example target_modules.names=[q_proj,v_proj]",
+        )
     else:
-        must(targets.names is None, "target_modules.names",
-             f"left out with target_modules={targets.select}", targets.names,
-             "use target_modules=custom")
+        must(
+            targets.names is None,
+            "target_modules.names",
+            f"left out with target_modules={targets.select}",
+            targets.names,
+            "use target_modules=custom",
+        )
 
     must(lora.r >= 1, "lora.r", "at least 1", lora.r)
     if lora.lora_alpha is not None and lora.alpha_ratio is not None:
@@ -311,12 +327,14 @@ def range_errors(config: Config) -> list[str]:
         )
     for key in ("lora_alpha", "alpha_ratio"):
         value = getattr(lora, key)
-        must(value is None or (math.isfinite(value) and value > 0), f"lora.{key}",
-             "above 0", value)
+        must(value is None or (math.isfinite(value) and value > 0), f"lora.{key}", "above 0", value)
     must(0 <= lora.lora_dropout < 1, "lora.lora_dropout", "in [0, 1)", lora.lora_dropout)
     one_of("lora.bias", lora.bias, ("none", "lora_only", "all"))
     one_of("lora.init", lora.init, ("default", "gaussian", "olora", "pissa"))
-    for key, least in (("rank_pattern", "a whole number of at least 1"), ("alpha_pattern", "above 0")):
+    for key, least in (
+        ("rank_pattern", "a whole number of at least 1"),
+        ("alpha_pattern", "above 0"),
+    ):
         pattern = getattr(lora, key)
         if pattern is not None and not isinstance(pattern, dict):
             must(False, f"lora.{key}", "a mapping such as {q_proj: 8}", pattern)
@@ -328,17 +346,29 @@ def range_errors(config: Config) -> list[str]:
     one_of("data.source", data.source, ("skills", "jsonl", "hub"))
     if data.source == "skills":
         must(bool(data.skills), "data.skills", "at least one skill", data.skills)
-        must(1 <= data.min_word_length <= data.max_word_length, "data.min_word_length",
-             f"in [1, max_word_length={data.max_word_length}]", data.min_word_length)
+        must(
+            1 <= data.min_word_length <= data.max_word_length,
+            "data.min_word_length",
+            f"in [1, max_word_length={data.max_word_length}]",
+            data.min_word_length,
+        )
     else:
-        must(data.train.path is not None, "data.train.path",
-             "a file" if data.source == "jsonl" else "a dataset id or folder", None,
-             "set data.train.path=...")
+        must(
+            data.train.path is not None,
+            "data.train.path",
+            "a file" if data.source == "jsonl" else "a dataset id or folder",
+            None,
+            "set data.train.path=...",
+        )
     must(bool(data.metric), "data.metric", f"a list out of {', '.join(METRICS)}", data.metric)
     for metric in data.metric:
         one_of("data.metric", metric, METRICS)
-    must("answer" not in data.metric or data.answer_pattern is not None, "data.answer_pattern",
-         "a regular expression where data.metric asks for answer", data.answer_pattern)
+    must(
+        "answer" not in data.metric or data.answer_pattern is not None,
+        "data.answer_pattern",
+        "a regular expression where data.metric asks for answer",
+        data.answer_pattern,
+    )
     if data.answer_pattern is not None:
         try:
             re.compile(data.answer_pattern)
@@ -352,12 +382,20 @@ def range_errors(config: Config) -> list[str]:
         must(getattr(data, key) >= 1, f"data.{key}", "at least 1", getattr(data, key))
     for key in ("validation_fraction", "test_fraction"):
         must(0 < getattr(data, key) < 1, f"data.{key}", "in (0, 1)", getattr(data, key))
-    must(data.validation_fraction + data.test_fraction < 1, "data.test_fraction",
-         "such that some examples are left to train on", data.test_fraction)
+    must(
+        data.validation_fraction + data.test_fraction < 1,
+        "data.test_fraction",
+        "such that some examples are left to train on",
+        data.test_fraction,
+    )
 
     micro = trainer.micro_batch_size
-    must(micro is None or (micro >= 1 and trainer.batch_size % micro == 0),
-         "trainer.micro_batch_size", f"a divisor of trainer.batch_size={trainer.batch_size}", micro)
+    must(
+        micro is None or (micro >= 1 and trainer.batch_size % micro == 0),
+        "trainer.micro_batch_size",
+        f"a divisor of trainer.batch_size={trainer.batch_size}",
+        micro,
+    )
     for key in ("steps", "batch_size", "eval_batch_size", "log_every"):
         must(getattr(trainer, key) >= 1, f"trainer.{key}", "at least 1", getattr(trainer, key))
     for key in ("warmup_steps", "eval_every", "checkpoint_every"):
@@ -367,25 +405,54 @@ def range_errors(config: Config) -> list[str]:
     must(trainer.eps > 0, "trainer.eps", "above 0", trainer.eps)
     for key in ("beta1", "beta2"):
         must(0 <= getattr(trainer, key) < 1, f"trainer.{key}", "in [0, 1)", getattr(trainer, key))
-    must(trainer.max_grad_norm is None or trainer.max_grad_norm > 0, "trainer.max_grad_norm",
-         "above 0 or null", trainer.max_grad_norm)
-    must(trainer.num_threads is None or trainer.num_threads >= 1, "trainer.num_threads",
-         "at least 1 or null", trainer.num_threads)
+    must(
+        trainer.max_grad_norm is None or trainer.max_grad_norm > 0,
+        "trainer.max_grad_norm",
+        "above 0 or null",
+        trainer.max_grad_norm,
+    )
+    must(
+        trainer.num_threads is None or trainer.num_threads >= 1,
+        "trainer.num_threads",
+        "at least 1 or null",
+        trainer.num_threads,
+    )
     one_of("trainer.schedule", trainer.schedule, ("constant", "linear", "cosine"))
     one_of("trainer.dtype", trainer.dtype, DTYPES)
-    must(trainer.dtype == config.model.dtype
-         or (trainer.dtype, config.model.dtype) == ("bfloat16", "float32"), "trainer.dtype",
-         f"model.dtype={config.model.dtype}, or bfloat16 (autocast) over float32", trainer.dtype)
-    must(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", trainer.device) is not None, "trainer.device",
-         "auto, cpu, mps, cuda or cuda:N", trainer.device)
+    must(
+        trainer.dtype == config.model.dtype
+        or (trainer.dtype, config.model.dtype) == ("bfloat16", "float32"),
+        "trainer.dtype",
+        f"model.dtype={config.model.dtype}, or bfloat16 (autocast) over float32",
+        trainer.dtype,
+    )
+    must(
+        re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", trainer.device) is not None,
+        "trainer.device",
+        "auto, cpu, mps, cuda or cuda:N",
+        trainer.device,
+    )
 
     one_of("tracker.kind", tracker.kind, ("wandb", "none"))
     one_of("tracker.mode", tracker.mode, ("offline", "online", "disabled"))
     for key in ("init", "data", "dropout"):
-        must(getattr(config.seeds, key) >= 0, f"seeds.{key}", "at least 0",
-             getattr(config.seeds, key))
-    must(not config.stages, "stages", "empty: this version trains every module from step 0",
-         config.stages, "use stages=none")
-    must(re.fullmatch(r"[\w.\-]+", config.sweep) is not None and config.sweep not in (".", ".."),
-         "sweep", "one folder name of letters, digits, '.', '_' and '-'", config.sweep)
+        must(
+            getattr(config.seeds, key) >= 0,
+            f"seeds.{key}",
+            "at least 0",
+            getattr(config.seeds, key),
+        )
+    must(
+        not config.stages,
+        "stages",
+        "empty: this version trains every module from step 0",
+        config.stages,
+        "use stages=none",
+    )
+    must(
+        re.fullmatch(r"[\w.\-]+", config.sweep) is not None and config.sweep not in (".", ".."),
+        "sweep",
+        "one folder name of letters, digits, '.', '_' and '-'",
+        config.sweep,
+    )
     return errors

@@ -46,7 +46,8 @@ def evaluate(
         nll_RN, argmax_RN, example_N = (
             part.cpu().numpy()
             for part in pack.score(
-                torch.from_numpy(input_ids).to(pack.device), torch.from_numpy(labels).to(pack.device)
+                torch.from_numpy(input_ids).to(pack.device),
+                torch.from_numpy(labels).to(pack.device),
             )
         )
         target_N = labels[:, 1:][labels[:, 1:] != -100]
@@ -117,9 +118,12 @@ def answers(
                     input_ids=input_ids.to(pack.device),
                     attention_mask=mask.to(pack.device),
                     max_new_tokens=settings.answer_max_new_tokens,
-                    do_sample=False, num_beams=1, use_cache=True, pad_token_id=pad_id,
+                    do_sample=False,
+                    num_beams=1,
+                    use_cache=True,
+                    pad_token_id=pad_id,
                     eos_token_id=tokenizer.eos_token_id,
-                )  # fmt: skip
+                )
             texts = tokenizer.batch_decode(written[:, width:].cpu(), skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):
                 reference = tokenizer.decode(

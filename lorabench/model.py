@@ -22,14 +22,22 @@ from lorabench.config import ConfigErrors, ModelConfig, nearest
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
 ZOO = Path(__file__).parent / "zoo"
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
     "chat_template.json",
-)  # fmt: skip
+)
 
 
 def location(model: ModelConfig) -> str:
@@ -39,10 +47,10 @@ def location(model: ModelConfig) -> str:
         folder = ZOO / name
         if not (folder / "config.json").is_file():
             embedded = sorted(p.parent.name for p in ZOO.glob("*/config.json"))
-            raise ConfigErrors([
+            raise ConfigErrors(
                 f"model.path: 'lorabench:NAME' must name an embedded base "
                 f"({', '.join(embedded)}); got '{name}'"
-            ])
+            )
         return str(folder)
     return model.path
 
@@ -52,13 +60,17 @@ def local_folder(model: ModelConfig) -> Path | None:
     where = location(model)
     if Path(where).is_dir():
         return Path(where).resolve()
-    if where.startswith((".", "/", "~", os.sep)) or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", where):
+    if where.startswith((".", "/", "~", os.sep)) or not re.fullmatch(
+        r"[\w.\-]+(/[\w.\-]+)?", where
+    ):
         folder = Path(where).parent
-        near = nearest(Path(where).name, [p.name for p in folder.iterdir()]) if folder.is_dir() else []
-        raise ConfigErrors([
+        near = (
+            nearest(Path(where).name, [p.name for p in folder.iterdir()]) if folder.is_dir() else []
+        )
+        raise ConfigErrors(
             f"model.path: must be a folder with a transformers checkpoint, or a hub id; no folder "
             f"'{where}'" + (f" (did you mean '{folder / near[0]}'?)" if near else "")
-        ])
+        )
     return None
 
 
@@ -113,7 +125,7 @@ def _hub_commit(path: str, revision: str | None) -> str:
     try:
         return str(HfApi().model_info(path, revision=wanted).sha)
     except Exception as error:
-        raise ConfigErrors([hub_failure("model.path", path, error)]) from error
+        raise ConfigErrors(hub_failure("model.path", path, error)) from error
 
 
 def hub_commit(model: ModelConfig) -> str:
@@ -134,11 +146,14 @@ def hub_failure(key: str, path: str, error: BaseException) -> str:
             f"with {key}=/path/to/checkpoint"
         )
     if status == 404 or "RepositoryNotFound" in text or "RevisionNotFound" in text:
-        return f"{key}: the hub knows no '{path}' at that revision; check the name, or give a local folder with {key}=/path/to/checkpoint"
+        return (
+            f"{key}: the hub knows no '{path}' at that revision; check the name, or give a local "
+            f"folder with {key}=/path/to/checkpoint"
+        )
     first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
     return (
-        f"{key}: '{path}' is not a local folder and could not be had from the hub ({first}); give a "
-        f"local folder with {key}=/path/to/checkpoint, or run once with a network to fill the cache"
+        f"{key}: '{path}' is no local folder and cannot be had from the hub ({first}); give "
+        f"a local folder with {key}=/path/to/checkpoint, or run once with a network to fill the cache"
     )
 
 
@@ -194,11 +209,13 @@ def _call(model: ModelConfig, load: Callable[..., Any], **options: Any) -> Any:
         return load(location(model), **options)
     except (OSError, ConnectionError) as error:
         if folder is None:
-            raise ConfigErrors([hub_failure("model.path", model.path, error)]) from error
-        raise ConfigErrors([f"model.path: '{model.path}' does not load: {str(error).splitlines()[0]}"]) from error
+            raise ConfigErrors(hub_failure("model.path", model.path, error)) from error
+        raise ConfigErrors(
+            f"model.path: '{model.path}' does not load: {str(error).splitlines()[0]}"
+        ) from error
     except ValueError as error:  # an architecture or file this transformers does not know
         first = str(error).strip().splitlines()[0]
-        raise ConfigErrors([f"model.path: '{model.path}' does not load: {first}"]) from error
+        raise ConfigErrors(f"model.path: '{model.path}' does not load: {first}") from error
 
 
 def _must_be_reachable(model: ModelConfig) -> None:
@@ -217,9 +234,9 @@ def _must_be_reachable(model: ModelConfig) -> None:
     try:
         socket.getaddrinfo(host, 443)
     except OSError as error:
-        raise ConfigErrors([
+        raise ConfigErrors(
             hub_failure("model.path", model.path, OSError(f"no network: {host} does not resolve"))
-        ]) from error
+        ) from error
 
 
 def architecture(model: ModelConfig) -> Any:
@@ -231,14 +248,17 @@ def architecture(model: ModelConfig) -> Any:
     from transformers import AutoConfig
 
     config = _call(model, AutoConfig.from_pretrained)
-    for part in {id(config): config, id(config.get_text_config()): config.get_text_config()}.values():
+    for part in {
+        id(config): config,
+        id(config.get_text_config()): config.get_text_config(),
+    }.values():
         for key, value in list(vars(part).items()):
             if isinstance(value, float) and re.search(r"dropout|pdrop", key) and value:
                 setattr(part, key, 0.0)
     return config
 
 
-def skeleton(model: ModelConfig) -> nn.Module:
+def skeleton(model: ModelConfig) -> PreTrainedModel:
     """The model on the meta device: every name and shape, no weights."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -251,10 +271,10 @@ def skeleton(model: ModelConfig) -> nn.Module:
             )
     except (ValueError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ConfigErrors([f"model.path: '{model.path}' cannot be built: {first}"]) from error
+        raise ConfigErrors(f"model.path: '{model.path}' cannot be built: {first}") from error
 
 
-def load(model: ModelConfig, device: str) -> nn.Module:
+def load(model: ModelConfig, device: str) -> PreTrainedModel:
     """The frozen base on its device, in evaluation mode, no parameter trainable."""
     from transformers import AutoModelForCausalLM
 
@@ -277,7 +297,9 @@ def tokenizer(model: ModelConfig) -> Any:
     return _call(model, AutoTokenizer.from_pretrained)
 
 
-def share(base: nn.Module, owned: Callable[[str], bool] = lambda name: False) -> nn.Module:
+def share(
+    base: PreTrainedModel, owned: Callable[[str], bool] = lambda name: False
+) -> PreTrainedModel:
     """A second module tree over the same tensors: injecting into it leaves the base as it was.
 
     Args:
@@ -288,7 +310,7 @@ def share(base: nn.Module, owned: Callable[[str], bool] = lambda name: False) ->
     return copy.deepcopy(base, memo)
 
 
-def output_head(base: nn.Module) -> tuple[str, nn.Module] | None:
+def output_head(base: PreTrainedModel) -> tuple[str, nn.Module] | None:
     """Name and module of the output layer; None where the model has none."""
     head = base.get_output_embeddings()
     if head is None:
@@ -296,18 +318,18 @@ def output_head(base: nn.Module) -> tuple[str, nn.Module] | None:
     return next(name for name, module in base.named_modules() if module is head), head
 
 
-def is_tied(base: nn.Module) -> bool:
+def is_tied(base: PreTrainedModel) -> bool:
     """Whether the head's weight is the input embedding's."""
     head = output_head(base)
     return head is not None and head[1].weight is base.get_input_embeddings().weight
 
 
-def num_parameters(base: nn.Module) -> int:
+def num_parameters(base: PreTrainedModel) -> int:
     """Parameters, tied ones counted once."""
     return sum(p.numel() for p in base.parameters())
 
 
-def checksum(base: nn.Module) -> str:
+def checksum(base: PreTrainedModel) -> str:
     """A hash over names, shapes and bits of every parameter and persistent buffer.
 
     Two position-weighted integer sums a tensor, taken on its own device: a single changed bit
@@ -318,7 +340,9 @@ def checksum(base: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in base.state_dict(keep_vars=True).items():
         bits = tensor.detach().contiguous().view(-1)
-        bits = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
+        bits = bits.view(
+            {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()]
+        )
         plain = weighted = 0
         for start in range(0, bits.numel(), 1 << 24):
             block = bits[start : start + (1 << 24)].to(torch.int64)

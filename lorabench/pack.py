@@ -10,11 +10,12 @@ carry a loss.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lorabench import adapters
 from lorabench import model as base_model
@@ -58,17 +59,19 @@ def autocast(config: Config, device: str) -> AbstractContextManager[Any]:
 class ModulePack:
     """One run on PEFT's own modules: whatever PEFT can train, this can."""
 
-    def __init__(self, base: nn.Module, config: Config, modules: list[str], device: str):
+    def __init__(self, base: PreTrainedModel, config: Config, modules: list[str], device: str):
         self.config, self.device = config, device
         self.wrapped = adapters.attach(base, config, modules)
         self.clock = adapters.Clock(config.seeds.dropout)
         adapters.key_dropout(self.wrapped, self.clock)
         self.parameters = adapters.trainable(self.wrapped)
-        self.tree = self.wrapped.get_base_model()
+        self.tree = cast(Any, self.wrapped.get_base_model())
         self.tree.train()  # base dropouts are zero; checkpointing asks for training mode
         if config.trainer.gradient_checkpointing:
             enable = getattr(  # its name since transformers 5.23
-                self.tree, "activation_checkpointing_enable", self.tree.gradient_checkpointing_enable
+                self.tree,
+                "activation_checkpointing_enable",
+                self.tree.gradient_checkpointing_enable,
             )
             enable({"use_reentrant": False})
         head = base_model.output_head(self.tree)
@@ -76,9 +79,13 @@ class ModulePack:
         self.head_rows = HeadRows(head[1])
         trainer = config.trainer
         self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()), lr=trainer.lr, betas=(trainer.beta1, trainer.beta2),
-            eps=trainer.eps, weight_decay=trainer.weight_decay, fused=device != "mps",
-        )  # fmt: skip
+            list(self.parameters.values()),
+            lr=trainer.lr,
+            betas=(trainer.beta1, trainer.beta2),
+            eps=trainer.eps,
+            weight_decay=trainer.weight_decay,
+            fused=device != "mps",
+        )
 
     @property
     def size(self) -> int:

@@ -150,10 +150,10 @@ def make(config: Config) -> Plan:
     total = base_model.num_parameters(base)
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     if positions and config.data.max_length > positions:
-        raise ConfigErrors([
+        raise ConfigErrors(
             f"data.max_length: must be at most the {positions} positions of base model "
             f"'{model_name(config.model)}'; got {config.data.max_length}"
-        ])
+        )
     weight_bytes = 8 if config.trainer.dtype == "float64" else 4
     text = base.config.get_text_config()
     tokens = (config.trainer.micro_batch_size or config.trainer.batch_size) * config.data.max_length
@@ -173,9 +173,18 @@ def make(config: Config) -> Plan:
         total_parameters=total,
         scale=scale(config.lora),
         head=head,
-        memory_bytes=RUNTIME_BYTES + base_bytes + 4 * weight_bytes * trainable + activations + logits,
-        disk_bytes=weight_bytes * trainable * (4 if config.trainer.checkpoint_every else 1) + 300_000,
-        train_flops=4.0 * total * config.trainer.steps * config.trainer.batch_size * config.data.max_length,
+        memory_bytes=RUNTIME_BYTES
+        + base_bytes
+        + 4 * weight_bytes * trainable
+        + activations
+        + logits,
+        disk_bytes=weight_bytes * trainable * (4 if config.trainer.checkpoint_every else 1)
+        + 300_000,
+        train_flops=4.0
+        * total
+        * config.trainer.steps
+        * config.trainer.batch_size
+        * config.data.max_length,
         tracker=tracker_address(config),
         warnings=warnings,
     )
@@ -186,10 +195,10 @@ def _head_plan(config: Config, base: Any) -> HeadPlan:
     tied = base_model.is_tied(base)
     name = found[0] if found else None
     if config.head.policy != "exclude" and name is None:
-        raise ConfigErrors([
+        raise ConfigErrors(
             f"head: must be exclude where the base has no output head; "
             f"'{model_name(config.model)}' has none; got {config.head.policy}"
-        ])
+        )
     consequence = {
         "exclude": "frozen; the adapter merges and converts like any other",
         "lora": (
@@ -224,7 +233,9 @@ def _warnings(config: Config, base: Any) -> list[str]:
         original = AutoConfig.from_pretrained(where)
         for key, value in vars(original).items():
             if isinstance(value, float) and ("dropout" in key or "pdrop" in key) and value:
-                found.append(f"the base's own {key}={value:g} is switched off: only lora_dropout acts")
+                found.append(
+                    f"the base's own {key}={value:g} is switched off: only lora_dropout acts"
+                )
     return found
 
 
@@ -238,4 +249,6 @@ def tracker_address(config: Config) -> str:
     if tracker.mode == "offline":
         return f"wandb offline files in {Path(config.output_dir) / config.sweep / 'wandb'}"
     url = os.environ.get("WANDB_BASE_URL", "the wandb client's default server")
-    return f"wandb at {url}, project {tracker.entity + '/' if tracker.entity else ''}{tracker.project}"
+    return (
+        f"wandb at {url}, project {tracker.entity + '/' if tracker.entity else ''}{tracker.project}"
+    )

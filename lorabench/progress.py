@@ -33,15 +33,21 @@ class Display:
     def __enter__(self) -> Display:
         if self.console.is_terminal and self.num_runs:
             self.live = Progress(
-                TextColumn("{task.fields[runs]}"), BarColumn(bar_width=24),
-                TextColumn("{task.fields[text]}"), console=self.console, transient=True,
-            )  # fmt: skip
+                TextColumn("{task.fields[runs]}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[text]}"),
+                console=self.console,
+                transient=True,
+            )
             self.bar = self.live.add_task("", total=self.steps_total, runs="", text="starting")
             self.live.start()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self.live is not None:
             self.live.stop()
@@ -52,12 +58,16 @@ class Display:
         self.console.print(text, markup=False)
         sys.stderr.flush()
 
-    def step(self, label: str, step: int, steps: int, loss: float, tokens_per_second: float) -> None:
+    def step(
+        self, label: str, step: int, steps: int, loss: float, tokens_per_second: float
+    ) -> None:
         """A run has done `step` of its `steps`."""
         self.steps_done += 1
         elapsed = time.monotonic() - self.started
         left = clock(elapsed / self.steps_done * (self.steps_total - self.steps_done))
-        text = f"step {step}/{steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {left} left"
+        text = (
+            f"step {step}/{steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {left} left"
+        )
         if self.live is not None and self.bar is not None:
             runs = f"run {self.runs_done + 1}/{self.num_runs}"
             self.live.update(

@@ -19,20 +19,30 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 SCHEMA_VERSION = 1
 PACKAGES = (
-    "lorabench", "torch", "transformers", "peft", "tokenizers", "datasets", "safetensors",
-    "hydra-core", "omegaconf", "wandb", "numpy", "pandas", "pyarrow", "pydantic",
-)  # fmt: skip
+    "lorabench",
+    "torch",
+    "transformers",
+    "peft",
+    "tokenizers",
+    "datasets",
+    "safetensors",
+    "hydra-core",
+    "omegaconf",
+    "wandb",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "pydantic",
+)
 Status = Literal["running", "finished", "stopped", "interrupted", "failed"]
 
 
 class Metric(BaseModel):
     """One value over one split, with the version of its definition."""
-
-    model_config = ConfigDict(ser_json_inf_nan="strings")  # null would not read back
 
     value: float | None  # None: not finite
     num_examples: int
@@ -53,8 +63,6 @@ class Cost(BaseModel):
 
 class Record(BaseModel):
     """record.json."""
-
-    model_config = ConfigDict(ser_json_inf_nan="strings")
 
     schema_version: int = SCHEMA_VERSION
     run_id: str
@@ -200,8 +208,11 @@ def git_state() -> dict[str, str | None]:
         try:
             done = subprocess.run(
                 ["git", "-C", str(Path(__file__).parent), *arguments],
-                capture_output=True, text=True, timeout=20, check=False,
-            )  # fmt: skip
+                capture_output=True,
+                text=True,
+                timeout=20,
+                check=False,
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
@@ -229,8 +240,11 @@ def driver() -> str | None:
     try:
         done = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=20, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout else None

@@ -79,32 +79,49 @@ def plan(jobs: list[Job], as_json: bool) -> None:
         return
     out = console()
     first = jobs[0]
-    table = Table(title=f"{len(jobs)} run{'s' if len(jobs) > 1 else ''} on {first.plan.model}", title_justify="left")
+    table = Table(
+        title=f"{len(jobs)} run{'s' if len(jobs) > 1 else ''} on {first.plan.model}",
+        title_justify="left",
+    )
     for name in ("run", "what", "modules", "trainable", "scale", "head", "memory", "seconds"):
         table.add_column(name, justify="left" if name in ("run", "what", "head") else "right")
     for job, planned in zip(jobs, plans, strict=True):
         head = job.plan.head
         table.add_row(
-            job.plan.run_id, job.label, str(len(job.plan.lora_modules)),
-            quantity(job.plan.trainable_parameters), f"{job.plan.scale:g}",
-            f"{head.policy}{', tied' if head.tied else ''}", f"~{size(job.plan.memory_bytes)}",
+            job.plan.run_id,
+            job.label,
+            str(len(job.plan.lora_modules)),
+            quantity(job.plan.trainable_parameters),
+            f"{job.plan.scale:g}",
+            f"{head.policy}{', tied' if head.tied else ''}",
+            f"~{size(job.plan.memory_bytes)}",
             f"~{planned['seconds']:.0f}",
-        )  # fmt: skip
+        )
     out.print(table)
     config = first.config
     total = first.plan.total_parameters
-    out.print(f"base      {first.plan.model}: {quantity(total)} parameters, {config.model.dtype}, {config.model.path}")
-    out.print(f"training  {config.trainer.steps} steps of {config.trainer.batch_size} examples, "
-              f"lr {config.trainer.lr:g} {config.trainer.schedule}, computed in {config.trainer.dtype}")  # fmt: skip
+    out.print(
+        f"base      {first.plan.model}: {quantity(total)} parameters, {config.model.dtype}, "
+        f"{config.model.path}"
+    )
+    out.print(
+        f"training  {config.trainer.steps} steps of {config.trainer.batch_size} examples, "
+        f"lr {config.trainer.lr:g} {config.trainer.schedule}, computed in {config.trainer.dtype}"
+    )
     for policy in dict.fromkeys(job.plan.head.policy for job in jobs):
         head = next(job.plan.head for job in jobs if job.plan.head.policy == policy)
         out.print(f"head      {policy} ({head.module}): {head.consequence}")
     for modules, count in _module_sets(jobs):
         out.print(f"modules   {count}: {_shorten(modules)}")
-    out.print(f"folder    {Path(first.plan.folder).parent}, ~{size(sum(j.plan.disk_bytes for j in jobs))} in all")
+    out.print(
+        f"folder    {Path(first.plan.folder).parent}, "
+        f"~{size(sum(j.plan.disk_bytes for j in jobs))} in all"
+    )
     out.print(f"tracker   {first.plan.tracker}")
     total_seconds = sum(p["seconds"] for p in plans)
-    out.print(f"time      ~{total_seconds:.0f} s for all runs (a rough estimate from a short measurement of this machine)")
+    out.print(
+        f"time      ~{total_seconds:.0f} s for all runs, from a short measurement of this machine"
+    )
     for warning in dict.fromkeys(w for job in jobs for w in job.plan.warnings):
         out.print(f"warning   {warning}", style="yellow")
     if len(jobs) > 1 or first.plan.lora_modules:
@@ -171,23 +188,43 @@ def runs(found: list[tuple[Path, Record]], as_json: bool) -> None:
 
     table = compare.table([record for _, record in found])
     if as_json:
-        dump([
-            {"run_id": r.run_id, "folder": str(path), "status": r.status, "error": r.error,
-             "steps_done": r.steps_done, "seeds": r.seeds, "setting": one["setting"]}
-            for (path, r), one in zip(found, table["runs"], strict=True)
-        ])  # fmt: skip
+        dump(
+            [
+                {
+                    "run_id": r.run_id,
+                    "folder": str(path),
+                    "status": r.status,
+                    "error": r.error,
+                    "steps_done": r.steps_done,
+                    "seeds": r.seeds,
+                    "setting": one["setting"],
+                }
+                for (path, r), one in zip(found, table["runs"], strict=True)
+            ]
+        )
         return
     out = Table(title=f"{found[0][0].parent}: {len(found)} runs", title_justify="left")
-    for name in ("run", *_short_keys(table["varied"]), "seed", "status", "steps", "seconds", "error"):
+    for name in (
+        "run",
+        *_short_keys(table["varied"]),
+        "seed",
+        "status",
+        "steps",
+        "seconds",
+        "error",
+    ):
         out.add_column(name)
     for (_, record), one in zip(found, table["runs"], strict=True):
         colour = COLOURS.get(record.status, "cyan")
         out.add_row(
-            record.run_id, *(_value(one["setting"][key]) for key in table["varied"]),
-            str(record.config["seed"]), Text(record.status, colour),
+            record.run_id,
+            *(_value(one["setting"][key]) for key in table["varied"]),
+            str(record.config["seed"]),
+            Text(record.status, colour),
             f"{record.steps_done}/{record.config['trainer']['steps']}",
-            f"{record.cost.total_seconds:.1f}", record.error or "",
-        )  # fmt: skip
+            f"{record.cost.total_seconds:.1f}",
+            record.error or "",
+        )
     console().print(out)
 
 
@@ -212,7 +249,9 @@ def comparison(table: dict[str, Any], folder: Path, as_json: bool) -> None:
     if not rows:
         out.print(f"{folder}: no run has finished; lorabench runs {folder} shows their status")
         return
-    metrics = list(dict.fromkeys((s, n) for row in rows for s in ("test",) for n in row["metrics"].get(s, {})))
+    metrics = list(
+        dict.fromkeys((s, n) for row in rows for s in ("test",) for n in row["metrics"].get(s, {}))
+    )
     title = f"{folder}: {len(rows)} settings, mean ± standard deviation over seeds"
     shown = Table(title=title, title_justify="left")
     for name in _short_keys(table["varied"]):
@@ -233,11 +272,17 @@ def comparison(table: dict[str, Any], folder: Path, as_json: bool) -> None:
         for split, name in metrics:
             value = row["metrics"].get(split, {}).get(name)
             text = "" if value is None else with_spread(value)
+            if value is not None and value["n"] < row["train_seconds"]["n"]:
+                text += f" ({value['n']} of {row['train_seconds']['n']} finite)"
             is_best = value is not None and value["mean"] == best.get((split, name))
             cells.append(Text(text, "bold") if is_best and len(rows) > 1 else text)
         count = row["train_seconds"]["n"]
-        cells += [str(count), quantity(row["trainable_parameters"]),
-                  f"{row['train_seconds']['mean']:.1f}", size(row["peak_memory_bytes"]["max"])]  # fmt: skip
+        cells += [
+            str(count),
+            quantity(row["trainable_parameters"]),
+            f"{row['train_seconds']['mean']:.1f}",
+            size(row["peak_memory_bytes"]["max"]),
+        ]
         shown.add_row(*cells)
     out.print(shown)
     for status, ids in table["left_out"].items():

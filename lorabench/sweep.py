@@ -5,6 +5,7 @@ Stands between the launcher or the command line and the rooms that do the work.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -85,7 +86,9 @@ def plan_jobs(composed: list[DictConfig], labels: list[str]) -> list[Job]:
                 for error in refused.errors:
                     errors.setdefault(error, []).append(label)
     if errors:
-        raise ConfigErrors(_with_runs(error, where, len(composed)) for error, where in errors.items())
+        raise ConfigErrors(
+            _with_runs(error, where, len(composed)) for error, where in errors.items()
+        )
     return jobs
 
 
@@ -158,11 +161,11 @@ class Shared:
                         f"{config.data.max_length} tokens are left out (data.max_length)"
                     )
                 if not tokens.input_ids:
-                    raise ConfigErrors([
+                    raise ConfigErrors(
                         f"data.{split}: must keep an example of at most data.max_length="
                         f"{config.data.max_length} tokens; all {tokens.num_too_long} are longer; "
                         f"raise data.max_length"
-                    ])
+                    )
             self.tokens[key] = (found, notes)
         return self.tokens[key]
 
@@ -178,9 +181,11 @@ def choose_device(wanted: str) -> str:
         if torch.cuda.is_available():
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if not there.get(wanted.partition(":")[0], lambda: True)():
-        raise ConfigErrors([f"trainer.device: must be on this machine; got {wanted}; use auto or cpu"])
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(wanted.partition(":")[0], True):
+        raise ConfigErrors(
+            f"trainer.device: must be on this machine; got {wanted}; use auto or cpu"
+        )
     return wanted
 
 
@@ -212,10 +217,9 @@ class PeakMemory:
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            try:  # Linux: forget the high-water mark of the runs before
+            # Linux: forget the high-water mark of the runs before.
+            with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")
-            except OSError:
-                pass
 
     def bytes(self) -> int:
         import torch
@@ -249,14 +253,22 @@ def _run(job: Job, display: Display) -> Outcome:
     folder, config = job.folder, job.config
     seeds = dataclasses.asdict(config.seeds)
     entry = record.Record(
-        run_id=job.plan.run_id, sweep=config.sweep, status="running", seeds=seeds,
-        config=dataclasses.asdict(config), plan=job.plan.model_dump(), provenance={},
-        process=record.this_process(), started=record.now(),
-    )  # fmt: skip
+        run_id=job.plan.run_id,
+        sweep=config.sweep,
+        status="running",
+        seeds=seeds,
+        config=dataclasses.asdict(config),
+        plan=job.plan.model_dump(),
+        provenance={},
+        process=record.this_process(),
+        started=record.now(),
+    )
     begun = time.perf_counter()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        record.write_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(entry.config)))
+        record.write_atomic(
+            folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(entry.config))
+        )
         entry.write(folder)
         _train_and_record(job, entry, display)
     except KeyboardInterrupt:
@@ -328,7 +340,9 @@ def _train_and_record(job: Job, entry: record.Record, display: Display) -> None:
     fingerprint = {
         "run_id": job.plan.run_id,
         "parameters": [[n, list(p.shape)] for n, p in pack.parameters.items()],
-        "packages": {k: v for k, v in record.versions().items() if k in ("torch", "peft", "transformers")},
+        "packages": {
+            k: v for k, v in record.versions().items() if k in ("torch", "peft", "transformers")
+        },
         **entry.hashes,
     }
     saved = checkpoint.load(folder / "checkpoint", fingerprint)
@@ -338,16 +352,23 @@ def _train_and_record(job: Job, entry: record.Record, display: Display) -> None:
         display.skip(saved[1])
     rows = _kept_rows(folder / "metrics.jsonl", entry.steps_done)
     tracker = tracking.start(
-        config.tracker, run_id=job.plan.run_id, sweep=config.sweep, name=job.label,
-        tags=[job.plan.model, f"head={config.head.policy}"], config=entry.config,
-        folder=folder.parent, notify=display.say,
-    )  # fmt: skip
+        config.tracker,
+        run_id=job.plan.run_id,
+        sweep=config.sweep,
+        name=job.label,
+        tags=[job.plan.model, f"head={config.head.policy}"],
+        config=entry.config,
+        folder=folder.parent,
+        notify=display.say,
+    )
     begun = time.perf_counter()
     tokens_seen = 0
     stopped = False
-    evaluated = splits if trainer.eval_examples is None else {
-        name: split.first(trainer.eval_examples) for name, split in splits.items()
-    }
+    evaluated = (
+        splits
+        if trainer.eval_examples is None
+        else {name: split.first(trainer.eval_examples) for name, split in splits.items()}
+    )
     try:
         with open(folder / "metrics.jsonl", "w", encoding="utf-8") as metrics_file:
             for row in rows:
@@ -358,18 +379,27 @@ def _train_and_record(job: Job, entry: record.Record, display: Display) -> None:
                 seconds = time.perf_counter() - begun
                 stopped = not np.isfinite([*step.loss, *step.grad_norm]).all()
                 if step.step % trainer.log_every == 0 or step.step == trainer.steps or stopped:
-                    row = {"train/loss": step.loss[0], "train/lr": step.lr,
-                           "train/grad_norm": step.grad_norm[0],
-                           "train/tokens_per_second": tokens_seen / seconds}  # fmt: skip
+                    row = {
+                        "train/loss": step.loss[0],
+                        "train/lr": step.lr,
+                        "train/grad_norm": step.grad_norm[0],
+                        "train/tokens_per_second": tokens_seen / seconds,
+                    }
                     record.append_line(metrics_file, {"step": step.step, **row, "seconds": seconds})
                     tracker.log(row, step.step)
-                display.step(job.label, step.step, trainer.steps, step.loss[0], tokens_seen / seconds)
+                display.step(
+                    job.label, step.step, trainer.steps, step.loss[0], tokens_seen / seconds
+                )
                 if stopped:
                     entry.error = f"stopped at step {step.step}: loss or gradient is not finite"
                     display.skip(trainer.steps - step.step)
                     break
                 entry.steps_done = step.step
-                if trainer.eval_every and step.step % trainer.eval_every == 0 and step.step < trainer.steps:
+                if (
+                    trainer.eval_every
+                    and step.step % trainer.eval_every == 0
+                    and step.step < trainer.steps
+                ):
                     table = evaluate(pack, evaluated["validation"], tokenizer, pad_id, ["nll"])[0]
                     value = summarise(table, ["nll"])["nll"][0]
                     record.append_line(metrics_file, {"step": step.step, "validation/nll": value})
@@ -390,7 +420,11 @@ def _train_and_record(job: Job, entry: record.Record, display: Display) -> None:
                 written = answers(pack, evaluated[split], tokenizer, pad_id, config.data)
                 table = table.merge(written, on="example", how="left")
             entry.metrics[split] = {
-                name: record.Metric(value=value if np.isfinite(value) else None, num_examples=count, definition=DEFINITIONS[name])
+                name: record.Metric(
+                    value=value if np.isfinite(value) else None,
+                    num_examples=count,
+                    definition=DEFINITIONS[name],
+                )
                 for name, (value, count) in summarise(table, config.data.metric).items()
             }
             table.insert(0, "split", split)
@@ -411,8 +445,13 @@ def _train_and_record(job: Job, entry: record.Record, display: Display) -> None:
             for name, metric in scores.items()
             if metric.value is not None
         }
-        tracker.finish(summary | {"trainable_parameters": job.plan.trainable_parameters,
-                                  "train_seconds": entry.cost.train_seconds})  # fmt: skip
+        tracker.finish(
+            summary
+            | {
+                "trainable_parameters": job.plan.trainable_parameters,
+                "train_seconds": entry.cost.train_seconds,
+            }
+        )
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and entry.steps_done:
             checkpoint.save(folder / "checkpoint", pack.state(), entry.steps_done, fingerprint)

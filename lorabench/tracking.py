@@ -107,10 +107,13 @@ def start(
                 resume="allow" if mode == "online" else None,
                 reinit="create_new",  # the default would hand back the previous run of the process
                 settings=wandb.Settings(
-                    init_timeout=20, finish_timeout=30, console="off", silent=True,
+                    init_timeout=20,
+                    finish_timeout=30,
+                    console="off",
+                    silent=True,
                     x_disable_stats=True,
                 ),
-            )  # fmt: skip
+            )
             run.define_metric("step")
             for pattern in ("train/loss", "validation/*", "test/*"):
                 run.define_metric(pattern, step_metric="step", summary="last")

@@ -61,12 +61,13 @@ def train(
             part = slice(first, first + micro)
             losses.append(
                 pack.forward_backward(
-                    step, micro_step,
+                    step,
+                    micro_step,
                     torch.from_numpy(input_ids[part]).to(pack.device),
                     torch.from_numpy(labels[part]).to(pack.device),
                     num_targets,
                 )
-            )  # fmt: skip
+            )
         lr = learning_rate(trainer, step)
         grad_norm = pack.update(lr)
         yield Step(

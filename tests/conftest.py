@@ -22,9 +22,15 @@ from lorabench import cli, config
 # One thread: as fast for models this small, and steady on a shared machine.
 torch.set_num_threads(1)
 
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-         "max_position_embeddings": 128}  # fmt: skip
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+}
 
 
 def composed(*overrides: str) -> config.Config:
@@ -44,9 +50,21 @@ def tiny_config(kind: str, vocab_size: int) -> Any:
 
     common = SMALL | {"vocab_size": vocab_size}
     if kind == "gpt2":
-        return t.GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=128,
-                            bos_token_id=2, eos_token_id=1)  # fmt: skip
-    makers = {"gemma": t.GemmaConfig, "llama": t.LlamaConfig, "qwen2": t.Qwen2Config, "qwen3": t.Qwen3Config}
+        return t.GPT2Config(
+            vocab_size=vocab_size,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=128,
+            bos_token_id=2,
+            eos_token_id=1,
+        )
+    makers = {
+        "gemma": t.GemmaConfig,
+        "llama": t.LlamaConfig,
+        "qwen2": t.Qwen2Config,
+        "qwen3": t.Qwen3Config,
+    }
     return makers[kind](**common)
 
 

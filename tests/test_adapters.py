@@ -20,8 +20,13 @@ TINY = ["tracker=none"]
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**31), r=st.integers(1, 64), more=st.integers(0, 64), width=st.integers(1, 200),
-       init=st.sampled_from(["default", "gaussian"]))  # fmt: skip
+@given(
+    seed=st.integers(0, 2**31),
+    r=st.integers(1, 64),
+    more=st.integers(0, 64),
+    width=st.integers(1, 200),
+    init=st.sampled_from(["default", "gaussian"]),
+)
 def test_smaller_ranks_are_the_first_rows_of_larger_ones(
     seed: int, r: int, more: int, width: int, init: str
 ) -> None:
@@ -66,7 +71,9 @@ def test_adding_a_target_or_raising_r_leaves_shared_weights_unchanged() -> None:
     assert all(torch.equal(attention[n], again[n]) for n in attention)
 
 
-@pytest.mark.parametrize("overrides", [["head=lora"], ["head=full"], ["head=exclude", "lora.bias=none"]])
+@pytest.mark.parametrize(
+    "overrides", [["head=lora"], ["head=full"], ["head=exclude", "lora.bias=none"]]
+)
 def test_injection_leaves_the_base_as_it_was(overrides: list[str]) -> None:
     config = composed(*TINY, *overrides)
     base = base_model.load(config.model, "cpu")
@@ -78,7 +85,12 @@ def test_injection_leaves_the_base_as_it_was(overrides: list[str]) -> None:
     with torch.no_grad():
         for parameter in trained.values():
             parameter.add_(1)
-    assert before == (base_model.checksum(base), str(base), base.config.to_dict(), base_model.is_tied(base))
+    assert before == (
+        base_model.checksum(base),
+        str(base),
+        base.config.to_dict(),
+        base_model.is_tied(base),
+    )
     assert not any(p.requires_grad for p in base.parameters())
 
 
@@ -109,9 +121,12 @@ print(adapters.save(wrapped, Path(sys.argv[1])))
     for hash_seed in ("1", "2"):
         folder = tmp_path / hash_seed
         done = subprocess.run(
-            [sys.executable, "-c", script, str(folder)], env={**__import__("os").environ, "PYTHONHASHSEED": hash_seed},
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            [sys.executable, "-c", script, str(folder)],
+            env={**__import__("os").environ, "PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         files = {p.name: p.read_bytes() for p in folder.iterdir()}
         contents.append((done.stdout.strip().splitlines()[-1], files))
     assert contents[0] == contents[1]
@@ -123,5 +138,6 @@ print(adapters.save(wrapped, Path(sys.argv[1])))
     keys = set(load(contents[0][1]["adapter_model.safetensors"]))
     assert not any("base_layer" in key or "embed_tokens" in key for key in keys)
     assert {k for k in keys if "lm_head" in k} == {
-        "base_model.model.lm_head.lora_A.weight", "base_model.model.lm_head.lora_B.weight",
-    }  # fmt: skip
+        "base_model.model.lm_head.lora_A.weight",
+        "base_model.model.lm_head.lora_B.weight",
+    }

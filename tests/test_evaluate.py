@@ -18,8 +18,13 @@ from lorabench import model as base_model
 from lorabench.evaluate import answers, evaluate, extract, summarise
 from lorabench.pack import ModulePack
 
-SMALL = ["tracker=none", "data.num_train=64", "data.num_validation=8", "data.num_test=40",
-         "trainer.eval_batch_size=16"]  # fmt: skip
+SMALL = [
+    "tracker=none",
+    "data.num_train=64",
+    "data.num_validation=8",
+    "data.num_test=40",
+    "trainer.eval_batch_size=16",
+]
 # Skills the base knows, of which it gets some examples wrong: both outcomes occur.
 KNOWN = ["data.skills=[sort,double]"]
 
@@ -27,7 +32,9 @@ KNOWN = ["data.skills=[sort,double]"]
 def scored(*overrides: str) -> tuple[ModulePack, data.Tokens, pd.DataFrame]:
     config = composed(*SMALL, *overrides)
     tokenizer = base_model.tokenizer(config.model)
-    pack = ModulePack(base_model.load(config.model, "cpu"), config, plan.make(config).lora_modules, "cpu")
+    pack = ModulePack(
+        base_model.load(config.model, "cpu"), config, plan.make(config).lora_modules, "cpu"
+    )
     tokens = data.tokenise(data.load(config.data).test, tokenizer, config.data)
     (table,) = evaluate(pack, tokens, tokenizer, data.pad_id(tokenizer), ["nll", "exact_match"])
     return pack, tokens, table
@@ -54,9 +61,11 @@ def test_exact_match_is_greedy_decoding_writing_the_completion(skills: list[str]
     for i in range(len(tokens)):
         start = tokens.completion_start[i]
         out = pack.tree.eval().generate(
-            torch.tensor([tokens.input_ids[i][:start]]), do_sample=False, max_new_tokens=24,
+            torch.tensor([tokens.input_ids[i][:start]]),
+            do_sample=False,
+            max_new_tokens=24,
             attention_mask=torch.ones(1, start, dtype=torch.long),
-        )  # fmt: skip
+        )
         completion = tokens.input_ids[i][start:]
         generated.append(int(out[0, start : start + len(completion)].tolist() == completion))
     assert table.exact_match.tolist() == generated
@@ -64,8 +73,14 @@ def test_exact_match_is_greedy_decoding_writing_the_completion(skills: list[str]
 
 def test_answers_match_generation_one_by_one() -> None:
     pack, tokens, _ = scored(*KNOWN)
-    config = composed(*SMALL, *KNOWN, "data.metric=[answer]", "data.answer_pattern='[a-z]+'",
-                      "data.answer_examples=20", "data.answer_max_new_tokens=12")  # fmt: skip
+    config = composed(
+        *SMALL,
+        *KNOWN,
+        "data.metric=[answer]",
+        "data.answer_pattern='[a-z]+'",
+        "data.answer_examples=20",
+        "data.answer_max_new_tokens=12",
+    )
     tokenizer = base_model.tokenizer(config.model)
     table = answers(pack, tokens, tokenizer, data.pad_id(tokenizer), config.data)
     assert len(table) == 20
@@ -73,9 +88,11 @@ def test_answers_match_generation_one_by_one() -> None:
     for i, row in table.iterrows():
         start = tokens.completion_start[i]
         out = pack.tree.generate(
-            torch.tensor([tokens.input_ids[i][:start]]), do_sample=False, max_new_tokens=12,
+            torch.tensor([tokens.input_ids[i][:start]]),
+            do_sample=False,
+            max_new_tokens=12,
             attention_mask=torch.ones(1, start, dtype=torch.long),
-        )  # fmt: skip
+        )
         text = tokenizer.decode(out[0, start:], skip_special_tokens=True)
         assert row.generated == text  # padding on the left and the mask change nothing
         wanted = tokenizer.decode(tokens.input_ids[i][start:], skip_special_tokens=True)
@@ -132,8 +149,11 @@ def test_recorded_nll_is_what_plain_peft_gives_without_lorabench(tmp_path: Path)
     """)
     done = subprocess.run(
         [sys.executable, "-c", script, str(folder), str(tmp_path / "batches.npz")],
-        capture_output=True, text=True, cwd=tmp_path, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=True,
+    )
     import json
 
     values = json.loads(done.stdout.splitlines()[-1])

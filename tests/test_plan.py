@@ -72,12 +72,19 @@ def test_regex_list_and_exclude(tiny_folder: Callable[[str], Path]) -> None:
     model = ["model=local", f"model.path={tiny_folder('llama')}", "target_modules=custom"]
     regex = composed(*model, r"target_modules.names='.*layers\.1\..*(q|v)_proj'")
     assert plan.make(regex).lora_modules == [
-        "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj",
-    ]  # fmt: skip
-    listed = composed(*model, "target_modules.names=[q_proj,v_proj]", "target_modules.exclude=[layers.0.self_attn.q_proj]")
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.v_proj",
+    ]
+    listed = composed(
+        *model,
+        "target_modules.names=[q_proj,v_proj]",
+        "target_modules.exclude=[layers.0.self_attn.q_proj]",
+    )
     assert plan.make(listed).lora_modules == [
-        "model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj",
-    ]  # fmt: skip
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.v_proj",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -85,8 +92,14 @@ def test_regex_list_and_exclude(tiny_folder: Callable[[str], Path]) -> None:
     [
         (["target_modules.names=[q_porj,v_proj]"], "unmatched: 'q_porj' (did you mean 'q_proj'?)"),
         (["target_modules.names=q_proj"], "PEFT refuses 'q_proj'"),
-        (["target_modules.names=[q_proj]", "target_modules.exclude=[v_proj]"], "unmatched: 'v_proj'"),
-        (["target_modules.names=[q_proj]", "target_modules.exclude=[q_proj]"], "leave at least one"),
+        (
+            ["target_modules.names=[q_proj]", "target_modules.exclude=[v_proj]"],
+            "unmatched: 'v_proj'",
+        ),
+        (
+            ["target_modules.names=[q_proj]", "target_modules.exclude=[q_proj]"],
+            "leave at least one",
+        ),
         (["target_modules.names=[q_proj,lm_head]"], "use head=lora"),
         (["target_modules.names=[q_proj]", "lora.rank_pattern={v_proj:4}"], "lora.rank_pattern"),
         (["target_modules.names=[q_proj]", "lora.bias=all"], "lora.bias"),
@@ -101,8 +114,15 @@ def test_names_that_match_nothing_are_refused(overrides: list[str], message: str
 def test_auto_without_a_default_names_what_is_worth_naming(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, Phi3Config
 
-    config = Phi3Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-                        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)  # fmt: skip
+    config = Phi3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ConfigErrors) as refused:
         plan.make(composed("model=local", f"model.path={tmp_path}", "target_modules=auto"))
@@ -113,16 +133,32 @@ def test_run_id_follows_what_decides_the_result_and_nothing_else(
     tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     same = [
-        [], ["tracker=none"], ["output_dir=elsewhere"], ["sweep=other"], ["trainer.device=cpu"],
-        ["trainer.checkpoint_every=7"], ["trainer.num_threads=1"], ["lora.lora_alpha=32"],
-        ["lora.alpha_ratio=2"], ["trainer.log_every=9"], ["model.name=nickname"],
-    ]  # fmt: skip
+        [],
+        ["tracker=none"],
+        ["output_dir=elsewhere"],
+        ["sweep=other"],
+        ["trainer.device=cpu"],
+        ["trainer.checkpoint_every=7"],
+        ["trainer.num_threads=1"],
+        ["lora.lora_alpha=32"],
+        ["lora.alpha_ratio=2"],
+        ["trainer.log_every=9"],
+        ["model.name=nickname"],
+    ]
     other = [
-        ["lora.r=17"], ["lora.lora_alpha=31"], ["head=lora"], ["seed=1"], ["seeds.dropout=1"],
-        ["trainer.lr=2e-3"], ["trainer.micro_batch_size=4"], ["data.num_train=4095"],
-        ["data.skills=[rot13]"], ["target_modules=mlp"], ["data.max_length=23"],
+        ["lora.r=17"],
+        ["lora.lora_alpha=31"],
+        ["head=lora"],
+        ["seed=1"],
+        ["seeds.dropout=1"],
+        ["trainer.lr=2e-3"],
+        ["trainer.micro_batch_size=4"],
+        ["data.num_train=4095"],
+        ["data.skills=[rot13]"],
+        ["target_modules=mlp"],
+        ["data.max_length=23"],
         ["model=local", f"model.path={tiny_folder('gemma')}"],
-    ]  # fmt: skip
+    ]
     ids = [plan.run_id(composed(*overrides)) for overrides in same]
     assert len(set(ids)) == 1
     different = [plan.run_id(composed(*overrides)) for overrides in other]
@@ -137,7 +173,8 @@ def test_run_id_of_a_folder_is_its_content_not_its_place(
     moved = tmp_path / "moved"
     shutil.copytree(tiny_folder("llama"), moved)
     here, there = (
-        plan.run_id(composed("model=local", f"model.path={p}")) for p in (tiny_folder("llama"), moved)
+        plan.run_id(composed("model=local", f"model.path={p}"))
+        for p in (tiny_folder("llama"), moved)
     )
     assert here == there
     weights = moved / "model.safetensors"

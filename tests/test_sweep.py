@@ -33,11 +33,21 @@ def the_record(folder: Path) -> dict[str, Any]:
 def test_a_local_folder_trains_on_a_local_jsonl(
     kind: str, tiny_folder: Callable[[str], Path], jsonl: Path, tmp_path: Path
 ) -> None:
-    code = cli.main([
-        "train", "-m", "model=local", f"model.path={tiny_folder(kind)}", "data=jsonl",
-        f"data.train.path={jsonl}", "data.max_length=64", "head=exclude,lora", "trainer=smoke",
-        "tracker=none", f"output_dir={tmp_path / 'out'}",
-    ])  # fmt: skip
+    code = cli.main(
+        [
+            "train",
+            "-m",
+            "model=local",
+            f"model.path={tiny_folder(kind)}",
+            "data=jsonl",
+            f"data.train.path={jsonl}",
+            "data.max_length=64",
+            "head=exclude,lora",
+            "trainer=smoke",
+            "tracker=none",
+            f"output_dir={tmp_path / 'out'}",
+        ]
+    )
     assert code == 0
     paths = list((tmp_path / "out").glob("default/*/record.json"))
     assert len(paths) == 2
@@ -67,8 +77,9 @@ def run_to(config: Any, stop: int | None, state: Any = None, start: int = 0) -> 
         pack.load_state(state)
     tokenizer = base_model.tokenizer(config.model)
     tokens = data.tokenise(data.load(config.data).train, tokenizer, config.data)
-    order = data.order(len(tokens), config.trainer.batch_size, config.seeds.data,
-                       config.trainer.steps, start)  # fmt: skip
+    order = data.order(
+        len(tokens), config.trainer.batch_size, config.seeds.data, config.trainer.steps, start
+    )
     for step in train(pack, tokens, data.pad_id(tokenizer), order, start):
         if step.step == stop:
             break
@@ -112,7 +123,10 @@ def test_a_killed_run_resumes_to_the_same_adapter(tmp_path: Path) -> None:
     subprocess.run([*command, f"output_dir={tmp_path / 'whole'}"], check=True, capture_output=True)
     a, b = the_record(killed), the_record(tmp_path / "whole")
     assert a["hashes"] == b["hashes"] and a["metrics"] == b["metrics"]
-    steps = [json.loads(line)["step"] for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (path.parent / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == list(range(1, 121))
     assert not (path.parent / "checkpoint").exists()
 
@@ -164,8 +178,14 @@ def test_a_crash_between_the_renames_leaves_the_old_checkpoint(tmp_path: Path) -
 
 
 def test_a_run_that_diverges_is_stopped_and_kept(tmp_path: Path) -> None:
-    arguments = ["train", *FAST, "trainer.steps=30", "trainer.lr=1e30", "trainer.warmup_steps=0",
-                 f"output_dir={tmp_path}"]  # fmt: skip
+    arguments = [
+        "train",
+        *FAST,
+        "trainer.steps=30",
+        "trainer.lr=1e30",
+        "trainer.warmup_steps=0",
+        f"output_dir={tmp_path}",
+    ]
     assert cli.main(arguments) == 0
     found = the_record(tmp_path)
     assert found["status"] == "stopped" and "not finite" in found["error"]

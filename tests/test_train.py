@@ -36,7 +36,9 @@ def ours(config: Config) -> tuple[ModulePack, dict[str, torch.Tensor], list[floa
     pack = ModulePack(base, config, plan.make(config).lora_modules, "cpu")
     initial = {k: v.clone() for k, v in adapters.adapter_state(pack.wrapped).items()}
     tokens, pad_id = tokens_of(config)
-    order = data.order(len(tokens), config.trainer.batch_size, config.seeds.data, config.trainer.steps)
+    order = data.order(
+        len(tokens), config.trainer.batch_size, config.seeds.data, config.trainer.steps
+    )
     losses = [step.loss[0] for step in train(pack, tokens, pad_id, order, 0)]
     return pack, initial, losses
 
@@ -52,17 +54,26 @@ def plain(config: Config, initial: dict[str, torch.Tensor]) -> tuple[nn.Module, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         settings = LoraConfig(
-            task_type="CAUSAL_LM", r=config.lora.r, lora_alpha=lora_alpha(config.lora),
-            use_rslora=config.lora.use_rslora, target_modules=plan.make(config).lora_modules,
-            modules_to_save=["lm_head"] if head == "full" else None, bias=config.lora.bias,
-        )  # fmt: skip
+            task_type="CAUSAL_LM",
+            r=config.lora.r,
+            lora_alpha=lora_alpha(config.lora),
+            use_rslora=config.lora.use_rslora,
+            target_modules=plan.make(config).lora_modules,
+            modules_to_save=["lm_head"] if head == "full" else None,
+            bias=config.lora.bias,
+        )
         wrapped = get_peft_model(model, settings)
         set_peft_model_state_dict(wrapped, initial)
     wrapped.eval()  # the base's own dropouts (GPT-2) are off, as in lorabench
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
     trainer = config.trainer
-    optimizer = torch.optim.AdamW(parameters, lr=trainer.lr, betas=(trainer.beta1, trainer.beta2),
-                                  eps=trainer.eps, weight_decay=trainer.weight_decay)  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=trainer.lr,
+        betas=(trainer.beta1, trainer.beta2),
+        eps=trainer.eps,
+        weight_decay=trainer.weight_decay,
+    )
     from transformers import get_scheduler
 
     scheduler = get_scheduler(trainer.schedule, optimizer, trainer.warmup_steps, trainer.steps)
@@ -70,7 +81,9 @@ def plain(config: Config, initial: dict[str, torch.Tensor]) -> tuple[nn.Module, 
     length = data.padded_length(tokens, config.data.max_length)
     losses = []
     for indices in data.order(len(tokens), trainer.batch_size, config.seeds.data, trainer.steps):
-        input_ids, labels = (torch.from_numpy(a) for a in data.batch(tokens, indices, length, pad_id))
+        input_ids, labels = (
+            torch.from_numpy(a) for a in data.batch(tokens, indices, length, pad_id)
+        )
         # The model's own loss upcasts logits to float32: spelt out, in the dtype of the model.
         logits = wrapped(input_ids=input_ids).logits[:, :-1]
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
@@ -96,7 +109,9 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("head", ["exclude", "lora", "full"])
 def test_twelve_float32_steps_equal_a_plain_peft_loop(head: str) -> None:
-    config = composed(*TINY, f"head={head}", "trainer.steps=12", "lora.r=8", "trainer.weight_decay=0.1")
+    config = composed(
+        *TINY, f"head={head}", "trainer.steps=12", "lora.r=8", "trainer.weight_decay=0.1"
+    )
     pack, initial, losses = ours(config)
     reference, expected = plain(config, initial)
     theirs = state(reference)
@@ -114,9 +129,16 @@ def test_fifty_float64_steps_equal_a_plain_peft_loop(
 ) -> None:
     bias = ["lora.bias=all"] if kind in ("qwen2", "gpt2") else []
     config = composed(
-        *TINY, "model=local", f"model.path={tiny_folder(kind)}", "model.dtype=float64", "lora.r=4",
-        "trainer.steps=50", "head=lora", "lora.use_rslora=true", *bias,
-    )  # fmt: skip
+        *TINY,
+        "model=local",
+        f"model.path={tiny_folder(kind)}",
+        "model.dtype=float64",
+        "lora.r=4",
+        "trainer.steps=50",
+        "head=lora",
+        "lora.use_rslora=true",
+        *bias,
+    )
     pack, initial, losses = ours(config)
     reference, expected = plain(config, initial)
     theirs = state(reference)
@@ -131,8 +153,13 @@ def test_fifty_float64_steps_equal_a_plain_peft_loop(
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
     whole = composed(*TINY, "trainer.steps=1", "trainer.batch_size=8", "model.dtype=float64")
-    parts = composed(*TINY, "trainer.steps=1", "trainer.batch_size=8", "model.dtype=float64",
-                     "trainer.micro_batch_size=2")  # fmt: skip
+    parts = composed(
+        *TINY,
+        "trainer.steps=1",
+        "trainer.batch_size=8",
+        "model.dtype=float64",
+        "trainer.micro_batch_size=2",
+    )
     (pack_a, _, loss_a), (pack_b, _, loss_b) = ours(whole), ours(parts)
     assert loss_a == pytest.approx(loss_b, rel=1e-12)  # float64 sums in another order
     for name, tensor in adapters.adapter_state(pack_a.wrapped).items():
@@ -151,8 +178,9 @@ def test_gradient_checkpointing_changes_nothing_even_with_dropout() -> None:
 def test_schedules_are_transformers_schedules(schedule: str, warmup: int) -> None:
     from transformers import get_scheduler
 
-    trainer = composed(*TINY, f"trainer.schedule={schedule}", f"trainer.warmup_steps={warmup}",
-                       "trainer.steps=40").trainer  # fmt: skip
+    trainer = composed(
+        *TINY, f"trainer.schedule={schedule}", f"trainer.warmup_steps={warmup}", "trainer.steps=40"
+    ).trainer
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=trainer.lr)
     name = "constant_with_warmup" if schedule == "constant" else schedule
     scheduler = get_scheduler(name, optimizer, warmup, trainer.steps)
@@ -197,12 +225,21 @@ def test_keyed_dropout_keeps_the_stated_share_and_the_mean() -> None:
 
 
 def test_a_run_that_diverges_keeps_its_last_good_weights() -> None:
-    config = composed(*TINY, "trainer.steps=40", "trainer.lr=1e30", "trainer.warmup_steps=0",
-                      "trainer.schedule=constant")  # fmt: skip
+    config = composed(
+        *TINY,
+        "trainer.steps=40",
+        "trainer.lr=1e30",
+        "trainer.warmup_steps=0",
+        "trainer.schedule=constant",
+    )
     base = base_model.load(config.model, "cpu")
     pack = ModulePack(base, config, plan.make(config).lora_modules, "cpu")
     tokens, pad_id = tokens_of(config)
     steps = train(pack, tokens, pad_id, data.order(len(tokens), 8, 0, 40), 0)
-    bad = list(itertools.dropwhile(lambda s: s.loss[0] == s.loss[0] and s.grad_norm[0] < float("inf"), steps))
+    bad = list(
+        itertools.dropwhile(
+            lambda s: s.loss[0] == s.loss[0] and s.grad_norm[0] < float("inf"), steps
+        )
+    )
     assert bad, "lr 1e30 must diverge"
     assert all(tensor.isfinite().all() for tensor in adapters.adapter_state(pack.wrapped).values())

@@ -52,9 +52,7 @@ def launch(
     labels = [" ".join(filter_overrides(overrides)) for overrides in job_overrides]
     # `kept` are results of an earlier command by job; `packs` lists the jobs that train together.
     kept, packs = plan([_task_config(job) for job in jobs], labels)
-    returns: dict[int, JobReturn] = {
-        i: _kept_return(jobs[i], result) for i, result in kept.items()
-    }
+    returns: dict[int, JobReturn] = {i: _kept_return(jobs[i], result) for i, result in kept.items()}
     for members in packs:
         returns |= _run_pack(context, task_function, jobs, members)
         configure_log(config.hydra.hydra_logging, config.hydra.verbose)

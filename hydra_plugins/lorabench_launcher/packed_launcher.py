@@ -5,7 +5,6 @@ Hydra executes it outside sys.modules, where dataclasses cannot read postponed a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
@@ -25,9 +24,9 @@ class PackedLauncher(Launcher):
     """Sees all jobs at once; any task function runs under it, lorabench's in packs."""
 
     def __init__(self) -> None:
-        self.config: Optional[DictConfig] = None
-        self.task_function: Optional[TaskFunction] = None
-        self.hydra_context: Optional[HydraContext] = None
+        self.config: DictConfig | None = None
+        self.task_function: TaskFunction | None = None
+        self.hydra_context: HydraContext | None = None
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig

@@ -220,7 +220,7 @@ def hub_rows(key: str, source: SourceConfig, columns: dict[str, str]) -> list[di
             "data=jsonl; a gated dataset wants its terms accepted and HF_TOKEN set"
         )
         message = f"must be a dataset that loads; '{path}'{given}: {reason.rstrip('. ')}; {remedy}"
-        raise ConfigErrors([f"{key}: {message}"]) from error
+        raise ConfigErrors(f"{key}: {message}") from error
     if errors := unknown_columns(columns, table.column_names, f"'{path}'"):
         raise ConfigErrors(errors)
     rows = table.select_columns(list(columns)).to_list()
@@ -228,7 +228,7 @@ def hub_rows(key: str, source: SourceConfig, columns: dict[str, str]) -> list[di
         if reason := row_error(row, columns):
             law = "every row must hold text or a number in each column used"
             where = f"row {number} of '{path}': {reason}"
-            raise ConfigErrors([f"{key}: {law}; {where}; mend or remove the row"])
+            raise ConfigErrors(f"{key}: {law}; {where}; mend or remove the row")
     return rows
 
 

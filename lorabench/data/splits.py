@@ -102,10 +102,8 @@ def _read(cfg: DataConfig, notes: list[str]) -> dict[str, list[Example]]:
             notes.append(f"{split}: {num_empty} examples left out, their completion is empty")
         if not pairs:
             raise ConfigErrors(
-                [
-                    f"data.{split}.path: must hold at least one example with a "
-                    f"completion; '{source.path}' holds none"
-                ]
+                f"data.{split}.path: must hold at least one example with a "
+                f"completion; '{source.path}' holds none"
             )
         own[split] = pairs
     missing = [split for split in SPLITS if split not in own]
@@ -134,7 +132,7 @@ def _sides(cfg: DataConfig, groups: list[str], missing: list[str]) -> list[str]:
             f"them; got {len(ordered)} distinct values of {by} in '{cfg.train.path}'; give more, "
             f"or {paths}"
         )
-        raise ConfigErrors([message])
+        raise ConfigErrors(message)
     side = dict.fromkeys(ordered, "train")
     side.update(dict.fromkeys(ordered[:num_test], "test"))
     side.update(dict.fromkeys(ordered[len(ordered) - num_validation :], "validation"))

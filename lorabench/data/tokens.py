@@ -54,10 +54,8 @@ def tokenise(examples: Sequence[Example], tokenizer: Any, cfg: DataConfig) -> To
     """
     if cfg.add_eos and tokenizer.eos_token_id is None:
         raise ConfigErrors(
-            [
-                "data.add_eos: must be false with a tokenizer that has no EOS token; "
-                f"got true and '{tokenizer.name_or_path}'; set data.add_eos=false"
-            ]
+            "data.add_eos: must be false with a tokenizer that has no EOS token; "
+            f"got true and '{tokenizer.name_or_path}'; set data.add_eos=false"
         )
     pairs = (_chat if cfg.chat_template else _plain)(examples, tokenizer, cfg)
     kept = Tokens([], [], [], [], 0, 0)
@@ -69,7 +67,7 @@ def tokenise(examples: Sequence[Example], tokenizer: Any, cfg: DataConfig) -> To
                 f"none for {examples[index].prompt!r}; give a prompt, or data.add_bos=true with a "
                 "tokenizer that has a BOS token"
             )
-            raise ConfigErrors([message])
+            raise ConfigErrors(message)
         length = len(prompt) + len(completion)
         if not completion:
             kept.num_empty += 1
@@ -88,7 +86,7 @@ def tokenise(examples: Sequence[Example], tokenizer: Any, cfg: DataConfig) -> To
                 f"data.max_length: must let at least one of {len(examples)} examples through; got "
                 f"{cfg.max_length}, the shortest has {shortest} tokens; raise data.max_length"
             )
-        raise ConfigErrors([message])
+        raise ConfigErrors(message)
     return kept
 
 
@@ -114,11 +112,9 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 def _chat(examples: Sequence[Example], tokenizer: Any, cfg: DataConfig) -> list[tuple]:
     if not tokenizer.chat_template:
         raise ConfigErrors(
-            [
-                "data.chat_template: must be false with a tokenizer that has no chat template; got "
-                f"true and '{tokenizer.name_or_path}'; set data.chat_template=false or use an "
-                "instruction-tuned model"
-            ]
+            "data.chat_template: must be false with a tokenizer that has no chat template; got "
+            f"true and '{tokenizer.name_or_path}'; set data.chat_template=false or use an "
+            "instruction-tuned model"
         )
     eos, pairs = tokenizer.eos_token_id, []
     for example in examples:
@@ -136,7 +132,7 @@ def _chat(examples: Sequence[Example], tokenizer: Any, cfg: DataConfig) -> list[
                 f"of '{tokenizer.name_or_path}' gives {gives!r} in place of {meant!r} at token "
                 f"{at}; set data.chat_template=false and write the turns into data.prompt"
             )
-            raise ConfigErrors([message])
+            raise ConfigErrors(message)
         completion = full[len(prompt) :]
         if cfg.add_eos and example.completion:
             end = len(completion) - completion[::-1].index(eos) if eos in completion else None

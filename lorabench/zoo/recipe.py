@@ -16,6 +16,7 @@ import platform
 import string
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import tokenizers
 import torch
@@ -127,7 +128,7 @@ def pretrain(model: GemmaForCausalLM, tokenizer, steps: int = STEPS) -> None:
         grad[unwritten] = 0
         return grad
 
-    embedding.register_hook(freeze_unwritten)
+    cast(Any, embedding).register_hook(freeze_unwritten)
     matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]
     others = [p for p in model.parameters() if p.ndim != 2] + [embedding]
     optimizer = torch.optim.AdamW(

@@ -1,0 +1,47 @@
+# Every target installs what it needs: on a fresh machine `make sweep` and `make test` are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup sweep plan compare test test-slow lint scan base clean
+
+help: ## print this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY) ## virtual environment in .venv, versions pinned by constraints.txt
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $(READY)
+
+sweep: $(READY) ## does LoRA on lm_head help? 12 runs on the embedded base, then the table
+	$(BIN)/lorabench train -m experiment=lm_head
+	$(BIN)/lorabench compare outputs/lm_head
+
+plan: $(READY) ## what `make sweep` will do; trains nothing
+	$(BIN)/lorabench plan -m experiment=lm_head
+
+compare: $(READY) ## the table of `make sweep` again
+	$(BIN)/lorabench compare outputs/lm_head
+
+test: $(READY) ## the fast tests, within five minutes on two cores
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slow: $(READY) ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check lorabench hydra_plugins tests benchmarks
+	$(BIN)/mypy
+
+scan: $(READY) ## how the embedded question was chosen; about 20 minutes
+	$(BIN)/python benchmarks/scan.py
+
+base: $(READY) ## pretrain the embedded base again; about five minutes
+	$(BIN)/python -m lorabench.zoo.recipe
+
+clean: ## remove .venv and caches; outputs/ stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
