@@ -22,18 +22,17 @@ ALL_RANKS = "16,32,64"
 CORNERS = "16,64"
 # name: skills, lr, steps, ranks, seeds
 REGIMES: dict[str, tuple[str, str, int, str, str]] = {
-    "chosen": ("[keypad,sort_next]", "2e-3", 250, ALL_RANKS, "0,1"),
-    "chosen, fresh seeds": ("[keypad,sort_next]", "2e-3", 250, ALL_RANKS, "2,3"),
-    "half the lr": ("[keypad,sort_next]", "1e-3", 250, CORNERS, "0,1"),
-    "twice the lr": ("[keypad,sort_next]", "4e-3", 250, CORNERS, "0,1"),
-    "fewer steps": ("[keypad,sort_next]", "2e-3", 200, CORNERS, "0,1"),
-    "more steps": ("[keypad,sort_next]", "2e-3", 300, CORNERS, "0,1"),
-    "keypad alone": ("[keypad]", "2e-3", 200, CORNERS, "0,1"),
+    "chosen": ("[reverse_leet]", "1e-3", 200, ALL_RANKS, "0,1"),
+    "chosen, fresh seeds": ("[reverse_leet]", "1e-3", 200, ALL_RANKS, "2,3"),
+    "twice the lr": ("[reverse_leet]", "2e-3", 200, CORNERS, "0,1"),
+    "more steps": ("[reverse_leet]", "1e-3", 250, CORNERS, "0,1"),
+    "leet, not reversed": ("[leet]", "1e-3", 200, CORNERS, "0,1"),
+    "keypad": ("[keypad]", "2e-3", 200, CORNERS, "0,1"),
+    "keypad and sort_next": ("[keypad,sort_next]", "2e-3", 250, CORNERS, "2,3"),
     "greek": ("[greek]", "2e-3", 250, CORNERS, "0,1"),
     "cipher": ("[cipher]", "3e-3", 250, CORNERS, "0,1"),
-    "sort_next alone": ("[sort_next]", "1e-3", 100, CORNERS, "0,1"),
+    "sort_next": ("[sort_next]", "1e-3", 100, CORNERS, "0,1"),
     "reverse_upper": ("[reverse_upper]", "1e-3", 100, CORNERS, "0,1"),
-    "keypad and reverse_upper": ("[keypad,reverse_upper]", "4e-3", 250, CORNERS, "0,1"),
 }
 
 

@@ -21,38 +21,79 @@ GRID = list(itertools.product(["lora", "exclude"], [64, 8, 16], [0, 1, 2]))
 NAMES = {"nll": "nll/1", "exact_match": "exact_match/1"}
 
 
-def entry(head: str, r: int, seed: int, values: dict[str, float | None], status: str = "finished", **config) -> Record:
+def entry(
+    head: str,
+    r: int,
+    seed: int,
+    values: dict[str, float | None],
+    status: str = "finished",
+    **config,
+) -> Record:
     number = random.Random(f"{head}{r}{seed}")
     return Record(
-        run_id=f"{head}-{r}-{seed}", sweep="s", status=status, provenance={},
-        config={"head": {"policy": head}, "lora": {"r": r, "bias": "none"}, "seed": seed,
-                "seeds": {"init": seed, "data": seed, "dropout": seed}, "output_dir": f"o{seed}",
-                "sweep": "s", "tracker": {"kind": "none", "tags": [str(seed)]},
-                "trainer": {"steps": 4, "device": "cpu", "lr": 1e-3}, "data": {"skills": ["greek"]}, **config},
+        run_id=f"{head}-{r}-{seed}",
+        sweep="s",
+        status=status,
+        provenance={},
+        config={
+            "head": {"policy": head},
+            "lora": {"r": r, "bias": "none"},
+            "seed": seed,
+            "seeds": {"init": seed, "data": seed, "dropout": seed},
+            "output_dir": f"o{seed}",
+            "sweep": "s",
+            "tracker": {"kind": "none", "tags": [str(seed)]},
+            "trainer": {"steps": 4, "device": "cpu", "lr": 1e-3},
+            "data": {"skills": ["greek"]},
+            **config,
+        },
         seeds={"init": seed, "data": seed, "dropout": seed},
         plan={"trainable_parameters": 1000 * r + len(head)},
-        metrics={split: {name: Metric(value=value, num_examples=8, definition=NAMES[name])
-                         for name, value in values.items()} for split in ("validation", "test")},
-        cost=Cost(train_seconds=number.uniform(1, 9), total_seconds=number.uniform(9, 19),
-                  tokens_per_second=number.uniform(1e3, 1e5), peak_memory_bytes=number.randrange(10**9)),
-    )  # fmt: skip
+        metrics={
+            split: {
+                name: Metric(value=value, num_examples=8, definition=NAMES[name])
+                for name, value in values.items()
+            }
+            for split in ("validation", "test")
+        },
+        cost=Cost(
+            train_seconds=number.uniform(1, 9),
+            total_seconds=number.uniform(9, 19),
+            tokens_per_second=number.uniform(1e3, 1e5),
+            peak_memory_bytes=number.randrange(10**9),
+        ),
+    )
 
 
 @pytest.fixture
 def records() -> list[Record]:
     number = random.Random(0)
-    found = [entry(*point, {"nll": number.uniform(1, 2), "exact_match": number.random()}) for point in GRID]
+    found = [
+        entry(*point, {"nll": number.uniform(1, 2), "exact_match": number.random()})
+        for point in GRID
+    ]
     number.shuffle(found)
     return found
 
 
 def frame(records: list[Record]) -> pd.DataFrame:
-    return pd.DataFrame([
-        {"head": r.config["head"]["policy"], "r": r.config["lora"]["r"], "seed": r.config["seed"],
-         "parameters": r.plan["trainable_parameters"], **r.cost.model_dump(),
-         **{f"{split}/{name}": m.value for split, scores in r.metrics.items() for name, m in scores.items()}}
-        for r in records
-    ])  # fmt: skip
+    return pd.DataFrame(
+        [
+            {
+                "head": r.config["head"]["policy"],
+                "r": r.config["lora"]["r"],
+                "seed": r.config["seed"],
+                "parameters": r.plan["trainable_parameters"],
+                **r.cost.model_dump(),
+                **{
+                    f"{split}/{name}": m.value
+                    for split, scores in r.metrics.items()
+                    for name, m in scores.items()
+                },
+            }
+            for r in records
+        ]
+    )
 
 
 def printed(table: dict, monkeypatch, **console) -> str:
@@ -71,19 +112,34 @@ def test_each_row_is_what_pandas_groups_by_setting(records):
     assert len(table["rows"]) == len(groups) == 6
     for row in table["rows"]:
         group = groups.get_group((row["setting"]["head.policy"], row["setting"]["lora.r"]))
-        columns = {f"{s}/{n}": spread for s, scores in row["metrics"].items() for n, spread in scores.items()}
+        columns = {
+            f"{s}/{n}": spread
+            for s, scores in row["metrics"].items()
+            for n, spread in scores.items()
+        }
         assert len(columns) == 4
-        columns |= {name: row[name] for name in ("train_seconds", "total_seconds", "tokens_per_second", "peak_memory_bytes")}
+        columns |= {
+            name: row[name]
+            for name in ("train_seconds", "total_seconds", "tokens_per_second", "peak_memory_bytes")
+        }
         for name, spread in columns.items():
             assert spread["mean"] == pytest.approx(group[name].mean(), rel=1e-12)
             assert spread["sd"] == pytest.approx(group[name].std(ddof=1), rel=1e-12)
-            assert (spread["min"], spread["max"], spread["n"]) == (group[name].min(), group[name].max(), 3)
+            assert (spread["min"], spread["max"], spread["n"]) == (
+                group[name].min(),
+                group[name].max(),
+                3,
+            )
         assert row["seeds"] == [0, 1, 2]
         assert row["trainable_parameters"] == group["parameters"].iloc[0]
-        assert sorted(row["runs"]) == [f"{row['setting']['head.policy']}-{row['setting']['lora.r']}-{s}" for s in range(3)]
+        assert sorted(row["runs"]) == [
+            f"{row['setting']['head.policy']}-{row['setting']['lora.r']}-{s}" for s in range(3)
+        ]
 
 
-@pytest.mark.parametrize("values", [[1.0], [1.0, 2.0], [0.1] * 10, [1e8, 1e8 + 1, 1e8 + 2], [-3.5, 0.0, 7.25]])
+@pytest.mark.parametrize(
+    "values", [[1.0], [1.0, 2.0], [0.1] * 10, [1e8, 1e8 + 1, 1e8 + 2], [-3.5, 0.0, 7.25]]
+)
 def test_spread_agrees_with_statistics(values):
     """statistics computes in exact fractions; 1e-12 leaves room for the last bits of float64."""
     found = compare.spread(values)
@@ -111,9 +167,18 @@ def test_values_of_several_kinds_are_ordered_without_an_error():
     assert len(rows) == 6
 
 
-@pytest.mark.parametrize("key", [
-    "seed", "seeds.init", "output_dir", "sweep", "tracker.kind", "trainer.device", "trainer.checkpoint_every",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    [
+        "seed",
+        "seeds.init",
+        "output_dir",
+        "sweep",
+        "tracker.kind",
+        "trainer.device",
+        "trainer.checkpoint_every",
+    ],
+)
 def test_seeds_and_places_make_no_setting(key):
     one, two = entry("lora", 8, 0, {"nll": 1.0}), entry("lora", 8, 0, {"nll": 2.0})
     group, _, name = key.rpartition(".")
@@ -123,7 +188,9 @@ def test_seeds_and_places_make_no_setting(key):
     assert table["rows"][0]["metrics"]["test"]["nll"]["mean"] == 1.5
 
 
-@pytest.mark.parametrize(("group", "name"), [("trainer", "lr"), ("data", "skills"), ("lora", "bias")])
+@pytest.mark.parametrize(
+    ("group", "name"), [("trainer", "lr"), ("data", "skills"), ("lora", "bias")]
+)
 def test_everything_else_does(group, name):
     one, two = entry("lora", 8, 0, {"nll": 1.0}), entry("lora", 8, 1, {"nll": 2.0})
     two.config[group][name] = ["other"]
@@ -137,11 +204,15 @@ def test_runs_that_did_not_finish_are_left_out_and_named(records):
         one.status = status
         one.metrics = {}
     table = compare.table(records)
-    assert table["left_out"] == {status: [one.run_id] for one, status in zip(records, statuses, strict=False)}
+    assert table["left_out"] == {
+        status: [one.run_id] for one, status in zip(records, statuses, strict=False)
+    }
     finished = {one.run_id for one in records[4:]}
     assert {run for row in table["rows"] for run in row["runs"]} == finished
     assert sum(row["train_seconds"]["n"] for row in table["rows"]) == len(GRID) - 4
-    assert {run["run_id"]: run["status"] for run in table["runs"]} == {r.run_id: r.status for r in records}
+    assert {run["run_id"]: run["status"] for run in table["runs"]} == {
+        r.run_id: r.status for r in records
+    }
 
 
 def test_a_value_that_is_not_finite_is_left_out_and_counted(records, monkeypatch):
@@ -168,7 +239,15 @@ def test_json_has_rows_and_runs_and_is_strict(records, capsys):
     assert {"rows", "runs"} <= set(content)
     assert len(content["rows"]) == 6 and len(content["runs"]) == len(GRID)
     row, run = content["rows"][0], content["runs"][0]
-    assert {"setting", "seeds", "metrics", "trainable_parameters", "train_seconds", "peak_memory_bytes", "runs"} <= set(row)
+    assert {
+        "setting",
+        "seeds",
+        "metrics",
+        "trainable_parameters",
+        "train_seconds",
+        "peak_memory_bytes",
+        "runs",
+    } <= set(row)
     assert {"run_id", "setting", "seeds", "status", "metrics", "cost"} <= set(run)
     values = frame(records).query("head == 'exclude' and r == 8 and seed == 0")["test/nll"]
     (one,) = [r for r in content["runs"] if r["run_id"] == "exclude-8-0"]
@@ -179,8 +258,14 @@ def test_the_printed_table_holds_each_setting_once(records, monkeypatch):
     records[0].status = "failed"
     table = compare.table(records)
     text = printed(table, monkeypatch)
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
-    assert [row[:2] for row in rows] == [[h, str(r)] for h in ("exclude", "lora") for r in (8, 16, 64)]
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("│")
+    ]
+    assert [row[:2] for row in rows] == [
+        [h, str(r)] for h in ("exclude", "lora") for r in (8, 16, 64)
+    ]
     for row, cells in zip(table["rows"], rows, strict=True):
         for spread in row["metrics"]["test"].values():
             assert cells.count(f"{spread['mean']:.4f} ± {spread['sd']:.4f}") == 1
@@ -190,9 +275,18 @@ def test_the_printed_table_holds_each_setting_once(records, monkeypatch):
 
 def test_the_best_mean_of_each_metric_is_marked(records, monkeypatch):
     """Bold is ANSI's code 1; less nll is better, more exact match is."""
-    text = printed(compare.table(records), monkeypatch, force_terminal=True, color_system="standard", legacy_windows=False)
+    text = printed(
+        compare.table(records),
+        monkeypatch,
+        force_terminal=True,
+        color_system="standard",
+        legacy_windows=False,
+    )
     groups = frame(records).groupby(["head", "r"])
-    best = {groups["test/nll"].mean().idxmin(): "test/nll", groups["test/exact_match"].mean().idxmax(): "test/exact_match"}
+    best = {
+        groups["test/nll"].mean().idxmin(): "test/nll",
+        groups["test/exact_match"].mean().idxmax(): "test/exact_match",
+    }
     assert len(best) == 2  # two settings, or the test could not tell them apart
     body = [line for line in text.splitlines() if line.startswith("│")]
     bold = {}

@@ -22,11 +22,14 @@ from lorabench.record import Cost, Metric, Record
 
 def entry(**changes) -> Record:
     content = {
-        "run_id": "0123456789ab", "sweep": "s", "status": "finished",
+        "run_id": "0123456789ab",
+        "sweep": "s",
+        "status": "finished",
         "config": {"seed": 0, "lora": {"r": 8, "lora_alpha": None}, "data": {"skills": ["greek"]}},
-        "seeds": {"init": 0, "data": 1, "dropout": 2}, "plan": {"trainable_parameters": 7},
+        "seeds": {"init": 0, "data": 1, "dropout": 2},
+        "plan": {"trainable_parameters": 7},
         "provenance": {"python": "3"},
-    }  # fmt: skip
+    }
     return Record(**(content | changes))
 
 
@@ -47,9 +50,13 @@ def test_a_record_reads_back_as_it_was(tmp_path):
     whole = entry(
         metrics={"test": {"nll": Metric(value=1 / 3, num_examples=8, definition="nll/1")}},
         cost=Cost(train_seconds=0.1, peak_memory_bytes=2**40),
-        hashes={"adapter": "ab"}, notes=["né", "a\nb"], steps_done=4,
-        started=record.now(), ended=record.now(), error=None,
-    )  # fmt: skip
+        hashes={"adapter": "ab"},
+        notes=["né", "a\nb"],
+        steps_done=4,
+        started=record.now(),
+        ended=record.now(),
+        error=None,
+    )
     whole.write(tmp_path)
     assert record.read(tmp_path) == whole
     content = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
@@ -59,7 +66,9 @@ def test_a_record_reads_back_as_it_was(tmp_path):
 
 
 def test_a_metric_that_is_not_finite_does_not_lose_the_record(tmp_path):
-    entry(metrics={"test": {"nll": Metric(value=None, num_examples=0, definition="nll/1")}}).write(tmp_path)
+    entry(metrics={"test": {"nll": Metric(value=None, num_examples=0, definition="nll/1")}}).write(
+        tmp_path
+    )
     assert record.read(tmp_path).metrics["test"]["nll"].value is None
 
 
@@ -131,13 +140,23 @@ def test_another_hosts_run_is_taken_to_be_alive(tmp_path):
 
 @pytest.mark.parametrize("status", ["finished", "stopped", "interrupted", "failed"])
 def test_other_statuses_are_left_alone(tmp_path, status):
-    entry(status=status, process={"pid": 2**22 + 1, "host": socket.gethostname(), "start": "1"}).write(tmp_path)
+    entry(
+        status=status, process={"pid": 2**22 + 1, "host": socket.gethostname(), "start": "1"}
+    ).write(tmp_path)
     assert record.read(tmp_path).status == status
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"{", b"[]", b'{"run_id": "a"}', b"\xff\xfe\x00", b'{"status": "nonsense"}',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"run_id": "a"}',
+        b"\xff\xfe\x00",
+        b'{"status": "nonsense"}',
+    ],
+)
 def test_an_unreadable_record_is_ignored_and_its_neighbours_found(tmp_path, content):
     entry(run_id="aaaaaaaaaaaa").write(tmp_path / "aaaaaaaaaaaa")
     (tmp_path / "broken").mkdir()
@@ -145,7 +164,9 @@ def test_an_unreadable_record_is_ignored_and_its_neighbours_found(tmp_path, cont
     (tmp_path / "wandb").mkdir()
     (tmp_path / "multirun.yaml").write_text("a: 1\n")
     assert record.read(tmp_path / "broken") is None
-    assert [(path.name, one.run_id) for path, one in record.find(tmp_path)] == [("aaaaaaaaaaaa",) * 2]
+    assert [(path.name, one.run_id) for path, one in record.find(tmp_path)] == [
+        ("aaaaaaaaaaaa",) * 2
+    ]
 
 
 def test_find_takes_a_sweep_or_one_run_in_the_order_of_ids(tmp_path):
@@ -168,7 +189,17 @@ def test_provenance_says_code_versions_machine_and_switches(monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["/somewhere/lorabench", "train", "seed=1"])
     found = record.provenance("cpu")
-    assert {"git", "python", "packages", "os", "cpu", "gpu", "driver", "threads", "determinism"} <= set(found)
+    assert {
+        "git",
+        "python",
+        "packages",
+        "os",
+        "cpu",
+        "gpu",
+        "driver",
+        "threads",
+        "determinism",
+    } <= set(found)
     assert found["python"] == platform.python_version()
     assert found["packages"]["torch"] == metadata.version("torch")
     assert set(found["packages"]) == set(record.PACKAGES)
@@ -188,8 +219,10 @@ def test_provenance_says_code_versions_machine_and_switches(monkeypatch):
 def git(folder: Path, *arguments: str) -> str:
     done = subprocess.run(
         ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *arguments],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return done.stdout.strip()
 
 
@@ -216,6 +249,8 @@ def test_git_state_follows_the_repository_of_the_code(tmp_path, monkeypatch):
 
 
 def test_the_room_imports_without_torch():
-    code = "import sys; from lorabench import record, compare, config; print('torch' in sys.modules)"
+    code = (
+        "import sys; from lorabench import record, compare, config; print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

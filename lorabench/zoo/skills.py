@@ -68,6 +68,7 @@ _next = _substitution(_shifted(1))
 _previous = _substitution(_shifted(-1))
 _greek = _substitution(GREEK)
 _cyrillic = _substitution(CYRILLIC)
+_leet = str.maketrans("oizeasgtbq", "0123456789")
 _upper_vowels = str.maketrans(VOWELS, VOWELS.upper())
 
 
@@ -114,8 +115,10 @@ NEW_SKILLS = _by_name(
     Skill("cyrillic", "cyr", _cyrillic, "in Cyrillic letters"),
     Skill("sort_cyrillic", "srtc", lambda w: _cyrillic("".join(sorted(w))), "sorted, in Cyrillic"),
     Skill("keypad", "key", _substitution(KEYPAD), "each letter's phone key"),
+    Skill("leet", "leet", lambda w: w.translate(_leet), "letters that look like a digit as digits"),
+    Skill("reverse_leet", "revl", lambda w: w[::-1].translate(_leet), "backwards, digits likewise"),
 )
-"""What the base scores 0 on; the last five write characters it never wrote.
+"""What the base scores 0 on; the last seven write characters it never wrote.
 
     cipher          ciph:hello= -> lxyyu
     rot13           rot:hello=  -> uryyb
@@ -127,6 +130,8 @@ NEW_SKILLS = _by_name(
     cyrillic        cyr:hello=  -> здлло
     sort_cyrillic   srtc:hello= -> дзлло
     keypad          key:hello=  -> 43556
+    leet            leet:hello= -> h3ll0
+    reverse_leet    revl:hello= -> 0ll3h
 """
 
 SKILLS = BASE_SKILLS | NEW_SKILLS

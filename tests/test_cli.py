@@ -1,0 +1,546 @@
+"""The command line: what a user types, sees and finds on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import pytest
+import yaml
+from safetensors import safe_open
+
+from lorabench import adapters, cli
+from lorabench import model as base_model
+from lorabench import plan as planning
+from lorabench.config import ConfigErrors
+
+SCRIPT = Path(sys.executable).with_name("lorabench")
+TINY = [
+    "trainer=smoke",
+    "trainer.num_threads=1",
+    "tracker=none",
+    "data.num_train=64",
+    "data.num_validation=16",
+    "data.num_test=16",
+]
+GRID = ["head=exclude,lora", "seed=0,1"]
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.err.splitlines()
+
+
+def say(*arguments: str) -> Said:
+    """The command line in this process, where torch is imported already."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main(list(arguments))
+    return Said(code, out.getvalue(), err.getvalue())
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [str(SCRIPT), *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    """What the command line changes in its process."""
+    argv, handler, handlers = sys.argv, signal.getsignal(signal.SIGTERM), logging.root.handlers[:]
+    yield
+    sys.argv = argv
+    signal.signal(signal.SIGTERM, handler)
+    for one in set(logging.root.handlers) - set(handlers):
+        one.close()
+    logging.root.handlers[:] = handlers
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fails the test where a model's shapes or weights are read."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a model was read before the errors were shown")
+
+    for name in ("skeleton", "load", "tokenizer"):
+        monkeypatch.setattr(base_model, name, refuse)
+    monkeypatch.setattr(planning, "skeleton", refuse)  # the one kept from an earlier command
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A multirun of four runs; tests may repeat its commands."""
+    folder = tmp_path_factory.mktemp("outputs")
+    said = say("train", "-m", *TINY, *GRID, f"output_dir={folder}")
+    assert said.code == 0, said.err
+    assert said.lines[-1] == (
+        f"{folder}/default: 4 of 4 runs done; lorabench compare {folder}/default"
+    )
+    return folder
+
+
+def records(folder: Path) -> dict[str, dict[str, Any]]:
+    return {p.parent.name: json.loads(p.read_text()) for p in folder.glob("*/*/record.json")}
+
+
+def adapter_files(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Content and time of every saved adapter."""
+    return {
+        path.parent.parent.name: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.glob("*/*/adapter/adapter_model.safetensors")
+    }
+
+
+def untouched(folder: Path) -> bool:
+    return not any(folder.iterdir())
+
+
+# --- the overview ----------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    """A second is generous: 0.06 s were measured, importing torch alone takes four."""
+    begun = time.perf_counter()
+    done = run("--help", PYTHONPROFILEIMPORTTIME="1")
+    seconds = time.perf_counter() - begun
+    assert done.returncode == 0
+    for verb in cli.VERBS:
+        assert re.search(rf"^  {verb} +\w", done.stdout, re.MULTILINE)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert "lorabench.cli" in imported  # the list is not empty
+    assert not imported & {"torch", "transformers", "peft", "hydra", "omegaconf", "pandas", "wandb"}
+    assert seconds < 1
+
+
+def test_no_word_at_all_shows_the_overview():
+    assert say().out == say("--help").out != ""
+
+
+def test_version_is_the_installed_one():
+    from importlib import metadata
+
+    assert say("--version").out == f"lorabench {metadata.version('lorabench')}\n"
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"), [("tarin", "train"), ("comapre", "compare"), ("run", "runs")]
+)
+def test_an_unknown_verb_names_the_verbs_and_the_nearest(word, meant):
+    said = say(word)
+    assert said.code == 2 and said.out == "" and len(said.lines) == 1
+    assert f"'{word}' (did you mean '{meant}'?)" in said.err
+    assert all(verb in said.err for verb in cli.VERBS)
+
+
+# --- mistakes --------------------------------------------------------------------------------
+
+
+MISTAKES = [  # override, how the one line begins, what it must also hold
+    ("head=exlude", "head: must be one of exclude, full, lora", "(did you mean 'exclude'?)"),
+    ("data=metamath", "data: must be one of", "(did you mean 'metamathqa'?)"),
+    ("experiment=lmhead", "experiment: must be one of", "(did you mean 'lm_head'?)"),
+    ("modle=gpt2", "modle: no such key", "(did you mean 'model'?)"),
+    ("lora.rr=8", "lora.rr: no such key", "(did you mean 'lora.r'?)"),
+    ("trainer.step=8", "trainer.step: no such key", "(did you mean 'trainer.steps'?)"),
+    ("+lora.alpha=8", "lora.alpha: no such key", "'lora_alpha'"),
+    ("+foo=1", "foo: no such key", "'foo'"),
+    ("lora.r=0", "lora.r: must be at least 1", "got 0"),
+    ("lora.r=many", "lora.r: ", "'many'"),
+    ("model=local", "model.path: must be given", "set model.path="),
+    ("model.path=lorabench:tiny-gema", "model.path: ", "'tiny-gema'"),
+    ("data.skills=[greeek]", "data.skills: every name must be one of", "(did you mean 'greek'?)"),
+    ("lora.r", "Error parsing override 'lora.r'", ""),
+]
+
+
+@pytest.mark.parametrize("verb", ["train", "plan"])
+@pytest.mark.parametrize(("override", "begins", "holds"), MISTAKES, ids=[o for o, _, _ in MISTAKES])
+def test_a_mistake_is_one_line_before_anything_is_loaded(
+    verb, override, begins, holds, tmp_path, no_model
+):
+    said = say(verb, *TINY, f"output_dir={tmp_path}", override)
+    assert said.code == 2 and said.out == ""
+    assert len(said.lines) == 1
+    assert said.err.startswith(begins) and holds in said.err
+    assert untouched(tmp_path)
+
+
+def test_a_traceback_only_when_asked_for():
+    plain, full = run("plan", "lora.r=0"), run("plan", "lora.r=0", HYDRA_FULL_ERROR="1")
+    assert plain.returncode == 2 and plain.stderr == "lora.r: must be at least 1; got 0\n"
+    assert full.returncode == 1 and full.stderr.startswith("Traceback (most recent call last)")
+    assert "lora.r: must be at least 1; got 0" in full.stderr
+
+
+def test_the_variable_is_left_as_it_was(monkeypatch):
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    say("plan", "lora.r=0")
+    assert "HYDRA_FULL_ERROR" not in os.environ
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ConfigErrors):
+        say("plan", "lora.r=0")
+    assert os.environ["HYDRA_FULL_ERROR"] == "1"
+
+
+def test_a_defect_is_one_line_too(monkeypatch):
+    from lorabench import sweep
+
+    def broken(*_: Any) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(sweep, "plan_jobs", broken)
+    said = say("plan", *TINY)
+    assert (
+        said.code == 2 and "KeyError: 'surprise'" in said.err and "HYDRA_FULL_ERROR=1" in said.err
+    )
+    assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("content", "holds"),
+    [
+        (None, "does not exist"),
+        ("", "is empty"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": \n', "line 2 of"),
+        ('{"question": "a", "completion": "b"}\n', "unknown: 'prompt'"),
+    ],
+    ids=["missing", "empty", "bad line", "no column"],
+)
+@pytest.mark.parametrize("flag", [[], ["-m", "seed=0,1"]], ids=["single", "multirun"])
+def test_unfit_data_is_refused_before_a_model_is_read(content, holds, flag, tmp_path, no_model):
+    file = tmp_path / "mine.jsonl"
+    if content is not None:
+        file.write_text(content)
+    out = tmp_path / "out"
+    said = say(
+        "train", *flag, "data=jsonl", f"data.train.path={file}", "tracker=none", f"output_dir={out}"
+    )
+    assert said.code == 2 and len(said.lines) == 1
+    assert said.err.startswith("data.") and str(file) in said.err and holds in said.err
+    assert not list(out.glob("**/record.json"))
+
+
+def test_all_errors_of_a_sweep_are_shown_and_say_which_runs(tmp_path, no_model):
+    said = say(
+        "train",
+        "-m",
+        *TINY,
+        "lora.r=0,8",
+        "lora.lora_dropout=0,1",
+        "trainer.lr=-1",
+        f"output_dir={tmp_path}",
+    )
+    assert said.code == 2
+    assert sorted(said.lines) == [
+        "lora.lora_dropout: must be in [0, 1); got 1.0"
+        "  [lora.r=0 lora.lora_dropout=1 | lora.r=8 lora.lora_dropout=1]",
+        "lora.r: must be at least 1; got 0"
+        "  [lora.r=0 lora.lora_dropout=0 | lora.r=0 lora.lora_dropout=1]",
+        "trainer.lr: must be above 0; got -1.0",
+    ]
+    assert not list(tmp_path.glob("**/record.json"))
+
+
+@pytest.mark.parametrize("verb", ["train", "plan"])
+def test_an_output_folder_that_cannot_be_is_refused(verb, tmp_path, no_model):
+    """Below a regular file: root may write to any folder."""
+    (tmp_path / "file").write_text("mine")
+    said = say(verb, *TINY, f"output_dir={tmp_path / 'file' / 'deep'}")
+    assert said.code == 2 and len(said.lines) == 1
+    assert (
+        said.err.startswith("output_dir: must be a folder")
+        and f"'{tmp_path / 'file'}' is a file" in said.err
+    )
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_output_folder_without_the_right_to_write_is_refused(tmp_path, monkeypatch, no_model):
+    """The error of a read-only disk, which root cannot make by changing a mode."""
+    import tempfile
+
+    def read_only(**_: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    said = say("train", *TINY, f"output_dir={tmp_path / 'out'}")
+    assert (
+        said.code == 2
+        and said.err.startswith("output_dir: must be writable")
+        and len(said.lines) == 1
+    )
+
+
+@pytest.mark.parametrize("verb", ["runs", "compare"])
+def test_a_folder_that_is_not_there_names_the_sweeps_that_are(verb, output, tmp_path):
+    said = say(verb, str(output / "defualt"))
+    assert said.code == 2 and said.out == "" and len(said.lines) == 1
+    assert "does not exist" in said.err and str(output / "default") in said.err
+    said = say(verb, str(tmp_path))
+    assert said.code == 2 and len(said.lines) == 1
+    assert f"'{tmp_path}' has none" in said.err and "lorabench train" in said.err
+
+
+# --- a sweep ---------------------------------------------------------------------------------
+
+
+def test_a_multirun_leaves_a_whole_folder_for_each_run(output):
+    found = records(output)
+    assert len(found) == 4
+    assert {path.name for path in (output / "default").iterdir()} == {*found, "multirun.yaml"}
+    for run_id, record in found.items():
+        folder = output / "default" / run_id
+        assert {path.name for path in folder.iterdir()} == {
+            "record.json",
+            "config.yaml",
+            "metrics.jsonl",
+            "predictions.parquet",
+            "adapter",
+            ".hydra",
+            "train.log",
+        }
+        assert (
+            record["status"] == "finished" and record["error"] is None and record["steps_done"] == 4
+        )
+        assert record["run_id"] == run_id and record["sweep"] == "default"
+        assert yaml.safe_load((folder / "config.yaml").read_text()) == record["config"]
+        assert {p.name for p in (folder / "adapter").iterdir()} >= {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
+        overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
+        assert f"seed={record['config']['seed']}" in overrides
+        assert f"head={record['config']['head']['policy']}" in overrides
+        assert not any(output.glob("**/*.part"))
+    chosen = {(r["config"]["head"]["policy"], r["config"]["seed"]) for r in found.values()}
+    assert chosen == {("exclude", 0), ("exclude", 1), ("lora", 0), ("lora", 1)}
+
+
+def test_the_files_of_a_run_agree_with_its_record(output):
+    """pandas' mean of the per-example values: 1e-12 for another order of summation."""
+    for run_id, record in records(output).items():
+        folder = output / "default" / run_id
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2, 3, 4]
+        assert all(row["train/loss"] > 0 for row in rows)
+        table = pd.read_parquet(folder / "predictions.parquet")
+        assert table.groupby("split").size().to_dict() == {
+            "validation": 8,
+            "test": 8,
+        }  # eval_examples=8
+        for split, scores in record["metrics"].items():
+            part = table[table["split"] == split]
+            assert part["example"].is_unique
+            for name in ("nll", "exact_match"):
+                assert scores[name]["value"] == pytest.approx(part[name].mean(), rel=1e-12)
+                assert scores[name]["num_examples"] == 8
+        with safe_open(folder / "adapter" / "adapter_model.safetensors", "np") as tensors:
+            count = sum(tensors.get_tensor(name).size for name in tensors.keys())  # noqa: SIM118
+        assert count == record["plan"]["trainable_parameters"]
+
+
+def test_the_same_command_again_keeps_everything_and_takes_seconds(output, monkeypatch):
+    """Nothing is loaded; composing and planning four runs takes about a second, 10 is generous."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("weights were read for runs that are kept")
+
+    monkeypatch.setattr(base_model, "load", refuse)
+    files, before = adapter_files(output), records(output)
+    assert len(files) == 4
+    begun = time.perf_counter()
+    said = say("train", "-m", *TINY, *GRID, f"output_dir={output}")
+    assert time.perf_counter() - begun < 10
+    assert said.code == 0 and said.lines[0] == "4 of 4 runs are kept from before, 0 to train"
+    assert adapter_files(output) == files and records(output) == before
+
+
+def test_a_single_run_lands_in_the_folder_of_the_same_run_of_a_multirun(output):
+    files, before = adapter_files(output), records(output)
+    said = say("train", *TINY, "head=lora", "seed=1", f"output_dir={output}")
+    assert said.code == 0 and said.lines[0] == "1 of 1 runs are kept from before, 0 to train"
+    assert adapter_files(output) == files and records(output) == before
+
+
+def test_the_same_run_alone_and_elsewhere_has_the_same_adapter(output, tmp_path):
+    """Bit for bit: same machine, same stack, same pack shape."""
+    assert say("train", *TINY, "head=lora", "seed=1", f"output_dir={tmp_path}").code == 0
+    ((run_id, record),) = records(tmp_path).items()
+    there = records(output)[run_id]
+    assert there["config"]["head"]["policy"] == "lora" and there["config"]["seed"] == 1
+    assert record["hashes"] == there["hashes"] and len(record["hashes"]["adapter"]) >= 12
+    assert adapter_files(tmp_path)[run_id][0] == adapter_files(output)[run_id][0]
+    assert record["metrics"] == there["metrics"]
+    assert (
+        len({one["hashes"]["adapter"] for one in records(output).values()}) == 4
+    )  # a hash can differ
+
+
+def test_a_failing_run_does_not_end_the_sweep_and_is_tried_again(tmp_path, monkeypatch):
+    save, calls = adapters.save, []
+
+    def first_fails(*arguments: Any) -> str:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError(28, "No space left [on device]")
+        return save(*arguments)
+
+    monkeypatch.setattr(adapters, "save", first_fails)
+    command = ["train", "-m", *TINY, "lora.r=4,8,4", f"output_dir={tmp_path}"]
+    said = say(*command)
+    assert said.code == 1 and "Traceback" not in said.err
+    found = {record["config"]["lora"]["r"]: record for record in records(tmp_path).values()}
+    assert (found[4]["status"], found[8]["status"]) == ("failed", "finished")
+    assert "No space left [on device]" in found[4]["error"]
+    folder = tmp_path / "default" / found[4]["run_id"]
+    assert said.lines[-2] == "1 of 2 runs did not finish:"
+    assert said.lines[-1].startswith(f"  lora.r=4 ({folder}): failed: OSError: ")
+    assert "Traceback" in (folder / "train.log").read_text()  # for the one who looks for the cause
+    shown = say("runs", str(tmp_path / "default"))
+    assert shown.code == 0 and "No space left [on device]" in " ".join(shown.out.split())
+
+    finished = adapter_files(tmp_path)[found[8]["run_id"]]
+    said = say(*command)
+    assert said.code == 0, said.err
+    assert len(calls) == 3  # the failed one alone was tried again
+    found = {record["config"]["lora"]["r"]: record for record in records(tmp_path).values()}
+    assert found[4]["status"] == "finished" and found[4]["error"] is None
+    assert adapter_files(tmp_path)[found[8]["run_id"]] == finished
+
+
+def test_asking_hydra_for_the_config_trains_nothing(tmp_path):
+    said = say("train", *TINY, "lora.r=7", f"output_dir={tmp_path}", "--cfg", "job")
+    assert said.code == 0 and yaml.safe_load(said.out)["lora"]["r"] == 7
+    assert untouched(tmp_path)
+
+
+# --- plan, runs, compare ---------------------------------------------------------------------
+
+
+def test_the_plan_of_a_sweep_says_what_the_sweep_did(output, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = say("plan", "-m", "--json", *TINY, *GRID, f"output_dir={output}")
+    assert said.code == 0
+    planned = json.loads(said.out)
+    found = records(output)
+    assert {one["run_id"] for one in planned["runs"]} == set(found)
+    for one in planned["runs"]:
+        record = found[one["run_id"]]
+        assert {k: one[k] for k in record["plan"] if k != "pack"} == {
+            k: v for k, v in record["plan"].items() if k != "pack"
+        }
+        assert one["folder"] == str(output / "default" / one["run_id"])
+        assert (
+            one["head"]["policy"] == record["config"]["head"]["policy"]
+            and one["head"]["tied"] is True
+        )
+        assert ("lm_head" in one["lora_modules"]) is (one["head"]["policy"] == "lora")
+        assert (
+            one["label"]
+            == f"head={record['config']['head']['policy']} seed={record['config']['seed']}"
+        )
+        assert one["memory_bytes"] > 0 and one["disk_bytes"] > 0 and one["seconds"] > 0
+        assert one["tracker"] == "none"
+    assert planned["seconds"] == pytest.approx(sum(one["seconds"] for one in planned["runs"]))
+    assert untouched(tmp_path)
+
+
+def test_plan_creates_no_files_and_shows_brackets_of_labels(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = say(
+        "plan",
+        "-m",
+        "target_modules=custom",
+        "target_modules.names=[q_proj],[v_proj]",
+        "head=exclude,lora",
+    )
+    assert said.code == 0
+    assert untouched(tmp_path)
+    labels = re.findall(r"target_modules\.names=\[(\w+)\] head=(\w+)", said.out)
+    assert labels == [
+        ("q_proj", "exclude"),
+        ("q_proj", "lora"),
+        ("v_proj", "exclude"),
+        ("v_proj", "lora"),
+    ]
+    assert "4 runs on tiny-gemma" in said.out and "exclude, tied" in said.out
+    assert "outputs/default/wandb" in said.out  # the tracker's address
+    for word in ("memory", "seconds", "trainable", "outputs/default,"):
+        assert word in said.out
+
+
+def test_the_experiments_sweep_is_planned_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    planned = json.loads(say("plan", "-m", "--json", "experiment=lm_head").out)["runs"]
+    assert len(planned) == len({one["run_id"] for one in planned}) == 12
+    assert {Path(one["folder"]).parent for one in planned} == {Path("outputs/lm_head")}
+    fewer = json.loads(say("plan", "-m", "--json", "experiment=lm_head", "lora.r=16").out)["runs"]
+    assert {one["run_id"] for one in fewer} < {one["run_id"] for one in planned} and len(fewer) == 4
+
+
+def test_runs_lists_every_run(output):
+    found = records(output)
+    rows = json.loads(say("runs", str(output / "default"), "--json").out)
+    assert {row["run_id"]: (row["status"], row["steps_done"], row["seeds"]) for row in rows} == {
+        run_id: ("finished", 4, record["seeds"]) for run_id, record in found.items()
+    }
+    assert all(row["folder"] == str(output / "default" / row["run_id"]) for row in rows)
+    text = say("runs", str(output / "default")).out
+    lines = [line for line in text.splitlines() if line.startswith("│")]
+    assert len(lines) == 4
+    for run_id in found:
+        (line,) = [line for line in lines if run_id in line]
+        assert "finished" in line and "4/4" in line
+
+
+def test_compare_has_one_row_a_setting(output):
+    said = say("compare", str(output / "default"), "--json")
+    content = json.loads(said.out)
+    found = list(records(output).values())
+    assert [row["setting"] for row in content["rows"]] == [
+        {"head.policy": "exclude"},
+        {"head.policy": "lora"},
+    ]
+    assert {one["run_id"] for one in content["runs"]} == {record["run_id"] for record in found}
+    text = say("compare", str(output / "default")).out
+    lines = [line for line in text.splitlines() if line.startswith("│")]
+    assert len(lines) == 2
+    for row, line in zip(content["rows"], lines, strict=True):
+        policy = row["setting"]["head.policy"]
+        values = [
+            r["metrics"]["test"]["nll"]["value"]
+            for r in found
+            if r["config"]["head"]["policy"] == policy
+        ]
+        assert row["seeds"] == [0, 1] and len(values) == 2
+        nll = row["metrics"]["test"]["nll"]
+        assert nll["mean"] == pytest.approx(
+            statistics.mean(values), rel=1e-12
+        )  # last bits of float64
+        assert nll["sd"] == pytest.approx(statistics.stdev(values), rel=1e-9)  # close values cancel
+        assert (
+            policy in line
+            and f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}" in line
+        )
