@@ -245,10 +245,10 @@ class Train:
         """Train one pack."""
         import dataclasses
 
-        from lorabench import sweep
+        from lorabench import runner
 
         with self.display:
-            outcomes = sweep.run_pack([self.jobs[i] for i in members], self.display)
+            outcomes = runner.run_pack([self.jobs[i] for i in members], self.display)
         self.outcomes += outcomes
         return [dataclasses.asdict(outcome) for outcome in outcomes]
 

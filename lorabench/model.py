@@ -153,7 +153,7 @@ def hub_failure(key: str, path: str, error: BaseException) -> str:
     first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
     return (
         f"{key}: '{path}' is no local folder and cannot be had from the hub ({first}); give "
-        f"a local folder with {key}=/path/to/checkpoint, or run once with a network to fill the cache"
+        f"a local folder with {key}=/path/to/checkpoint, or run once with a network"
     )
 
 

@@ -176,8 +176,11 @@ MISTAKES = [  # override, how the one line begins, what it must also hold
 ]
 
 
-@pytest.mark.parametrize("verb", ["train", "plan"])
-@pytest.mark.parametrize(("override", "begins", "holds"), MISTAKES, ids=[o for o, _, _ in MISTAKES])
+@pytest.mark.parametrize(
+    ("verb", "override", "begins", "holds"),
+    [("train", *mistake) for mistake in MISTAKES]
+    + [("plan", *mistake) for mistake in MISTAKES[::4]],
+)
 def test_a_mistake_is_one_line_before_anything_is_loaded(
     verb, override, begins, holds, tmp_path, no_model
 ):

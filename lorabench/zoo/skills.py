@@ -68,7 +68,13 @@ _next = _substitution(_shifted(1))
 _previous = _substitution(_shifted(-1))
 _greek = _substitution(GREEK)
 _cyrillic = _substitution(CYRILLIC)
-_leet = str.maketrans("oizeasgtbq", "0123456789")
+_leet = str.maketrans("OIZEASGTBQ", "0123456789")
+
+
+def _in_leet(word: str) -> str:
+    return word.upper().translate(_leet)
+
+
 _upper_vowels = str.maketrans(VOWELS, VOWELS.upper())
 
 
@@ -115,10 +121,11 @@ NEW_SKILLS = _by_name(
     Skill("cyrillic", "cyr", _cyrillic, "in Cyrillic letters"),
     Skill("sort_cyrillic", "srtc", lambda w: _cyrillic("".join(sorted(w))), "sorted, in Cyrillic"),
     Skill("keypad", "key", _substitution(KEYPAD), "each letter's phone key"),
-    Skill("leet", "leet", lambda w: w.translate(_leet), "letters that look like a digit as digits"),
-    Skill("reverse_leet", "revl", lambda w: w[::-1].translate(_leet), "backwards, digits likewise"),
+    Skill("leet", "leet", _in_leet, "capitals, or their digits"),
+    Skill("reverse_leet", "revl", lambda w: _in_leet(w[::-1]), "leet backwards"),
+    Skill("sort_leet", "srtl", lambda w: _in_leet("".join(sorted(w))), "sorted, then leet"),
 )
-"""What the base scores 0 on; the last seven write characters it never wrote.
+"""What the base scores 0 on; the last eight write characters it never wrote.
 
     cipher          ciph:hello= -> lxyyu
     rot13           rot:hello=  -> uryyb
@@ -130,8 +137,9 @@ NEW_SKILLS = _by_name(
     cyrillic        cyr:hello=  -> здлло
     sort_cyrillic   srtc:hello= -> дзлло
     keypad          key:hello=  -> 43556
-    leet            leet:hello= -> h3ll0
-    reverse_leet    revl:hello= -> 0ll3h
+    leet            leet:hello= -> H3LL0
+    reverse_leet    revl:hello= -> 0LL3H
+    sort_leet       srtl:hello= -> 3HLL0
 """
 
 SKILLS = BASE_SKILLS | NEW_SKILLS
