@@ -20,25 +20,26 @@ from lorabench import record
 
 ALL_RANKS = "16,32,64"
 CORNERS = "16,64"
-# name: skills, lr, steps, ranks, seeds
-REGIMES: dict[str, tuple[str, str, int, str, str]] = {
-    "chosen": ("[reverse_leet]", "1e-3", 200, ALL_RANKS, "0,1"),
-    "chosen, fresh seeds": ("[reverse_leet]", "1e-3", 200, ALL_RANKS, "2,3"),
-    "twice the lr": ("[reverse_leet]", "2e-3", 200, CORNERS, "0,1"),
-    "more steps": ("[reverse_leet]", "1e-3", 250, CORNERS, "0,1"),
-    "leet, not reversed": ("[leet]", "1e-3", 200, CORNERS, "0,1"),
-    "keypad": ("[keypad]", "2e-3", 200, CORNERS, "0,1"),
-    "keypad and sort_next": ("[keypad,sort_next]", "2e-3", 250, CORNERS, "2,3"),
-    "greek": ("[greek]", "2e-3", 250, CORNERS, "0,1"),
-    "cipher": ("[cipher]", "3e-3", 250, CORNERS, "0,1"),
-    "sort_next": ("[sort_next]", "1e-3", 100, CORNERS, "0,1"),
-    "reverse_upper": ("[reverse_upper]", "1e-3", 100, CORNERS, "0,1"),
+# name: skills, target_modules, lr, steps, ranks, seeds
+REGIMES: dict[str, tuple[str, str, str, int, str, str]] = {
+    "chosen": ("[sort_leet]", "attention", "1e-3", 300, ALL_RANKS, "0,1"),
+    "chosen, fresh seeds": ("[sort_leet]", "attention", "1e-3", 300, ALL_RANKS, "2,3"),
+    "twice the lr": ("[sort_leet]", "attention", "2e-3", 300, CORNERS, "0,1"),
+    "fewer steps": ("[sort_leet]", "attention", "1e-3", 200, CORNERS, "0,1"),
+    "all-linear": ("[sort_leet]", "all-linear", "1e-3", 300, CORNERS, "0,1"),
+    "reversed, attention": ("[reverse_leet]", "attention", "1e-3", 300, CORNERS, "0,1"),
+    "reversed, all-linear": ("[reverse_leet]", "all-linear", "1e-3", 200, ALL_RANKS, "0,1"),
+    "leet": ("[leet]", "all-linear", "1e-3", 200, CORNERS, "0,1"),
+    "keypad and sort_next": ("[keypad,sort_next]", "all-linear", "2e-3", 250, CORNERS, "2,3"),
+    "greek": ("[greek]", "all-linear", "2e-3", 250, CORNERS, "0,1"),
+    "cipher": ("[cipher]", "all-linear", "3e-3", 250, CORNERS, "0,1"),
+    "sort_next": ("[sort_next]", "all-linear", "1e-3", 100, CORNERS, "0,1"),
 }
 
 
 def run(name: str, out: Path) -> dict[str, Any]:
     """Train a regime's grid and judge it on the validation split."""
-    skills, lr, steps, ranks, seeds = REGIMES[name]
+    skills, targets, lr, steps, ranks, seeds = REGIMES[name]
     sweep = "scan_" + name.replace(" ", "_").replace(",", "")
     command = [
         sys.executable,
@@ -50,6 +51,7 @@ def run(name: str, out: Path) -> dict[str, Any]:
         f"lora.r={ranks}",
         f"seed={seeds}",
         f"data.skills={skills}",
+        f"target_modules={targets}",
         f"trainer.lr={lr}",
         f"trainer.steps={steps}",
         "tracker=none",
@@ -86,6 +88,7 @@ def run(name: str, out: Path) -> dict[str, Any]:
     return {
         "regime": name,
         "skills": skills,
+        "target_modules": targets,
         "lr": float(lr),
         "steps": steps,
         "seeds": seeds,

@@ -265,7 +265,9 @@ def train(arguments: list[str]) -> int:
     register()
     task = Train()
     function = _function(task)
-    sys.argv = ["lorabench", *arguments]
+    # argparse refuses overrides on both sides of a flag, which `plan` takes
+    flags = [a for a in arguments if a in ("-m", "--multirun")]
+    sys.argv = ["lorabench", *flags[:1], *(a for a in arguments if a not in flags)]
     hydra.main(config_path=conf_folder(), config_name="train", version_base="1.3")(function)()
     return _closing(task.outcomes)
 

@@ -222,12 +222,21 @@ def _build(cls: type, values: Any, prefix: str = "") -> Any:
     if not is_dataclass(cls):
         return values
     hints = get_type_hints(cls)
-    unknown = [key for key in values if key not in hints]
-    if unknown:  # `+lora.foo=1` gets past Hydra
-        raise ConfigErrors(
-            f"{prefix}{key}: no such key; got {did_you_mean(key, hints)}" for key in unknown
-        )
-    return cls(**{key: _build(hints[key], v, f"{prefix}{key}.") for key, v in values.items()})
+    # `+lora.foo=1` gets past Hydra
+    errors = [
+        f"{prefix}{key}: no such key; got {did_you_mean(str(key), hints)}"
+        for key in values
+        if key not in hints
+    ]
+    built = {}
+    for key in (key for key in values if key in hints):
+        try:
+            built[key] = _build(hints[key], values[key], f"{prefix}{key}.")
+        except ConfigErrors as inner:
+            errors += inner.errors
+    if errors:
+        raise ConfigErrors(errors)
+    return cls(**built)
 
 
 def lora_alpha(lora: LoraSettings) -> float:

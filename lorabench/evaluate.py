@@ -75,7 +75,8 @@ def evaluate(
 def summarise(table: pd.DataFrame, metrics: list[str]) -> dict[str, tuple[float, int]]:
     """The split's value of each metric and the number of examples behind it."""
     return {
-        name: (float(table[name].mean()), int(table[name].notna().sum()))
+        # only `answer` is asked of some examples; any other gap is a value that is not finite
+        name: (float(table[name].mean(skipna=name == "answer")), int(table[name].notna().sum()))
         for name in metrics
         if name in table
     }
