@@ -367,14 +367,13 @@ def adapter_state(wrapped: PeftModel) -> dict[str, Tensor]:
         return get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False)
 
 
-def save(wrapped: PeftModel, folder: Path) -> str:
-    """Write the adapter in plain PEFT format and return the hash of its tensors."""
+def save(tensors: Mapping[str, Tensor], settings: LoraConfig, folder: Path) -> str:
+    """Write an adapter in plain PEFT format and return the hash of its tensors."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: t.detach().cpu().contiguous() for name, t in adapter_state(wrapped).items()}
+    state = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings = wrapped.peft_config[ADAPTER]
     settings.inference_mode = True
     settings.save_pretrained(str(folder))
     # PEFT holds names in sets, whose order changes from process to process.

@@ -24,10 +24,18 @@ class Mismatch(ValueError):
 def save(
     folder: Path, state: dict[str, Tensor], steps_done: int, fingerprint: dict[str, Any]
 ) -> None:
-    """Replace the checkpoint in `folder` by this one; a crash leaves the old or the new."""
+    """Make this the newest checkpoint in `folder`."""
+    write(folder, state, steps_done, fingerprint)
+    commit(folder)
+
+
+def write(
+    folder: Path, state: dict[str, Tensor], steps_done: int, fingerprint: dict[str, Any]
+) -> None:
+    """Write a checkpoint beside `folder`; `commit` puts it in place."""
     from safetensors.torch import save_file
 
-    part = folder.with_name(f".{folder.name}.part")
+    part = _beside(folder, "part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     file = part / "state.safetensors"
@@ -41,48 +49,66 @@ def save(
     for path in part.iterdir():
         with open(path, "rb") as written:
             os.fsync(written.fileno())
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def commit(folder: Path) -> None:
+    """Put what `write` wrote in place.
+
+    The one before is kept: a pack that dies between its members' commits still has a step that
+    all of them share.
+    """
+    old = _beside(folder, "old")
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    _beside(folder, "part").rename(folder)
 
 
-def load(folder: Path, fingerprint: dict[str, Any]) -> tuple[dict[str, Tensor], int] | None:
-    """The saved state and steps done; None where there is no checkpoint.
+def _beside(folder: Path, kind: str) -> Path:
+    return folder.with_name(f".{folder.name}.{kind}")
+
+
+def steps(folder: Path) -> dict[int, Path]:
+    """The checkpoints there are, by their steps done."""
+    found = {}
+    for place in (_beside(folder, "old"), folder):
+        try:
+            content = json.loads((place / "checkpoint.json").read_text())
+        except (OSError, ValueError):
+            continue
+        found[content["steps_done"]] = place
+    return found
+
+
+def load(folder: Path, step: int, fingerprint: dict[str, Any]) -> dict[str, Tensor]:
+    """The state saved at a step out of `steps`.
 
     Raises:
         Mismatch: another fingerprint (every difference is listed), or damaged tensors.
     """
     from safetensors.torch import load_file
 
-    old = folder.with_name(f".{folder.name}.old")
-    if not (folder / "checkpoint.json").is_file():
-        if not (old / "checkpoint.json").is_file():
-            return None
-        folder = old  # the process died between the two renames of `save`
-    content = json.loads((folder / "checkpoint.json").read_text())
+    place = steps(folder)[step]
+    content = json.loads((place / "checkpoint.json").read_text())
+    saved = content["fingerprint"]
     differences = [
-        f"{key}: {content['fingerprint'].get(key)!r} -> {fingerprint.get(key)!r}"
-        for key in sorted({*content["fingerprint"], *fingerprint})
-        if content["fingerprint"].get(key) != fingerprint.get(key)
+        f"{key}: {saved.get(key)!r} -> {fingerprint.get(key)!r}"
+        for key in sorted({*saved, *fingerprint})
+        if saved.get(key) != json.loads(json.dumps(fingerprint.get(key)))
     ]
     if differences:
         raise Mismatch(
-            f"checkpoint {folder}: must come from the same run; it differs in "
+            f"checkpoint {place}: must come from the same run; it differs in "
             + "; ".join(differences)
-            + f"; remove {folder} to start the run again"
+            + f"; remove {place} to start the run again"
         )
-    file = folder / "state.safetensors"
+    file = place / "state.safetensors"
     if hashlib.sha256(file.read_bytes()).hexdigest() != content["sha256"]:
-        raise Mismatch(
-            f"checkpoint {folder}: its tensors are damaged; remove the folder to start again"
-        )
-    return load_file(file), content["steps_done"]
+        raise Mismatch(f"checkpoint {place}: its tensors are damaged; remove the folder")
+    return load_file(file)
 
 
 def remove(folder: Path) -> None:
-    """Forget the checkpoint of a finished run."""
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(folder.with_name(f".{folder.name}.old"), ignore_errors=True)
+    """Forget the checkpoints of a finished run."""
+    for place in (folder, _beside(folder, "old"), _beside(folder, "part")):
+        shutil.rmtree(place, ignore_errors=True)

@@ -205,7 +205,7 @@ class Train:
         return kept[0] if kept else self.run(packs[0])[0]
 
     def plan(
-        self, configs: list[Any], labels: list[str]
+        self, configs: list[Any], labels: list[str], pack_size: int = 1
     ) -> tuple[dict[int, dict[str, Any]], list[list[int]]]:
         """All jobs planned: results kept from earlier commands, and packs of those to train."""
         import dataclasses
@@ -229,7 +229,17 @@ class Train:
                 )
                 kept[i] = dataclasses.asdict(outcome)
         self._display(todo)
-        return kept, [[i] for i in todo]
+        return kept, self._packs(todo, pack_size)
+
+    def _packs(self, todo: list[int], limit: int) -> list[list[int]]:
+        """Which of the jobs to train do so together."""
+        from lorabench import machine, sweep
+
+        if not todo:
+            return []
+        jobs = [self.jobs[i] for i in todo]
+        memory = machine.free_memory(machine.choose_device(jobs[0].config.trainer.device))
+        return [[todo[i] for i in pack] for pack in sweep.form_packs(jobs, limit, memory)]
 
     def _display(self, todo: list[int]) -> None:
         from lorabench.progress import Display

@@ -21,13 +21,17 @@ import torch
 
 from lorabench import data
 from lorabench.config import DataConfig
-from lorabench.pack import ModulePack, autocast
+from lorabench.pack import Batch, ModulePack, StackedPack
 
 DEFINITIONS = {"nll": "nll/1", "exact_match": "exact_match/1", "answer": "answer/1"}
 
 
 def evaluate(
-    pack: ModulePack, tokens: data.Tokens, tokenizer: Any, pad_id: int, metrics: list[str]
+    pack: ModulePack | StackedPack,
+    tokens: data.Tokens,
+    tokenizer: Any,
+    pad_id: int,
+    metrics: list[str],
 ) -> list[pd.DataFrame]:
     """One table a run: example (its content id), the metrics asked for, and what was predicted.
 
@@ -35,31 +39,27 @@ def evaluate(
         tokens: the tokenised split, already cut to the examples to score.
         metrics: out of DEFINITIONS.
     """
-    size = pack.config.trainer.eval_batch_size
-    length = data.padded_length(tokens, pack.config.data.max_length)
+    settings = pack.configs[0]
+    size = settings.trainer.eval_batch_size
+    length = data.padded_length(tokens, settings.data.max_length)
+    width = data.longest_completion(tokens)
     nll: list[list[np.ndarray]] = [[] for _ in range(pack.size)]
     exact: list[list[np.ndarray]] = [[] for _ in range(pack.size)]
     texts: list[list[str]] = [[] for _ in range(pack.size)]
-    for start in range(0, len(tokens.input_ids), size):
-        indices = np.arange(start, min(start + size, len(tokens.input_ids)))
+    for start in range(0, len(tokens), size):
+        indices = np.arange(start, min(start + size, len(tokens)))
         input_ids, labels = data.batch(tokens, indices, length, pad_id)
-        nll_RN, argmax_RN, example_N = (
-            part.cpu().numpy()
-            for part in pack.score(
-                torch.from_numpy(input_ids).to(pack.device),
-                torch.from_numpy(labels).to(pack.device),
-            )
-        )
-        target_N = labels[:, 1:][labels[:, 1:] != -100]
-        count_B = np.bincount(example_N, minlength=len(indices))
-        first_B = np.concatenate([[0], np.cumsum(count_B)[:-1]])
+        batch = Batch.make([input_ids], [labels], width, pack.device)
+        nll_RN, argmax_RN = (part.cpu().numpy() for part in pack.score(batch))
+        targets_BW = batch.targets_SN[0].cpu().numpy().reshape(len(indices), width)
+        there_BW = targets_BW != data.IGNORED
         for run in range(pack.size):
-            total = np.add.reduceat(nll_RN[run].astype(np.float64), first_B)
-            nll[run].append(total / count_B)
-            right = np.add.reduceat((argmax_RN[run] == target_N).astype(np.int64), first_B)
-            exact[run].append(right == count_B)
-            rows = np.split(argmax_RN[run], first_B[1:])
-            texts[run] += tokenizer.batch_decode(list(rows), skip_special_tokens=True)
+            nll_BW = np.where(there_BW, nll_RN[run].reshape(there_BW.shape).astype(np.float64), 0)
+            argmax_BW = argmax_RN[run].reshape(there_BW.shape)
+            nll[run].append(nll_BW.sum(1) / there_BW.sum(1))
+            exact[run].append(((argmax_BW == targets_BW) | ~there_BW).all(1))
+            rows = [ids[there] for ids, there in zip(argmax_BW, there_BW, strict=True)]
+            texts[run] += tokenizer.batch_decode(rows, skip_special_tokens=True)
     tables = []
     for run in range(pack.size):
         table = pd.DataFrame({"example": tokens.ids})
@@ -92,47 +92,48 @@ def extract(pattern: str, text: str) -> str | None:
     return re.sub(r"[\s,$]", "", answer or "").rstrip(".")
 
 
-@torch.no_grad()
 def answers(
-    pack: ModulePack, tokens: data.Tokens, tokenizer: Any, pad_id: int, settings: DataConfig
-) -> pd.DataFrame:
+    pack: ModulePack | StackedPack,
+    tokens: data.Tokens,
+    tokenizer: Any,
+    pad_id: int,
+    settings: DataConfig,
+) -> list[pd.DataFrame]:
     """Greedy generations on the first `answer_examples` examples and whether they are right.
 
     Returns:
-        example, generated, answer (0 or 1).
+        One table a run: example, generated, answer (0 or 1).
     """
-    count = min(settings.answer_examples, len(tokens.input_ids))
-    size = pack.config.trainer.eval_batch_size
+    count = min(settings.answer_examples, len(tokens))
+    size = pack.configs[0].trainer.eval_batch_size
     assert settings.answer_pattern is not None
-    rows = []
-    pack.tree.eval()
-    try:
-        for start in range(0, count, size):
-            chosen = range(start, min(start + size, count))
-            prompts = [tokens.input_ids[i][: tokens.completion_start[i]] for i in chosen]
-            width = max(map(len, prompts))
-            # Generation continues at the right edge, so prompts are padded on the left.
-            input_ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-            with autocast(pack.config, pack.device):
-                written = pack.tree.generate(
-                    input_ids=input_ids.to(pack.device),
-                    attention_mask=mask.to(pack.device),
-                    max_new_tokens=settings.answer_max_new_tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    use_cache=True,
-                    pad_token_id=pad_id,
-                    eos_token_id=tokenizer.eos_token_id,
-                )
-            texts = tokenizer.batch_decode(written[:, width:].cpu(), skip_special_tokens=True)
+    rows: list[list[dict[str, Any]]] = [[] for _ in range(pack.size)]
+    for start in range(0, count, size):
+        chosen = range(start, min(start + size, count))
+        prompts = [tokens.input_ids[i][: tokens.completion_start[i]] for i in chosen]
+        width = max(map(len, prompts))
+        # Generation continues at the right edge, so prompts are padded on the left.
+        input_ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        written_RBL = pack.generate(
+            input_ids.to(pack.device),
+            mask.to(pack.device),
+            max_new_tokens=settings.answer_max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            pad_token_id=pad_id,
+            eos_token_id=tokenizer.eos_token_id,
+        ).cpu()
+        for run in range(pack.size):
+            texts = tokenizer.batch_decode(written_RBL[run, :, width:], skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):
-                reference = tokenizer.decode(
-                    tokens.input_ids[i][tokens.completion_start[i] :], skip_special_tokens=True
+                completion = tokens.input_ids[i][tokens.completion_start[i] :]
+                wanted = extract(
+                    settings.answer_pattern, tokenizer.decode(completion, skip_special_tokens=True)
                 )
-                wanted = extract(settings.answer_pattern, reference)
                 right = wanted is not None and extract(settings.answer_pattern, text) == wanted
-                rows.append({"example": tokens.ids[i], "generated": text, "answer": int(right)})
-    finally:
-        pack.tree.train()
-    return pd.DataFrame(rows)
+                rows[run].append(
+                    {"example": tokens.ids[i], "generated": text, "answer": int(right)}
+                )
+    return [pd.DataFrame(one) for one in rows]

@@ -49,12 +49,14 @@ class Plan(BaseModel):
     total_parameters: int
     scale: float
     head: HeadPlan
+    base_bytes: int  # the part of memory_bytes that all runs of a pack share
     memory_bytes: int  # estimate: base, adapter, optimizer, activations of one micro-batch
     disk_bytes: int  # estimate: what the run folder will hold
     train_flops: float  # estimate: 4 x parameters FLOPs a token, for all steps
     tracker: str
     warnings: list[str]
-    pack: dict[str, Any] = {}
+    alone: str | None  # why the run cannot share a base forward; None: it packs
+    pack: dict[str, Any] = {}  # once it is formed: id, size, members
 
 
 def deciding(config: Config) -> dict[str, Any]:
@@ -118,12 +120,16 @@ def skeleton(model: ModelConfig) -> Any:
     return _skeleton(json.dumps(dataclasses.asdict(model), sort_keys=True))
 
 
-_RESOLVED: dict[str, tuple[list[str], int]] = {}
+_RESOLVED: dict[str, tuple[list[str], int, str | None]] = {}
 
 
-def _modules(config: Config) -> tuple[list[str], int]:
-    """Adapted modules and trainable parameters, learnt on a skeleton; once per distinct adapter."""
+def _modules(config: Config) -> tuple[list[str], int, str | None]:
+    """Adapted modules, trainable parameters, and why the run trains alone if it does.
+
+    Learnt on a skeleton, once per distinct adapter.
+    """
     from lorabench import adapters
+    from lorabench.pack import why_alone
 
     groups = (config.model, config.target_modules, config.head, config.lora)
     key = json.dumps([dataclasses.asdict(group) for group in groups], sort_keys=True)
@@ -133,7 +139,7 @@ def _modules(config: Config) -> tuple[list[str], int]:
         adapters.check_bias(base, config, modules)
         wrapped = adapters.attach_skeleton(base, config, modules)
         count = sum(p.numel() for p in adapters.trainable(wrapped).values())
-        _RESOLVED[key] = (modules, count)
+        _RESOLVED[key] = (modules, count, why_alone(base, config, modules))
     return _RESOLVED[key]
 
 
@@ -145,7 +151,7 @@ def make(config: Config) -> Plan:
             train nothing.
     """
     base = skeleton(config.model)
-    modules, trainable = _modules(config)
+    modules, trainable, alone = _modules(config)
     head = _head_plan(config, base)
     total = base_model.num_parameters(base)
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
@@ -173,6 +179,7 @@ def make(config: Config) -> Plan:
         total_parameters=total,
         scale=scale(config.lora),
         head=head,
+        base_bytes=RUNTIME_BYTES + base_bytes,
         memory_bytes=RUNTIME_BYTES
         + base_bytes
         + 4 * weight_bytes * trainable
@@ -187,6 +194,7 @@ def make(config: Config) -> Plan:
         * config.data.max_length,
         tracker=tracker_address(config),
         warnings=warnings,
+        alone=alone,
     )
 
 

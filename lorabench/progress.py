@@ -1,4 +1,4 @@
-"""What the user sees while a sweep runs: a live bar on a terminal, plain lines in a pipe."""
+"""What the user sees while a sweep runs: a live view on a terminal, plain lines in a pipe."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import sys
 import time
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 
 def clock(seconds: float) -> str:
@@ -18,28 +21,22 @@ def clock(seconds: float) -> str:
 
 
 class Display:
-    """Progress of the runs of one command; lines go to stderr, results to stdout."""
+    """Progress of the runs of one command; it goes to stderr, results to stdout."""
 
     def __init__(self, num_runs: int, steps_total: int):
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.num_runs, self.steps_total = num_runs, steps_total
-        self.steps_done = 0
+        self.steps_done = 0  # of all runs that have ended, and of this pack
+        self.counted = 0  # of them, those done by this command: what time left is told from
         self.runs_done = 0
+        self.labels: list[str] = []
         self.started = time.monotonic()
-        self.live: Progress | None = None
-        self.bar: TaskID | None = None
+        self.live: Live | None = None
         self.last_line = 0.0
 
     def __enter__(self) -> Display:
         if self.console.is_terminal and self.num_runs:
-            self.live = Progress(
-                TextColumn("{task.fields[runs]}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[text]}"),
-                console=self.console,
-                transient=True,
-            )
-            self.bar = self.live.add_task("", total=self.steps_total, runs="", text="starting")
+            self.live = Live(console=self.console, transient=True, refresh_per_second=4)
             self.live.start()
         return self
 
@@ -58,32 +55,46 @@ class Display:
         self.console.print(text, markup=False)
         sys.stderr.flush()
 
-    def step(
-        self, label: str, step: int, steps: int, loss: float, tokens_per_second: float
-    ) -> None:
-        """A run has done `step` of its `steps`."""
-        self.steps_done += 1
+    def resumed(self, steps: int) -> None:
+        """Steps that an earlier command has done."""
+        self.steps_done += steps
+
+    def pack(self, labels: list[str]) -> None:
+        """These runs train now."""
+        self.labels = labels
+        self.done_before = self.steps_done
+
+    def step(self, step: int, steps: int, losses: list[float], tokens_per_second: float) -> None:
+        """The runs of the pack have done `step` of their `steps`."""
+        self.steps_done += len(losses)
+        self.counted += len(losses)
         elapsed = time.monotonic() - self.started
-        left = clock(elapsed / self.steps_done * (self.steps_total - self.steps_done))
-        text = (
-            f"step {step}/{steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {left} left"
+        left = clock(elapsed / self.counted * max(0, self.steps_total - self.steps_done))
+        first = self.runs_done + 1
+        runs = (
+            f"run {first}" if len(losses) == 1 else f"runs {first}-{self.runs_done + len(losses)}"
         )
-        if self.live is not None and self.bar is not None:
-            runs = f"run {self.runs_done + 1}/{self.num_runs}"
-            self.live.update(
-                self.bar, completed=self.steps_done, runs=runs, text=f"{text}  {label}"
-            )
+        head = f"{runs} of {self.num_runs}  step {step}/{steps}"
+        tail = f"{tokens_per_second:,.0f} tokens/s  {left} left"
+        if self.live is not None:
+            self.live.update(self._view(head, tail, losses))
         elif time.monotonic() - self.last_line > 10:
             self.last_line = time.monotonic()
-            self.say(f"  {label}: {text}")
+            spread = f"{min(losses):.4f}"
+            if len(losses) > 1:
+                spread += f" to {max(losses):.4f}"
+            self.say(f"  {head}  loss {spread}  {tail}")
 
-    def skip(self, steps: int) -> None:
-        """Steps that will not be done (resumed, failed or stopped runs)."""
-        self.steps_total = max(self.steps_done + 1, self.steps_total - steps)
-        if self.live is not None and self.bar is not None:
-            self.live.update(self.bar, total=self.steps_total)
+    def _view(self, head: str, tail: str, losses: list[float]) -> Group:
+        bar = Table.grid(padding=(0, 2))
+        progress = ProgressBar(total=self.steps_total, completed=self.steps_done, width=30)
+        bar.add_row(Text(head), progress, Text(tail))
+        table = Table.grid(padding=(0, 2))
+        for label, loss in zip(self.labels, losses, strict=True):
+            table.add_row(Text(f"  {label}", style="dim"), Text(f"loss {loss:.4f}"))
+        return Group(bar, table)
 
-    def done(self, label: str, text: str) -> None:
-        """A run has ended."""
+    def done(self, label: str, text: str, steps: int) -> None:
+        """A run of `steps` has ended, one way or another."""
         self.runs_done += 1
         self.say(f"run {self.runs_done}/{self.num_runs}  {label}  {text}")

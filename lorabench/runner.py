@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
+import math
 import os
-import resource
 import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import numpy as np
 from omegaconf import OmegaConf
 
-from lorabench import data, record, tracking
+from lorabench import checkpoint, data, machine, plan, record, tracking
 from lorabench import model as base_model
 from lorabench.config import Config, ConfigErrors
 from lorabench.progress import Display, clock
@@ -80,298 +80,258 @@ class Shared:
 SHARED = Shared()
 
 
-def choose_device(wanted: str) -> str:
-    """`auto` becomes what this machine has; anything else must be there."""
-    import torch
-
-    if wanted == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(wanted.partition(":")[0], True):
-        raise ConfigErrors(
-            f"trainer.device: must be on this machine; got {wanted}; use auto or cpu"
-        )
-    return wanted
-
-
-def configure_torch(config: Config) -> None:
-    """Threads and determinism of this process."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import torch
-
-    trainer = config.trainer
-    if trainer.num_threads is not None and torch.get_num_threads() != trainer.num_threads:
-        torch.set_num_threads(trainer.num_threads)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    torch.use_deterministic_algorithms(trainer.deterministic)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cuda.matmul.allow_tf32 = trainer.allow_tf32
-    torch.backends.cudnn.allow_tf32 = trainer.allow_tf32
-
-
-class PeakMemory:
-    """The most memory a run held: on the device, or of this process on a CPU."""
-
-    def __init__(self, device: str):
-        import torch
-
-        self.device = device
-        if device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            # Linux: forget the high-water mark of the runs before.
-            with contextlib.suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")
-
-    def bytes(self) -> int:
-        import torch
-
-        if self.device.startswith("cuda"):
-            return int(torch.cuda.max_memory_allocated(self.device))
-        try:
-            status = Path("/proc/self/status").read_text()
-            return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-        except (OSError, IndexError):
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            return peak if os.uname().sysname == "Darwin" else peak * 1024
-
-
 # --- one pack --------------------------------------------------------------------------------
+
+
+@dataclass
+class Member:
+    """One run while its pack trains."""
+
+    job: Job
+    entry: record.Record
+    tracker: tracking.NoTracker = field(default_factory=tracking.NoTracker)
+    metrics_file: IO[str] | None = None
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+    error: Exception | None = None  # what went wrong with this run alone
+
+    @property
+    def folder(self) -> Path:
+        return self.job.folder
+
+    def log(self, step: int, row: dict[str, float], **more: float) -> None:
+        """One row, in the file and in the tracker."""
+        assert self.metrics_file is not None
+        record.append_line(self.metrics_file, {"step": step, **row, **more})
+        self.tracker.log(row, step)
+
+
+def pack_id(jobs: list[Job]) -> str:
+    """First 12 hex digits of sha256 over the run ids, in order."""
+    ids = " ".join(job.plan.run_id for job in jobs)
+    return hashlib.sha256(ids.encode()).hexdigest()[:12]
 
 
 def run_pack(jobs: list[Job], display: Display) -> list[Outcome]:
     """Train, evaluate and record the runs of a pack; a failure is an outcome, never an exception.
 
+    A pack that runs out of memory before its first step is halved, down to runs alone.
+
     Raises:
         KeyboardInterrupt: after the runs are recorded as interrupted, with a checkpoint.
     """
+    begun = time.perf_counter()
+    members = [_open(job, jobs) for job in jobs]
+    halve = False
+    try:
+        for member in members:
+            member.folder.mkdir(parents=True, exist_ok=True)
+            content = OmegaConf.to_yaml(OmegaConf.create(member.entry.config))
+            record.write_atomic(member.folder / "config.yaml", content)
+            member.entry.write(member.folder)
+        _train_and_record(members, display)
+    except KeyboardInterrupt:
+        for member in members:
+            member.entry.status = "interrupted"
+            member.entry.error = "interrupted by a signal"
+        raise
+    except Exception as error:
+        log.error("pack %s failed\n%s", pack_id(jobs), traceback.format_exc())
+        started = any(member.entry.steps_done for member in members)
+        halve = machine.is_out_of_memory(error) and len(jobs) > 1 and not started
+        for member in members:
+            member.error = member.error or error
+    finally:
+        for member in members:
+            _close(member, time.perf_counter() - begun)
+    if halve:
+        SHARED.bases.clear()
+        half = (len(jobs) + 1) // 2
+        display.say(f"a pack of {len(jobs)} does not fit into memory; trying packs of {half}")
+        return [*run_pack(jobs[:half], display), *run_pack(jobs[half:], display)]
     outcomes = []
-    for job in jobs:
-        outcomes.append(_run(job, display))
+    for member in members:
+        entry = member.entry
+        display.done(member.job.label, _last_line(entry), entry.config["trainer"]["steps"])
+        outcomes.append(
+            Outcome(entry.run_id, member.job.label, entry.status, str(member.folder), entry.error)
+        )
     return outcomes
 
 
-def _run(job: Job, display: Display) -> Outcome:
-    folder, config = job.folder, job.config
-    seeds = dataclasses.asdict(config.seeds)
-    entry = record.Record(
-        run_id=job.plan.run_id,
-        sweep=config.sweep,
-        status="running",
-        seeds=seeds,
-        config=dataclasses.asdict(config),
-        plan=job.plan.model_dump(),
-        provenance={},
-        process=record.this_process(),
-        started=record.now(),
+def _open(job: Job, jobs: list[Job]) -> Member:
+    planned = job.plan.model_copy()
+    planned.pack = {
+        "id": pack_id(jobs),
+        "size": len(jobs),
+        "members": [mate.plan.run_id for mate in jobs],
+        "alone": job.plan.alone,
+    }
+    return Member(
+        job,
+        record.Record(
+            run_id=job.plan.run_id,
+            sweep=job.config.sweep,
+            status="running",
+            seeds=dataclasses.asdict(job.config.seeds),
+            config=dataclasses.asdict(job.config),
+            plan=planned.model_dump(),
+            provenance={},
+            process=record.this_process(),
+            started=record.now(),
+        ),
     )
-    begun = time.perf_counter()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        record.write_atomic(
-            folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(entry.config))
-        )
-        entry.write(folder)
-        _train_and_record(job, entry, display)
-    except KeyboardInterrupt:
-        entry.status, entry.error = "interrupted", "interrupted by a signal"
-        raise
-    except Exception as error:
-        first = str(error).strip().splitlines()
+
+
+def _close(member: Member, seconds: float) -> None:
+    """Write the record's last state."""
+    entry = member.entry
+    if member.error is not None:
+        first = str(member.error).strip().splitlines()
         entry.status = "failed"
-        entry.error = f"{type(error).__name__}: {first[0] if first else ''}".rstrip(": ")
-        if isinstance(error, ConfigErrors):
-            entry.error = "; ".join(error.errors)
-        log.error("run %s failed\n%s", job.plan.run_id, traceback.format_exc())
-        display.skip(config.trainer.steps - entry.steps_done)
-    finally:
-        entry.cost.total_seconds = round(time.perf_counter() - begun, 3)
-        entry.ended = record.now()
-        entry.process = {}
-        try:
-            entry.write(folder)
-        except OSError as error:
-            entry.status, entry.error = "failed", f"record cannot be written: {error}"
-    display.done(job.label, _last_line(entry))
-    return Outcome(job.plan.run_id, job.label, entry.status, str(folder), entry.error)
+        entry.error = f"{type(member.error).__name__}: {first[0] if first else ''}".rstrip(": ")
+        if isinstance(member.error, ConfigErrors):
+            entry.error = "; ".join(member.error.errors)
+    entry.cost.total_seconds = round(seconds, 3)
+    entry.ended = record.now()
+    entry.process = {}
+    try:
+        entry.write(member.folder)
+    except OSError as error:
+        entry.status, entry.error = "failed", f"record cannot be written: {error}"
 
 
 def _last_line(entry: record.Record) -> str:
     if entry.status == "failed":
         return f"failed: {entry.error}"
-    scores = entry.metrics.get("test", {})
-    text = "  ".join(
-        f"{name} {'not finite' if m.value is None else format(m.value, '.4f')}"
-        for name, m in scores.items()
+    scores = "".join(
+        f"  {name} {'not finite' if m.value is None else format(m.value, '.4f')}"
+        for name, m in entry.metrics.get("test", {}).items()
     )
-    return f"{entry.status}  {text}  {clock(entry.cost.total_seconds)}".replace("    ", "  ")
+    size = entry.plan["pack"]["size"]
+    packed = f" in a pack of {size}" if size > 1 else ""
+    return f"{entry.status}{scores}  {clock(entry.cost.total_seconds)}{packed}"
 
 
-def _train_and_record(job: Job, entry: record.Record, display: Display) -> None:
-    """From a planned run to its finished record."""
-    import torch
+def _make_pack(base: Any, jobs: list[Job], device: str) -> Any:
+    from lorabench.pack import ModulePack, StackedPack
 
-    from lorabench import adapters, checkpoint
-    from lorabench.evaluate import DEFINITIONS, answers, evaluate, summarise
-    from lorabench.pack import ModulePack
-    from lorabench.train import train
+    configs = [job.config for job in jobs]
+    modules = [job.plan.lora_modules for job in jobs]
+    if jobs[0].plan.alone is not None:
+        return ModulePack(base, configs[0], modules[0], device)
+    return StackedPack(base, plan.skeleton(configs[0].model), configs, modules, device)
 
-    config, folder = job.config, job.folder
-    trainer = config.trainer
-    configure_torch(config)
-    device = choose_device(trainer.device)
-    entry.provenance = record.provenance(device) | base_model.identity(config.model)
+
+def _train_and_record(members: list[Member], display: Display) -> None:
+    """From planned runs to their finished records."""
+    from lorabench import adapters
+
+    jobs = [member.job for member in members]
+    config = jobs[0].config  # what runs of a pack share: base, data, steps, batch sizes
+    machine.configure_torch(config)
+    device = machine.choose_device(config.trainer.device)
+    memory = machine.PeakMemory(device)
+    provenance = record.provenance(device) | base_model.identity(config.model)
     tokenizer = SHARED.tokenizer(config)
     splits, notes = SHARED.splits(config)
-    entry.notes = [*job.plan.warnings, *notes]
-    for note in notes:
-        log.warning(note)
     base, checksum = SHARED.base(config, device)
-    memory = PeakMemory(device)
-    pack = ModulePack(base, config, job.plan.lora_modules, device)
-    pad_id = data.pad_id(tokenizer)
-
-    num_examples = len(splits["train"].input_ids)
-    shape = (num_examples, trainer.batch_size, config.seeds.data, trainer.steps)
-    entry.hashes = {
-        "base": checksum,
-        "data": data.content_hash(config.data),
-        "data_order": data.order_hash(*shape),
-        "initial_adapter": adapters.state_hash(adapters.adapter_state(pack.wrapped)),
-    }
-    fingerprint = {
-        "run_id": job.plan.run_id,
-        "parameters": [[n, list(p.shape)] for n, p in pack.parameters.items()],
-        "packages": {
-            k: v for k, v in record.versions().items() if k in ("torch", "peft", "transformers")
-        },
-        **entry.hashes,
-    }
-    saved = checkpoint.load(folder / "checkpoint", fingerprint)
-    if saved is not None:
-        pack.load_state(saved[0])
-        entry.steps_done = saved[1]
-        display.skip(saved[1])
-    rows = _kept_rows(folder / "metrics.jsonl", entry.steps_done)
-    tracker = tracking.start(
-        config.tracker,
-        run_id=job.plan.run_id,
-        sweep=config.sweep,
-        name=job.label,
-        tags=[job.plan.model, f"head={config.head.policy}"],
-        config=entry.config,
-        folder=folder.parent,
-        notify=display.say,
-    )
-    begun = time.perf_counter()
-    tokens_seen = 0
-    stopped = False
-    evaluated = (
-        splits
-        if trainer.eval_examples is None
-        else {name: split.first(trainer.eval_examples) for name, split in splits.items()}
-    )
+    pack = _make_pack(base, jobs, device)
+    for run, member in enumerate(members):
+        entry, trainer = member.entry, member.job.config.trainer
+        entry.provenance = provenance
+        entry.notes = [*member.job.plan.warnings, *notes]
+        shape = (len(splits["train"]), trainer.batch_size, member.job.config.seeds.data)
+        entry.hashes = {
+            "base": checksum,
+            "data": data.content_hash(config.data),
+            "data_order": data.order_hash(*shape, trainer.steps),
+            "initial_adapter": adapters.state_hash(pack.adapter_state(run)),
+        }
+        member.fingerprint = {
+            "run_id": entry.run_id,
+            "pack": entry.plan["pack"]["id"],
+            "parameters": pack.fingerprint(run),
+            "packages": {
+                k: v
+                for k, v in provenance["packages"].items()
+                if k in ("torch", "peft", "transformers")
+            },
+            **entry.hashes,
+        }
+    start_step = _resume(members, pack, display)
     try:
-        with open(folder / "metrics.jsonl", "w", encoding="utf-8") as metrics_file:
-            for row in rows:
-                record.append_line(metrics_file, row)
-            order = data.order(*shape, start_step=entry.steps_done)
-            for step in train(pack, splits["train"], pad_id, order, entry.steps_done):
-                tokens_seen += step.tokens
-                seconds = time.perf_counter() - begun
-                stopped = not np.isfinite([*step.loss, *step.grad_norm]).all()
-                if step.step % trainer.log_every == 0 or step.step == trainer.steps or stopped:
-                    row = {
-                        "train/loss": step.loss[0],
-                        "train/lr": step.lr,
-                        "train/grad_norm": step.grad_norm[0],
-                        "train/tokens_per_second": tokens_seen / seconds,
-                    }
-                    record.append_line(metrics_file, {"step": step.step, **row, "seconds": seconds})
-                    tracker.log(row, step.step)
-                display.step(
-                    job.label, step.step, trainer.steps, step.loss[0], tokens_seen / seconds
-                )
-                if stopped:
-                    entry.error = f"stopped at step {step.step}: loss or gradient is not finite"
-                    display.skip(trainer.steps - step.step)
-                    break
-                entry.steps_done = step.step
-                if (
-                    trainer.eval_every
-                    and step.step % trainer.eval_every == 0
-                    and step.step < trainer.steps
-                ):
-                    table = evaluate(pack, evaluated["validation"], tokenizer, pad_id, ["nll"])[0]
-                    value = summarise(table, ["nll"])["nll"][0]
-                    record.append_line(metrics_file, {"step": step.step, "validation/nll": value})
-                    tracker.log({"validation/nll": value}, step.step)
-                if trainer.checkpoint_every and step.step % trainer.checkpoint_every == 0:
-                    checkpoint.save(folder / "checkpoint", pack.state(), step.step, fingerprint)
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
-        entry.cost.train_seconds = round(time.perf_counter() - begun, 3)
-        entry.cost.train_tokens = tokens_seen
-        entry.cost.tokens_per_second = round(tokens_seen / max(1e-9, entry.cost.train_seconds), 1)
-
-        begun = time.perf_counter()
-        tables = []
-        for split in ("validation", "test"):
-            table = evaluate(pack, evaluated[split], tokenizer, pad_id, config.data.metric)[0]
-            if "answer" in config.data.metric and split == "test":
-                written = answers(pack, evaluated[split], tokenizer, pad_id, config.data)
-                table = table.merge(written, on="example", how="left")
-            entry.metrics[split] = {
-                name: record.Metric(
-                    value=value if np.isfinite(value) else None,
-                    num_examples=count,
-                    definition=DEFINITIONS[name],
-                )
-                for name, (value, count) in summarise(table, config.data.metric).items()
-            }
-            table.insert(0, "split", split)
-            tables.append(table)
-        _write_predictions(folder / "predictions.parquet", tables)
-        entry.cost.evaluate_seconds = round(time.perf_counter() - begun, 3)
-        entry.cost.peak_memory_bytes = memory.bytes()
-
-        entry.hashes["adapter"] = adapters.save(pack.wrapped, folder / "adapter")
+        _open_logs(members, start_step, display)
+        _train(members, pack, splits, tokenizer, start_step, display)
+        _evaluate(members, pack, splits, tokenizer)
+        for member in members:
+            member.entry.cost.peak_memory_bytes = memory.bytes()
         if base_model.checksum(base) != checksum:
             SHARED.bases.clear()
-            raise RuntimeError("the frozen base changed while this run trained; its result is void")
-        checkpoint.remove(folder / "checkpoint")
-        entry.status = "stopped" if stopped else "finished"
-        summary = {
-            f"{split}/{name}": metric.value
-            for split, scores in entry.metrics.items()
-            for name, metric in scores.items()
-            if metric.value is not None
-        }
-        tracker.finish(
-            summary
-            | {
-                "trainable_parameters": job.plan.trainable_parameters,
-                "train_seconds": entry.cost.train_seconds,
-            }
-        )
+            raise RuntimeError("the frozen base changed while this pack trained; its runs are void")
+        for run, member in enumerate(members):
+            with _own_failure(member):
+                tensors = pack.adapter_state(run)
+                saved = adapters.save(tensors, pack.settings(run), member.folder / "adapter")
+                member.entry.hashes["adapter"] = saved
+                checkpoint.remove(member.folder / "checkpoint")
+                member.entry.status = "stopped" if member.entry.error else "finished"
+                member.tracker.finish(_summary(member))
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and entry.steps_done:
-            checkpoint.save(folder / "checkpoint", pack.state(), entry.steps_done, fingerprint)
-        tracker.finish({}, failed=True)
+        if isinstance(error, KeyboardInterrupt) and members[0].entry.steps_done:
+            _checkpoint(members, pack)
+        for member in members:
+            member.tracker.finish({}, failed=True)
         raise
+    finally:
+        for member in members:
+            if member.metrics_file is not None:
+                member.metrics_file.close()
+            if member.error is not None:
+                member.tracker.finish({}, failed=True)
 
 
-def _write_predictions(path: Path, tables: list[Any]) -> None:
-    import pandas as pd
+@contextlib.contextmanager
+def _own_failure(member: Member) -> Any:
+    """What fails here is this run's, not its pack's."""
+    try:
+        yield
+    except Exception as error:
+        log.error("run %s failed\n%s", member.entry.run_id, traceback.format_exc())
+        member.error = error
 
-    part = path.with_name(f".{path.name}.part")
-    pd.concat(tables, ignore_index=True).to_parquet(part, index=False)
-    os.replace(part, path)
+
+def _summary(member: Member) -> dict[str, float]:
+    scores = {
+        f"{split}/{name}": metric.value
+        for split, found in member.entry.metrics.items()
+        for name, metric in found.items()
+        if metric.value is not None
+    }
+    return scores | {
+        "trainable_parameters": member.job.plan.trainable_parameters,
+        "train_seconds": member.entry.cost.train_seconds,
+    }
+
+
+def _open_logs(members: list[Member], start_step: int, display: Display) -> None:
+    for member in members:
+        path = member.folder / "metrics.jsonl"
+        kept = _kept_rows(path, start_step)
+        member.metrics_file = open(path, "w", encoding="utf-8")  # noqa: SIM115
+        for row in kept:
+            record.append_line(member.metrics_file, row)
+        config = member.job.config
+        member.tracker = tracking.start(
+            config.tracker,
+            run_id=member.entry.run_id,
+            sweep=config.sweep,
+            name=member.job.label,
+            tags=[member.job.plan.model, f"head={config.head.policy}"],
+            config=member.entry.config,
+            folder=member.folder.parent,
+            notify=display.say,
+        )
 
 
 def _kept_rows(path: Path, steps_done: int) -> list[dict[str, Any]]:
@@ -386,3 +346,139 @@ def _kept_rows(path: Path, steps_done: int) -> list[dict[str, Any]]:
             if row["step"] <= steps_done:
                 rows.append(row)
     return rows
+
+
+def _resume(members: list[Member], pack: Any, display: Display) -> int:
+    """Load the latest step that every member has a checkpoint of; 0 where there is none."""
+    steps = [set(checkpoint.steps(member.folder / "checkpoint")) for member in members]
+    common = set.intersection(*steps)
+    if not common:
+        return 0
+    step = max(common)
+    for run, member in enumerate(members):
+        state = checkpoint.load(member.folder / "checkpoint", step, member.fingerprint)
+        pack.load_state(run, state)
+        member.entry.steps_done = step
+    display.resumed(step * len(members))
+    return step
+
+
+def _checkpoint(members: list[Member], pack: Any) -> None:
+    """All members' checkpoints of this step: written first, then put in place together."""
+    for run, member in enumerate(members):
+        checkpoint.write(
+            member.folder / "checkpoint",
+            pack.state(run),
+            members[0].entry.steps_done,
+            member.fingerprint,
+        )
+    for member in members:
+        checkpoint.commit(member.folder / "checkpoint")
+
+
+def _train(
+    members: list[Member],
+    pack: Any,
+    splits: dict[str, data.Tokens],
+    tokenizer: Any,
+    start_step: int,
+    display: Display,
+) -> None:
+    import torch
+
+    from lorabench.evaluate import evaluate, summarise
+    from lorabench.train import train
+
+    trainer = members[0].job.config.trainer
+    validation = _cut(splits["validation"], trainer.eval_examples)
+    pad_id = data.pad_id(tokenizer)
+    begun = time.perf_counter()
+    display.pack([member.job.label for member in members])
+    for step in train(pack, splits["train"], pad_id, start_step):
+        seconds = time.perf_counter() - begun
+        for run, member in enumerate(members):
+            member.tokens += step.tokens[run]
+            if member.entry.error is not None:
+                continue  # stopped before
+            stopped = run in step.ended
+            if step.step % trainer.log_every == 0 or step.step == trainer.steps or stopped:
+                row = {
+                    "train/loss": step.loss[run],
+                    "train/lr": step.lr[run],
+                    "train/grad_norm": step.grad_norm[run],
+                    "train/tokens_per_second": member.tokens / seconds,
+                }
+                member.log(step.step, row, seconds=seconds)
+            if stopped:
+                member.entry.error = f"stopped at step {step.step}: loss or gradient is not finite"
+            else:
+                member.entry.steps_done = step.step
+        tokens = sum(member.tokens for member in members)
+        display.step(step.step, trainer.steps, step.loss, tokens / seconds)
+        due = trainer.eval_every and step.step % trainer.eval_every == 0
+        if due and step.step < trainer.steps:
+            tables = evaluate(pack, validation, tokenizer, pad_id, ["nll"])
+            for member, table in zip(members, tables, strict=True):
+                if member.entry.error is None:
+                    value = summarise(table, ["nll"])["nll"][0]
+                    member.log(step.step, {"validation/nll": value})
+        due = trainer.checkpoint_every and step.step % trainer.checkpoint_every == 0
+        if due and not any(member.entry.error for member in members):
+            _checkpoint(members, pack)
+    if pack.device.startswith("cuda"):
+        torch.cuda.synchronize(pack.device)
+    seconds = time.perf_counter() - begun
+    for member in members:
+        cost = member.entry.cost
+        cost.train_seconds = round(seconds, 3)
+        cost.train_tokens = member.tokens
+        cost.tokens_per_second = round(member.tokens / max(1e-9, seconds), 1)
+        cost.share = 1 / len(members)
+
+
+def _cut(tokens: data.Tokens, count: int | None) -> data.Tokens:
+    return tokens if count is None else tokens.first(count)
+
+
+def _evaluate(
+    members: list[Member], pack: Any, splits: dict[str, data.Tokens], tokenizer: Any
+) -> None:
+    """Scores and predictions of every member on validation and test."""
+    from lorabench.evaluate import DEFINITIONS, answers, evaluate, summarise
+
+    config = members[0].job.config
+    wanted, pad_id = config.data.metric, data.pad_id(tokenizer)
+    begun = time.perf_counter()
+    predictions: list[list[Any]] = [[] for _ in members]
+    for split in ("validation", "test"):
+        tokens = _cut(splits[split], config.trainer.eval_examples)
+        tables = evaluate(pack, tokens, tokenizer, pad_id, wanted)
+        if "answer" in wanted and split == "test":
+            written = answers(pack, tokens, tokenizer, pad_id, config.data)
+            tables = [
+                table.merge(one, on="example", how="left")
+                for table, one in zip(tables, written, strict=True)
+            ]
+        for member, table, kept in zip(members, tables, predictions, strict=True):
+            member.entry.metrics[split] = {
+                name: record.Metric(
+                    value=value if math.isfinite(value) else None,
+                    num_examples=count,
+                    definition=DEFINITIONS[name],
+                )
+                for name, (value, count) in summarise(table, wanted).items()
+            }
+            table.insert(0, "split", split)
+            kept.append(table)
+    for member, tables in zip(members, predictions, strict=True):
+        with _own_failure(member):
+            _write_predictions(member.folder / "predictions.parquet", tables)
+        member.entry.cost.evaluate_seconds = round(time.perf_counter() - begun, 3)
+
+
+def _write_predictions(path: Path, tables: list[Any]) -> None:
+    import pandas as pd
+
+    part = path.with_name(f".{path.name}.part")
+    pd.concat(tables, ignore_index=True).to_parquet(part, index=False)
+    os.replace(part, path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,3 +106,43 @@ def earlier(job: Job) -> Outcome | None:
         process = found.process
         error = f"being trained by process {process.get('pid')} on {process.get('host')}"
     return Outcome(job.plan.run_id, job.label, found.status, job.plan.folder, error, kept=True)
+
+
+# --- packs -----------------------------------------------------------------------------------
+
+# What each run of a pack has for itself; everything else must be the same.
+OWN_GROUPS = ("lora", "head", "target_modules", "seeds", "seed", "tracker", "sweep", "output_dir")
+OWN_TRAINER = (
+    "lr", "schedule", "warmup_steps", "weight_decay", "beta1", "beta2", "eps", "max_grad_norm",
+)  # fmt: skip
+
+
+def form_packs(jobs: list[Job], limit: int, memory: int) -> list[list[int]]:
+    """Indices of jobs that train together: what can share a base forward, as evenly as it fits.
+
+    Args:
+        limit: the most runs of a pack.
+        memory: bytes a pack may take.
+    """
+    alike: dict[str, list[int]] = {}
+    packs: list[list[int]] = []
+    for i, job in enumerate(jobs):
+        if job.plan.alone is not None:
+            packs.append([i])
+            continue
+        content = dataclasses.asdict(job.config)
+        shared = {key: value for key, value in content.items() if key not in OWN_GROUPS}
+        shared["trainer"] = {k: v for k, v in shared["trainer"].items() if k not in OWN_TRAINER}
+        alike.setdefault(json.dumps(shared, sort_keys=True), []).append(i)
+    for members in alike.values():
+        base = min(jobs[i].plan.base_bytes for i in members)
+        each = max(jobs[i].plan.memory_bytes - jobs[i].plan.base_bytes for i in members)
+        fits = max(1, min(limit, (memory - base) // max(1, each)))
+        count = -(-len(members) // fits)
+        size, more = divmod(len(members), count)
+        start = 0
+        for n in range(count):
+            end = start + size + (n < more)
+            packs.append(members[start:end])
+            start = end
+    return sorted(packs)

@@ -6,12 +6,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from lorabench import data
 from lorabench.config import TrainerConfig
-from lorabench.pack import ModulePack
+from lorabench.pack import Batch, ModulePack, StackedPack
 
 
 @dataclass
@@ -19,10 +18,11 @@ class Step:
     """What one optimizer step did; lists hold one value a run of the pack."""
 
     step: int  # steps done, from 1
-    lr: float
+    lr: list[float]
     loss: list[float]  # mean nll over the labelled tokens of the batch, nats
     grad_norm: list[float]  # before clipping
-    tokens: int  # non-pad tokens of the batch, of one run
+    tokens: list[int]  # non-pad tokens of the batch
+    ended: list[int]  # runs whose loss or gradient was not finite for the first time
 
 
 def learning_rate(trainer: TrainerConfig, step: int) -> float:
@@ -39,41 +39,61 @@ def learning_rate(trainer: TrainerConfig, step: int) -> float:
 
 
 def train(
-    pack: ModulePack, tokens: data.Tokens, pad_id: int, order: Iterator[np.ndarray], start_step: int
+    pack: ModulePack | StackedPack, tokens: data.Tokens, pad_id: int, start_step: int = 0
 ) -> Iterator[Step]:
     """Train a pack to the end of its steps, yielding after each.
 
-    A run whose loss or gradient is not finite keeps the weights of its last good step.
+    A run whose loss or gradient is not finite stops with the weights of its last good step; its
+    mates go on.
 
     Args:
         tokens: the tokenised training split.
-        order: indices into it, one array a step, beginning at start_step.
+        start_step: steps done before, by a checkpoint the pack has loaded.
     """
-    trainer = pack.config.trainer
-    length = data.padded_length(tokens, pack.config.data.max_length)
+    trainers = [config.trainer for config in pack.configs]
+    trainer = trainers[0]  # what runs of a pack share: steps, batch sizes
+    seeds = [config.seeds.data for config in pack.configs]
+    shared = len(set(seeds)) == 1
+    orders = [
+        data.order(len(tokens), trainer.batch_size, seed, trainer.steps, start_step)
+        for seed in (seeds[:1] if shared else seeds)
+    ]
+    length = data.padded_length(tokens, pack.configs[0].data.max_length)
+    width = data.longest_completion(tokens)
     micro = trainer.micro_batch_size or trainer.batch_size
+    running = set(range(pack.size))
     for step in range(start_step, trainer.steps):
-        indices = next(order)
-        input_ids, labels = data.batch(tokens, indices, length, pad_id)
-        num_targets = int((labels != -100).sum())
+        chosen = [next(order) for order in orders]
+        batches = [data.batch(tokens, indices, length, pad_id) for indices in chosen]
+        num_targets = [int((labels != data.IGNORED).sum()) for _, labels in batches]
+        num_tokens = [sum(len(tokens.input_ids[i]) for i in indices) for indices in chosen]
         losses = []
-        for micro_step, first in enumerate(range(0, len(input_ids), micro)):
+        for micro_step, first in enumerate(range(0, trainer.batch_size, micro)):
             part = slice(first, first + micro)
-            losses.append(
-                pack.forward_backward(
-                    step,
-                    micro_step,
-                    torch.from_numpy(input_ids[part]).to(pack.device),
-                    torch.from_numpy(labels[part]).to(pack.device),
-                    num_targets,
-                )
+            batch = Batch.make(
+                [input_ids[part] for input_ids, _ in batches],
+                [labels[part] for _, labels in batches],
+                width,
+                pack.device,
             )
-        lr = learning_rate(trainer, step)
-        grad_norm = pack.update(lr)
+            repeats = pack.size if shared else 1
+            losses.append(pack.forward_backward(step, micro_step, batch, num_targets * repeats))
+        rates = [learning_rate(t, step) for t in trainers]
+        norm_R = pack.update(rates)
+        loss_R = torch.stack(losses).sum(0)
+        # One copy off the device a step: the loop must know whether to go on.
+        loss, norm = torch.stack([loss_R, norm_R.to(loss_R.dtype)]).tolist()
+        ended = [i for i in running if not (math.isfinite(loss[i]) and math.isfinite(norm[i]))]
+        for run in ended:
+            pack.stop(run)
+            running.discard(run)
         yield Step(
             step=step + 1,
-            lr=lr,
-            loss=torch.stack(losses).sum(0).tolist(),
-            grad_norm=grad_norm.tolist(),
-            tokens=sum(len(tokens.input_ids[i]) for i in indices),
+            lr=rates,
+            loss=loss,
+            grad_norm=norm,
+            tokens=num_tokens * (pack.size if shared else 1),
+            ended=ended,
         )
+        if not running:
+            return

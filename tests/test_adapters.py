@@ -115,7 +115,7 @@ from conftest import composed
 from lorabench import adapters, plan, model
 config = composed("tracker=none", "head=lora", "lora.r=4")
 wrapped = adapters.attach(model.load(config.model, "cpu"), config, plan.make(config).lora_modules)
-print(adapters.save(wrapped, Path(sys.argv[1])))
+print(adapters.save(adapters.adapter_state(wrapped), wrapped.peft_config['default'], Path(sys.argv[1])))
 """
     contents = []
     for hash_seed in ("1", "2"):

@@ -74,13 +74,10 @@ def run_to(config: Any, stop: int | None, state: Any = None, start: int = 0) -> 
     base = base_model.load(config.model, "cpu")
     pack = ModulePack(base, config, plan.make(config).lora_modules, "cpu")
     if state is not None:
-        pack.load_state(state)
+        pack.load_state(0, state)
     tokenizer = base_model.tokenizer(config.model)
     tokens = data.tokenise(data.load(config.data).train, tokenizer, config.data)
-    order = data.order(
-        len(tokens), config.trainer.batch_size, config.seeds.data, config.trainer.steps, start
-    )
-    for step in train(pack, tokens, data.pad_id(tokenizer), order, start):
+    for step in train(pack, tokens, data.pad_id(tokenizer), start):
         if step.step == stop:
             break
     return pack
@@ -90,10 +87,10 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:
     config = composed(*FAST, "trainer.steps=12", "lora.lora_dropout=0.2", "head=full")
     whole = run_to(config, None)
     half = run_to(config, 5)
-    checkpoint.save(tmp_path / "checkpoint", half.state(), 5, {"run": 1})
-    loaded = checkpoint.load(tmp_path / "checkpoint", {"run": 1})
-    assert loaded is not None and loaded[1] == 5
-    resumed = run_to(config, None, loaded[0], 5)
+    checkpoint.save(tmp_path / "checkpoint", half.state(0), 5, {"run": 1})
+    assert list(checkpoint.steps(tmp_path / "checkpoint")) == [5]
+    loaded = checkpoint.load(tmp_path / "checkpoint", 5, {"run": 1})
+    resumed = run_to(config, None, loaded, 5)
     assert adapters.state_hash(adapters.adapter_state(resumed.wrapped)) == adapters.state_hash(
         adapters.adapter_state(whole.wrapped)
     )
@@ -163,7 +160,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, break_it: str
         content[-3] ^= 4
         file.write_bytes(content)
     with pytest.raises(checkpoint.Mismatch) as refused:
-        checkpoint.load(folder, wanted)
+        checkpoint.load(folder, 3, wanted)
     assert ("r: 16 -> 32" if break_it == "fingerprint" else "damaged") in str(refused.value)
     assert "lr" not in str(refused.value)
 
@@ -172,9 +169,9 @@ def test_a_crash_between_the_renames_leaves_the_old_checkpoint(tmp_path: Path) -
     folder = tmp_path / "checkpoint"
     checkpoint.save(folder, {"w": torch.zeros(2)}, 3, {})
     folder.rename(tmp_path / ".checkpoint.old")
-    loaded = checkpoint.load(folder, {})
-    assert loaded is not None and loaded[1] == 3
-    assert checkpoint.load(tmp_path / "none", {}) is None
+    assert list(checkpoint.steps(folder)) == [3]
+    assert checkpoint.load(folder, 3, {})["w"].tolist() == [0, 0]
+    assert not checkpoint.steps(tmp_path / "none")
 
 
 def test_a_run_that_diverges_is_stopped_and_kept(tmp_path: Path) -> None:

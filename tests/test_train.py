@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import nn
 from lorabench import adapters, data, plan
 from lorabench import model as base_model
 from lorabench.config import Config, ModelConfig, lora_alpha
-from lorabench.pack import ModulePack
+from lorabench.pack import Batch, ModulePack
 from lorabench.train import learning_rate, train
 
 TINY = ["tracker=none", "data.num_train=64", "data.num_validation=8", "data.num_test=8"]
@@ -36,10 +35,7 @@ def ours(config: Config) -> tuple[ModulePack, dict[str, torch.Tensor], list[floa
     pack = ModulePack(base, config, plan.make(config).lora_modules, "cpu")
     initial = {k: v.clone() for k, v in adapters.adapter_state(pack.wrapped).items()}
     tokens, pad_id = tokens_of(config)
-    order = data.order(
-        len(tokens), config.trainer.batch_size, config.seeds.data, config.trainer.steps
-    )
-    losses = [step.loss[0] for step in train(pack, tokens, pad_id, order, 0)]
+    losses = [step.loss[0] for step in train(pack, tokens, pad_id)]
     return pack, initial, losses
 
 
@@ -197,13 +193,12 @@ def test_dropout_masks_survive_an_extra_evaluation_and_follow_their_seed() -> No
     base = base_model.load(config.model, "cpu")
     pack = ModulePack(base, config, plan.make(config).lora_modules, "cpu")
     tokens, pad_id = tokens_of(config)
-    order = data.order(len(tokens), 8, config.seeds.data, 6)
     disturbed = []
-    for step in train(pack, tokens, pad_id, order, 0):
+    for step in train(pack, tokens, pad_id):
         disturbed.append(step.loss[0])
         torch.rand(17)  # a stray draw from the global stream
         ids, labels = data.batch(tokens, [0, 1], 24, pad_id)
-        pack.score(torch.from_numpy(ids), torch.from_numpy(labels))
+        pack.score(Batch.make([ids], [labels], 9, "cpu"))
     assert disturbed == losses
     other = composed(*TINY, "trainer.steps=6", "lora.lora_dropout=0.3", "seeds.dropout=5")
     assert ours(other)[2][1:] != losses[1:]
@@ -235,11 +230,7 @@ def test_a_run_that_diverges_keeps_its_last_good_weights() -> None:
     base = base_model.load(config.model, "cpu")
     pack = ModulePack(base, config, plan.make(config).lora_modules, "cpu")
     tokens, pad_id = tokens_of(config)
-    steps = train(pack, tokens, pad_id, data.order(len(tokens), 8, 0, 40), 0)
-    bad = list(
-        itertools.dropwhile(
-            lambda s: s.loss[0] == s.loss[0] and s.grad_norm[0] < float("inf"), steps
-        )
-    )
-    assert bad, "lr 1e30 must diverge"
+    steps = list(train(pack, tokens, pad_id))
+    assert steps[-1].ended == [0] and len(steps) < 40, "lr 1e30 must diverge"
+    assert [step.ended for step in steps[:-1]] == [[]] * (len(steps) - 1)
     assert all(tensor.isfinite().all() for tensor in adapters.adapter_state(pack.wrapped).values())

@@ -1,6 +1,7 @@
 """How the packed launcher runs jobs: compose all, let the task plan all, run pack by pack.
 
-A task function may carry `plan(configs, labels) -> packs` and `run(configs) -> results`. Without
+A task function may carry `plan(configs, labels, pack_size) -> kept, packs` and
+`run(members) -> results`. Without
 them (any other Hydra app) jobs run one by one, as under Hydra's basic launcher.
 
 The jobs of a pack are opened inside one another: the task of job i opens job i + 1 and the
@@ -32,6 +33,7 @@ def launch(
     config: DictConfig,
     job_overrides: Sequence[Sequence[str]],
     initial_job_idx: int,
+    pack_size: int,
 ) -> Sequence[JobReturn]:
     """Run every job; results come back in the order of `job_overrides`."""
     setup_globals()
@@ -51,7 +53,7 @@ def launch(
 
     labels = [" ".join(filter_overrides(overrides)) for overrides in job_overrides]
     # `kept` are results of an earlier command by job; `packs` lists the jobs that train together.
-    kept, packs = plan([_task_config(job) for job in jobs], labels)
+    kept, packs = plan([_task_config(job) for job in jobs], labels, pack_size)
     returns: dict[int, JobReturn] = {i: _kept_return(jobs[i], result) for i, result in kept.items()}
     for members in packs:
         returns |= _run_pack(context, task_function, jobs, members)

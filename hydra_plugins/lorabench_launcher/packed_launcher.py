@@ -18,12 +18,14 @@ class PackedLauncherConf:
     """Trains the jobs of a multirun in packs over one shared base model."""
 
     _target_: str = "hydra_plugins.lorabench_launcher.packed_launcher.PackedLauncher"
+    pack_size: int = 16  # most runs trained together; memory may allow fewer
 
 
 class PackedLauncher(Launcher):
     """Sees all jobs at once; any task function runs under it, lorabench's in packs."""
 
-    def __init__(self) -> None:
+    def __init__(self, pack_size: int = 16) -> None:
+        self.pack_size = pack_size
         self.config: DictConfig | None = None
         self.task_function: TaskFunction | None = None
         self.hydra_context: HydraContext | None = None
@@ -43,7 +45,12 @@ class PackedLauncher(Launcher):
         assert self.config is not None and self.hydra_context is not None
         assert self.task_function is not None
         return _core.launch(
-            self.hydra_context, self.task_function, self.config, job_overrides, initial_job_idx
+            self.hydra_context,
+            self.task_function,
+            self.config,
+            job_overrides,
+            initial_job_idx,
+            self.pack_size,
         )
 
 

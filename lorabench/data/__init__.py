@@ -9,7 +9,15 @@ tokens    prompt and completion as token ids
 batches   padding, labels, and the order of the training examples
 """
 
-from lorabench.data.batches import IGNORED, batch, order, order_hash, pad_id, padded_length
+from lorabench.data.batches import (
+    IGNORED,
+    batch,
+    longest_completion,
+    order,
+    order_hash,
+    pad_id,
+    padded_length,
+)
 from lorabench.data.sources import check
 from lorabench.data.splits import Example, Splits, content_hash, load
 from lorabench.data.tokens import Tokens, tokenise
@@ -23,6 +31,7 @@ __all__ = [
     "check",
     "content_hash",
     "load",
+    "longest_completion",
     "order",
     "order_hash",
     "pad_id",

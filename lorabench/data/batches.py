@@ -26,6 +26,12 @@ def padded_length(tokens: Tokens, max_length: int, multiple: int = 8) -> int:
     return min(-(-longest // multiple) * multiple, max_length)
 
 
+def longest_completion(tokens: Tokens) -> int:
+    """Tokens of the longest completion of a set, EOS included."""
+    pairs = zip(tokens.input_ids, tokens.completion_start, strict=True)
+    return max(len(ids) - start for ids, start in pairs)
+
+
 def pad_id(tokenizer: Any) -> int:
     """What fills a row: the pad token, or EOS, or 0. Never seen: it is on the right, unlabelled."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)

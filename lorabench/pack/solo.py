@@ -1,10 +1,6 @@
-"""Runs trained together over one base forward, and the optimizer that moves them.
+"""The pack of one on PEFT's own modules: whatever PEFT can train, this can.
 
-A pack answers four calls of the training loop: `forward_backward`, `update`, `score` and `state`.
-`ModulePack` is the pack of one on PEFT's own modules.
-
-Letters: R runs in the pack, B batch, T tokens, D model width, V vocabulary, N rows = tokens that
-carry a loss.
+Letters: R runs in the pack (here 1), B batch, T tokens, N rows that carry a loss, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,39 +10,14 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorabench import adapters
 from lorabench import model as base_model
 from lorabench.config import Config
-
-
-class HeadRows:
-    """Lets the head compute logits only for chosen rows, whatever the architecture does after it.
-
-    A pre-hook on the head's module: (B, T, D) in, (N, D) on to the head.
-    """
-
-    def __init__(self, head: nn.Module):
-        self.rows: Tensor | None = None
-        head.register_forward_pre_hook(self._select)
-
-    def _select(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self.rows is None:
-            return None
-        hidden = inputs[0]
-        return (hidden.reshape(-1, hidden.shape[-1])[self.rows], *inputs[1:])
-
-
-def target_rows(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of the flattened (B, T) hidden states that predict a labelled token, and its id.
-
-    Position t predicts the token at t + 1, so the row of label (b, t) is b T + t - 1.
-    """
-    rows = labels_BT[:, 1:].ne(-100).nonzero()
-    length = labels_BT.shape[1]
-    return rows[:, 0] * length + rows[:, 1], labels_BT[rows[:, 0], rows[:, 1] + 1]
+from lorabench.data import IGNORED
+from lorabench.pack.batch import Batch, HeadRows
 
 
 def autocast(config: Config, device: str) -> AbstractContextManager[Any]:
@@ -56,24 +27,28 @@ def autocast(config: Config, device: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def enable_checkpointing(tree: Any) -> None:
+    """Recompute each layer's activations in the backward pass."""
+    enable = getattr(  # its name since transformers 5.23
+        tree, "activation_checkpointing_enable", tree.gradient_checkpointing_enable
+    )
+    enable({"use_reentrant": False})
+
+
 class ModulePack:
-    """One run on PEFT's own modules: whatever PEFT can train, this can."""
+    """One run, injected by PEFT."""
 
     def __init__(self, base: PreTrainedModel, config: Config, modules: list[str], device: str):
-        self.config, self.device = config, device
+        self.configs, self.device = [config], device
         self.wrapped = adapters.attach(base, config, modules)
         self.clock = adapters.Clock(config.seeds.dropout)
         adapters.key_dropout(self.wrapped, self.clock)
         self.parameters = adapters.trainable(self.wrapped)
+        self.alive = True
         self.tree = cast(Any, self.wrapped.get_base_model())
         self.tree.train()  # base dropouts are zero; checkpointing asks for training mode
         if config.trainer.gradient_checkpointing:
-            enable = getattr(  # its name since transformers 5.23
-                self.tree,
-                "activation_checkpointing_enable",
-                self.tree.gradient_checkpointing_enable,
-            )
-            enable({"use_reentrant": False})
+            enable_checkpointing(self.tree)
         head = base_model.output_head(self.tree)
         assert head is not None, "a causal language model has an output head"
         self.head_rows = HeadRows(head[1])
@@ -91,18 +66,18 @@ class ModulePack:
     def size(self) -> int:
         return 1
 
-    def logits(self, input_ids_BT: Tensor, rows: Tensor) -> Tensor:
+    def logits(self, batch: Batch) -> Tensor:
         """Logits of the chosen rows, (N, V), at least float32."""
-        self.head_rows.rows = rows
-        try:
-            with autocast(self.config, self.device):
-                logits = self.tree(input_ids=input_ids_BT, use_cache=False).logits
-        finally:
-            self.head_rows.rows = None
+        with autocast(self.configs[0], self.device):
+            logits = self.head_rows.during(
+                batch.rows_SN,
+                True,
+                lambda: self.tree(input_ids=batch.input_ids_SBT[0], use_cache=False).logits,
+            )
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def forward_backward(
-        self, step: int, micro_step: int, input_ids_BT: Tensor, labels_BT: Tensor, num_targets: int
+        self, step: int, micro_step: int, batch: Batch, num_targets: list[int]
     ) -> Tensor:
         """Add this micro-batch's gradient of (summed nll / num_targets); return that loss, (R,).
 
@@ -110,39 +85,64 @@ class ModulePack:
             num_targets: labelled tokens of the whole batch, so that micro-batches weigh as in one.
         """
         self.clock.step, self.clock.micro_step, self.clock.training = step, micro_step, True
-        rows, targets = target_rows(labels_BT)
-        loss = F.cross_entropy(self.logits(input_ids_BT, rows), targets, reduction="sum")
-        loss = loss / num_targets
+        loss = F.cross_entropy(
+            self.logits(batch), batch.targets_SN[0], reduction="sum", ignore_index=IGNORED
+        )
+        loss = loss / num_targets[0]
         loss.backward()
         self.clock.training = False
         return loss.detach()[None]
 
-    def update(self, lr: float) -> Tensor:
+    def update(self, lr: list[float]) -> Tensor:
         """Clip, take one AdamW step, clear the gradients; return the norm before clipping, (R,)."""
-        limit = self.config.trainer.max_grad_norm
+        limit = self.configs[0].trainer.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(
             self.parameters.values(), float("inf") if limit is None else limit, foreach=True
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        if norm.isfinite():
+            group["lr"] = lr[0]
+        if self.alive and norm.isfinite():
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm.detach()[None]
 
+    def stop(self, run: int) -> None:
+        """The run keeps its weights and no longer moves."""
+        self.alive = False
+
     @torch.no_grad()
-    def score(self, input_ids_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Teacher-forced scores of every labelled token.
+    def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Teacher-forced nll and argmax of every row, (R, N) each."""
+        logits = self.logits(batch)
+        nll = F.cross_entropy(logits, batch.targets_SN[0], reduction="none", ignore_index=IGNORED)
+        return nll[None], logits.argmax(-1)[None]
 
-        Returns:
-            nll, (R, N); argmax ids, (R, N); example of each row, (N,).
-        """
-        rows, targets = target_rows(labels_BT)
-        logits = self.logits(input_ids_BT, rows)
-        nll = F.cross_entropy(logits, targets, reduction="none")
-        return nll[None], logits.argmax(-1)[None], rows // input_ids_BT.shape[1]
+    @torch.no_grad()
+    def generate(self, input_ids_BL: Tensor, mask_BL: Tensor, **settings: Any) -> Tensor:
+        """Greedy continuations, (R, B, L')."""
+        self.tree.eval()
+        try:
+            with autocast(self.configs[0], self.device):
+                written = self.tree.generate(
+                    input_ids=input_ids_BL, attention_mask=mask_BL, **settings
+                )
+        finally:
+            self.tree.train()
+        return written[None]
 
-    def state(self) -> dict[str, Tensor]:
+    def adapter_state(self, run: int) -> dict[str, Tensor]:
+        """What a saved adapter holds, under PEFT's names."""
+        return adapters.adapter_state(self.wrapped)
+
+    def settings(self, run: int) -> Any:
+        """PEFT's own config of the run."""
+        return self.wrapped.peft_config[adapters.ADAPTER]
+
+    def fingerprint(self, run: int) -> list[Any]:
+        """Names and shapes of what the run trains."""
+        return [[name, list(p.shape)] for name, p in self.parameters.items()]
+
+    def state(self, run: int) -> dict[str, Tensor]:
         """Trained parameters and optimizer moments, by name."""
         found = dict(self.parameters)
         for name, parameter in self.parameters.items():
@@ -151,7 +151,7 @@ class ModulePack:
         return {name: tensor.detach() for name, tensor in found.items()}
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, run: int, state: dict[str, Tensor]) -> None:
         """Continue from what `state` returned."""
         for name, parameter in self.parameters.items():
             parameter.copy_(state[name])

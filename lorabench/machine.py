@@ -1,0 +1,95 @@
+"""The machine a process runs on: device, threads, determinism, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+from pathlib import Path
+
+from lorabench.config import Config, ConfigErrors
+
+
+def choose_device(wanted: str) -> str:
+    """`auto` becomes what this machine has; anything else must be there."""
+    import torch
+
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(wanted.partition(":")[0], True):
+        raise ConfigErrors(
+            f"trainer.device: must be on this machine; got {wanted}; use auto or cpu"
+        )
+    return wanted
+
+
+def configure_torch(config: Config) -> None:
+    """Threads and determinism of this process."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+
+    trainer = config.trainer
+    if trainer.num_threads is not None and torch.get_num_threads() != trainer.num_threads:
+        torch.set_num_threads(trainer.num_threads)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    torch.use_deterministic_algorithms(trainer.deterministic)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.matmul.allow_tf32 = trainer.allow_tf32
+    torch.backends.cudnn.allow_tf32 = trainer.allow_tf32
+
+
+class PeakMemory:
+    """The most memory a run held: on the device, or of this process on a CPU."""
+
+    def __init__(self, device: str):
+        import torch
+
+        self.device = device
+        if device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            # Linux: forget the high-water mark of the runs before.
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+
+    def bytes(self) -> int:
+        import torch
+
+        if self.device.startswith("cuda"):
+            return int(torch.cuda.max_memory_allocated(self.device))
+        try:
+            status = Path("/proc/self/status").read_text()
+            return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+        except (OSError, IndexError):
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            return peak if os.uname().sysname == "Darwin" else peak * 1024
+
+
+def free_memory(device: str) -> int:
+    """Bytes a pack may plan with: most of a GPU's free memory, half of what a CPU has left."""
+    import torch
+
+    if device.startswith("cuda"):
+        return int(0.85 * torch.cuda.mem_get_info(device)[0])
+    try:
+        text = Path("/proc/meminfo").read_text()
+        return int(text.partition("MemAvailable:")[2].split()[0]) * 1024 // 2
+    except (OSError, IndexError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a device or on the host."""
+    import torch
+
+    text = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError)
+        and ("out of memory" in text or "can't allocate memory" in text)
+    )

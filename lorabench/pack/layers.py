@@ -1,0 +1,278 @@
+"""Layers that serve every run of a pack at once: frozen base weights, one adapter a run.
+
+Inputs come flattened, run by run: the first dimension is R B (or R N rows at the head).
+
+Letters: R runs in the pack, M of them that train something here (members), N rows of one run,
+D inputs, O outputs, K rank, padded to the largest of the members.
+
+Padding a rank with zeros is exact: a padded row of A meets a zero column of B, so its gradient is
+zero, and the other way round.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorabench.adapters import Clock, KeyedDropout
+
+
+class Members:
+    """Which runs of a pack a layer trains: a slice where they are neighbours, else indices."""
+
+    def __init__(self, runs: list[int], size: int):
+        self.runs, self.size = runs, size
+        self.is_all = len(runs) == size
+        contiguous = runs == list(range(runs[0], runs[-1] + 1))
+        self.where: Any = slice(runs[0], runs[-1] + 1) if contiguous else runs
+
+    def take(self, x_RND: Tensor) -> Tensor:
+        """The members' part, (M, N, D): a view where they are neighbours."""
+        return x_RND if self.is_all else x_RND[self.where]
+
+
+class Stacked:
+    """One trained tensor of every member: a view of the pack's storage, and of its gradient.
+
+    Gradients are added straight into the storage: autograd sees only `anchor`, a scalar that makes
+    it run the layer's backward.
+    """
+
+    def __init__(self, value: Tensor, grad: Tensor, shadow: Tensor | None):
+        self.value, self.grad, self.shadow = value, grad, shadow
+
+    def for_compute(self) -> Tensor:
+        """The tensor the products are taken with: a low-precision copy under autocast."""
+        return self.value if self.shadow is None else self.shadow
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + b + scale B(A(dropout(x))), every run its own A, B, scale and dropout.
+
+    Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; PEFT's `lora.Linear` per run.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear | Conv1D,
+        members: Members,
+        lora_a_MKD: Stacked,
+        lora_b_MKO: Stacked,
+        scale_M: Tensor,
+        dropouts: list[KeyedDropout | None],
+        anchor: Tensor,
+        bias: PackedBias | None,
+    ):
+        super().__init__()
+        self.base = base
+        self.members, self.lora_a, self.lora_b = members, lora_a_MKD, lora_b_MKO
+        self.scale_M11 = scale_M[:, None, None]
+        self.dropouts = dropouts
+        self.anchor, self.bias_of_runs = anchor, bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight: some architectures look at a layer's dtype or device through it."""
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = x.shape
+        x_RND = x.reshape(self.members.size, -1, shape[-1])
+        weight = self.base.weight.t() if isinstance(self.base, Conv1D) else self.base.weight
+        bias = None if self.bias_of_runs is not None else self.base.bias
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x_RND, weight = x_RND.to(dtype), weight.to(dtype)
+            bias = bias if bias is None else bias.to(dtype)
+        dropped = self._dropped(x_RND, shape)
+        y_RNO = _PackedLora.apply(x_RND, dropped, self.anchor, weight, bias, self)
+        if self.bias_of_runs is not None:
+            y_RNO = self.bias_of_runs(y_RNO)
+        return y_RNO.reshape(*shape[:-1], y_RNO.shape[-1])
+
+    def _dropped(self, x_RND: Tensor, shape: torch.Size) -> Tensor | None:
+        """The kept positions of each member's input, scaled, (M, N, D); None without dropout."""
+        active = [d if d is not None and d.clock.training else None for d in self.dropouts]
+        if not any(active):
+            return None
+        own = (shape[0] // self.members.size, *shape[1:])  # the shape a run alone would see
+        rows = x_RND.shape[1:]
+        return torch.stack(
+            [
+                torch.ones(rows, device=x_RND.device)
+                if dropout is None
+                else dropout.mask(torch.Size(own), x_RND.device).reshape(rows)
+                for dropout in active
+            ]
+        ).to(x_RND.dtype)
+
+
+class _PackedLora(torch.autograd.Function):
+    """The products of PackedLinear, as few and as large as they can be."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_RND: Tensor,
+        mask_MND: Tensor | None,
+        anchor: Tensor,
+        weight_OD: Tensor,
+        bias_O: Tensor | None,
+        layer: PackedLinear,
+    ) -> Tensor:
+        y_RNO = F.linear(x_RND, weight_OD, bias_O)
+        x_MND = layer.members.take(x_RND)
+        if mask_MND is not None:
+            x_MND = x_MND * mask_MND
+        a_MKD, b_MKO = layer.lora_a.for_compute(), layer.lora_b.for_compute()
+        h_MNK = torch.bmm(x_MND, a_MKD.transpose(1, 2)).mul_(layer.scale_M11.to(x_MND.dtype))
+        where = layer.members.where
+        if isinstance(where, slice):
+            y_RNO[where].baddbmm_(h_MNK, b_MKO)
+        else:
+            y_RNO[where] = torch.baddbmm(y_RNO[where], h_MNK, b_MKO)
+        # Without dropout the input itself is kept, which the base's layers keep anyway.
+        ctx.save_for_backward(x_MND if mask_MND is not None else x_RND, h_MNK, mask_MND, weight_OD)
+        ctx.layer = layer
+        return y_RNO
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g_RNO,) = grads
+        x, h_MNK, mask_MND, weight_OD = ctx.saved_tensors
+        layer = ctx.layer
+        members = layer.members
+        x_MND = x if mask_MND is not None else members.take(x)
+        a_MKD, b_MKO = layer.lora_a.for_compute(), layer.lora_b.for_compute()
+        g_MNO = members.take(g_RNO)
+        gh_MNK = torch.bmm(g_MNO, b_MKO.transpose(1, 2)).mul_(layer.scale_M11.to(g_MNO.dtype))
+        _add_product(layer.lora_b.grad, h_MNK.transpose(1, 2), g_MNO)
+        _add_product(layer.lora_a.grad, gh_MNK.transpose(1, 2), x_MND)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None, None
+        gx_RND = g_RNO @ weight_OD
+        if mask_MND is None and isinstance(members.where, slice):
+            gx_RND[members.where].baddbmm_(gh_MNK, a_MKD)
+        else:
+            update = torch.bmm(gh_MNK, a_MKD)
+            gx_RND[members.where] += update if mask_MND is None else update * mask_MND
+        return gx_RND, None, None, None, None, None
+
+
+def _add_product(grad: Tensor, left: Tensor, right: Tensor) -> None:
+    """grad += left @ right, in grad's own precision."""
+    if grad.dtype == left.dtype:
+        grad.baddbmm_(left, right)
+    else:
+        grad += torch.bmm(left, right)
+
+
+class PackedHead(nn.Module):
+    """The output layer where some runs train a full copy of it (head=full)."""
+
+    def __init__(self, base: nn.Module, members: Members, weight_MOD: Stacked, anchor: Tensor):
+        super().__init__()
+        self.base, self.members, self.copies, self.anchor = base, members, weight_MOD, anchor
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = x.shape
+        x_RND = x.reshape(self.members.size, -1, shape[-1])
+        if torch.is_autocast_enabled(x.device.type):
+            x_RND = x_RND.to(torch.get_autocast_dtype(x.device.type))
+        own = _PackedCopies.apply(self.members.take(x_RND), self.anchor, self)
+        if self.members.is_all:
+            y_RNO = own
+        else:
+            y_RNO = self.base(x).reshape(self.members.size, -1, own.shape[-1]).to(own.dtype)
+            y_RNO = y_RNO.index_copy(0, torch.tensor(self.members.runs, device=x.device), own)
+        bias = getattr(self.base, "bias", None)
+        if bias is not None and self.members.is_all:
+            y_RNO = y_RNO + bias
+        return y_RNO.reshape(*shape[:-1], y_RNO.shape[-1])
+
+
+class _PackedCopies(torch.autograd.Function):
+    """y = x W^T with one W a member."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MND: Tensor, anchor: Tensor, layer: PackedHead) -> Tensor:
+        ctx.save_for_backward(x_MND)
+        ctx.layer = layer
+        return torch.bmm(x_MND, layer.copies.for_compute().transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g_MNO,) = grads
+        (x_MND,) = ctx.saved_tensors
+        _add_product(ctx.layer.copies.grad, g_MNO.transpose(1, 2), x_MND)
+        gx = torch.bmm(g_MNO, ctx.layer.copies.for_compute()) if ctx.needs_input_grad[0] else None
+        return gx, None, None
+
+
+class PackedBias(nn.Module):
+    """Adds each run's own bias; runs that do not train it have the base's.
+
+    Args:
+        all_RO: biases of all runs; the members' rows are refreshed from `trained_MO`.
+    """
+
+    def __init__(self, members: Members, trained_MO: Stacked, base_O: Tensor, anchor: Tensor):
+        super().__init__()
+        self.members, self.trained, self.base, self.anchor = members, trained_MO, base_O, anchor
+
+    def forward(self, y_RNO: Tensor) -> Tensor:
+        return _PackedBiases.apply(y_RNO, self.anchor, self)
+
+
+class _PackedBiases(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_RNO: Tensor, anchor: Tensor, layer: PackedBias) -> Tensor:
+        ctx.layer = layer
+        bias_RO = layer.base.to(y_RNO.dtype).repeat(layer.members.size, 1)
+        bias_RO[layer.members.where] = layer.trained.value.to(y_RNO.dtype)
+        return y_RNO + bias_RO[:, None]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g_RNO,) = grads
+        ctx.layer.trained.grad += ctx.layer.members.take(g_RNO).sum(1)
+        return g_RNO, None, None
+
+
+class PackedNorm(nn.Module):
+    """A LayerNorm or an unadapted linear layer whose bias some runs train (bias=all)."""
+
+    def __init__(self, base: nn.Module, bias: PackedBias):
+        super().__init__()
+        self.base, self.bias_of_runs = base, bias
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.base, nn.LayerNorm):
+            y = F.layer_norm(x, self.base.normalized_shape, self.base.weight, None, self.base.eps)
+        elif isinstance(self.base, Conv1D):
+            y = x @ self.base.weight
+        else:
+            assert isinstance(self.base, nn.Linear)
+            y = F.linear(x, self.base.weight)
+        y_RNO = y.reshape(self.bias_of_runs.members.size, -1, y.shape[-1])
+        return self.bias_of_runs(y_RNO).reshape(y.shape)
+
+
+BIAS_OWNERS = (nn.LayerNorm, nn.Linear, Conv1D)  # what PackedNorm can compute without its bias
+
+__all__ = [
+    "BIAS_OWNERS", "Clock", "Members", "PackedBias", "PackedHead", "PackedLinear", "PackedNorm",
+    "Stacked",
+]  # fmt: skip

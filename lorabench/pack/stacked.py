@@ -1,0 +1,428 @@
+"""Several runs over one base forward: their adapters stacked, one view of the storage a run.
+
+PEFT decides which modules a run adapts, their ranks and scales (on a skeleton); this room gives
+every one of them a place in a storage of shape (M, P), M runs that train the same modules and P
+numbers each, so that the optimizer moves all runs with a few kernels.
+
+Letters: R runs in the pack, M members of a group, B batch, T tokens, N rows, V vocabulary, K rank.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lorabench import adapters
+from lorabench import model as base_model
+from lorabench.config import Config
+from lorabench.data import IGNORED
+from lorabench.pack.batch import Batch, HeadRows
+from lorabench.pack.layers import (
+    BIAS_OWNERS,
+    Members,
+    PackedBias,
+    PackedHead,
+    PackedLinear,
+    PackedNorm,
+    Stacked,
+)
+from lorabench.pack.optimizer import StackedAdamW
+from lorabench.pack.solo import autocast, enable_checkpointing
+
+PREFIX = "base_model.model."
+
+
+@dataclass
+class Place:
+    """One trained tensor of one run: what it is, and where it lies."""
+
+    state_name: str  # its name in a saved adapter
+    kind: str  # lora_A | lora_B | copy | bias
+    module: str  # its module's name in the base
+    shape: tuple[int, ...]  # as PEFT saves it
+
+
+def places(wrapped: PeftModel) -> list[Place]:
+    """Everything PEFT would train of one run, in its order."""
+    found = []
+    for name, parameter in adapters.trainable(wrapped).items():
+        inner = name.removeprefix(PREFIX)
+        state_name = name.replace(f".{adapters.ADAPTER}.", ".").replace(".modules_to_save.", ".")
+        match = re.fullmatch(
+            rf"(.*?)(?:\.base_layer)?\.(lora_A|lora_B|modules_to_save)"
+            rf"\.{adapters.ADAPTER}\.weight",
+            inner,
+        )
+        if match:
+            kind = "copy" if match[2] == "modules_to_save" else match[2]
+            found.append(Place(state_name, kind, match[1], tuple(parameter.shape)))
+        elif inner.endswith(".bias") and "modules_to_save" not in inner:
+            module = inner.removesuffix(".bias").removesuffix(".base_layer")
+            found.append(Place(state_name, "bias", module, tuple(parameter.shape)))
+        else:
+            found.append(Place(state_name, "other", inner, tuple(parameter.shape)))
+    return found
+
+
+def why_alone(skeleton: PreTrainedModel, config: Config, modules: list[str]) -> str | None:
+    """The reason a run must train by itself on PEFT's own modules; None where it packs."""
+    if config.lora.use_dora:
+        return "DoRA rescales the base weight"
+    if config.lora.init not in ("default", "gaussian"):
+        return f"init={config.lora.init} changes the base weight"
+    if any(p.dim() == 3 for p in skeleton.parameters()):
+        return "experts route tokens of all runs together"
+    tree = dict(skeleton.named_modules())
+    for name in modules:
+        if not isinstance(tree[name], (nn.Linear, Conv1D)):
+            return f"{name} is a {type(tree[name]).__name__}"
+    head = base_model.output_head(skeleton)
+    if head is None or not isinstance(head[1], nn.Linear):
+        return "the head is no linear layer"
+    for place in places(adapters.attach_skeleton(skeleton, config, modules)):
+        if place.kind == "other":
+            return f"{place.state_name} is trained"
+        if place.kind == "copy" and place.module != head[0]:
+            return f"{place.module} is trained in full"
+        if place.kind == "copy" and getattr(head[1], "bias", None) is not None:
+            return "the head has a bias"
+        if place.kind == "bias" and not isinstance(tree[place.module], BIAS_OWNERS):
+            return f"{place.module} is a {type(tree[place.module]).__name__}"
+    return None
+
+
+class StackedPack:
+    """R runs over one base forward, each ending with the result it would have had alone."""
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        skeleton: PreTrainedModel,
+        configs: list[Config],
+        modules: list[list[str]],
+        device: str,
+    ):
+        self.configs, self.device = configs, device
+        self.wrapped = [
+            adapters.attach_skeleton(skeleton, config, names)
+            for config, names in zip(configs, modules, strict=True)
+        ]
+        self.places = [places(wrapped) for wrapped in self.wrapped]
+        self.clocks = [adapters.Clock(config.seeds.dropout) for config in configs]
+        self.alive = [True] * len(configs)
+        self.tree = cast(Any, base_model.share(base))
+        self.dtype = torch.float64 if configs[0].trainer.dtype == "float64" else torch.float32
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+        self._allocate()
+        self._fill(base)
+        self._install()
+        self.tree.train()  # base dropouts are zero; checkpointing asks for training mode
+        if configs[0].trainer.gradient_checkpointing:
+            enable_checkpointing(self.tree)
+        head = base_model.output_head(self.tree)
+        assert head is not None, "a causal language model has an output head"
+        self.head_rows = HeadRows(head[1])
+        self.head_rows.size = self.size
+        self.optimizer = StackedAdamW(self.groups, [config.trainer for config in configs])
+
+    @property
+    def size(self) -> int:
+        return len(self.configs)
+
+    # --- storage -------------------------------------------------------------------------
+
+    def _allocate(self) -> None:
+        """One storage a set of members, and in it one stacked tensor a (kind, module)."""
+        holders: dict[tuple[str, str], list[int]] = {}
+        shapes: dict[tuple[str, str], tuple[int, ...]] = {}
+        for run, found in enumerate(self.places):
+            for place in found:
+                key = (place.kind, place.module)
+                holders.setdefault(key, []).append(run)
+                shape = self._stored_shape(place)
+                known = shapes.get(key, shape)
+                shapes[key] = tuple(map(max, known, shape))  # ranks are padded to the largest
+        by_members: dict[tuple[int, ...], list[tuple[str, str]]] = {}
+        for key, runs in holders.items():
+            by_members.setdefault(tuple(runs), []).append(key)
+        low = torch.bfloat16 if self.configs[0].trainer.dtype == "bfloat16" else None
+        self.groups: list[Group] = []
+        self.group_of: dict[tuple[str, str], Group] = {}
+        self.stacked: dict[tuple[str, str], tuple[Members, Stacked]] = {}
+        for runs_of, keys in by_members.items():
+            runs = list(runs_of)
+            width = sum(_numel(shapes[key]) for key in keys)
+            group = Group(runs, width, self.dtype, low, self.device)
+            self.groups.append(group)
+            members, start = Members(runs, self.size), 0
+            for key in keys:
+                self.stacked[key] = members, group.view(start, shapes[key])
+                self.group_of[key] = group
+                start += _numel(shapes[key])
+
+    @staticmethod
+    def _stored_shape(place: Place) -> tuple[int, ...]:
+        # B is stored as (K, O): each run's part of a padded stack is then one contiguous block.
+        return place.shape[::-1] if place.kind == "lora_B" else place.shape
+
+    def _view(self, run: int, place: Place, tensor: Tensor | None = None) -> Tensor:
+        """A run's own part of a stacked tensor, in PEFT's shape."""
+        members, stacked = self.stacked[place.kind, place.module]
+        mine = (stacked.value if tensor is None else tensor)[members.runs.index(run)]
+        mine = mine[tuple(slice(n) for n in self._stored_shape(place))]
+        return mine.t() if place.kind == "lora_B" else mine
+
+    @torch.no_grad()
+    def _fill(self, base: PreTrainedModel) -> None:
+        head = base_model.output_head(base)
+        assert head is not None
+        for run, (config, found) in enumerate(zip(self.configs, self.places, strict=True)):
+            for place in found:
+                view = self._view(run, place)
+                if place.kind == "lora_A":
+                    r, width = place.shape
+                    drawn = adapters.initial_a(
+                        config.seeds.init, place.module, r, width, config.lora.init
+                    )
+                    view.copy_(drawn)
+                elif place.kind == "copy":
+                    view.copy_(cast(Tensor, head[1].weight))
+                elif place.kind == "bias":
+                    view.copy_(cast(Tensor, base.get_submodule(place.module).bias))
+
+    # --- the module tree -----------------------------------------------------------------
+
+    def _install(self) -> None:
+        biases = {module for kind, module in self.stacked if kind == "bias"}
+        replaced: dict[str, nn.Module] = {}
+        layers = [adapters.lora_layers(wrapped) for wrapped in self.wrapped]
+        for kind, module in list(self.stacked):
+            target = self.tree.get_submodule(module)
+            bias = None
+            if module in biases:
+                members, trained = self.stacked["bias", module]
+                bias = PackedBias(members, trained, target.bias, self.anchor)
+            if kind == "lora_A":
+                members, lora_a = self.stacked[kind, module]
+                _, lora_b = self.stacked["lora_B", module]
+                mine = [layers[run][module] for run in members.runs]
+                scale_M = torch.tensor(
+                    [layer.scaling[adapters.ADAPTER] for layer in mine],
+                    dtype=self.dtype, device=self.device,
+                )  # fmt: skip
+                dropouts = [
+                    adapters.KeyedDropout(dropout.p, self.clocks[run], module)
+                    if isinstance(dropout := layer.lora_dropout[adapters.ADAPTER], nn.Dropout)
+                    else None
+                    for run, layer in zip(members.runs, mine, strict=True)
+                ]
+                replaced[module] = PackedLinear(
+                    target, members, lora_a, lora_b, scale_M, dropouts, self.anchor, bias
+                )
+            elif kind == "bias" and ("lora_A", module) not in self.stacked:
+                replaced[module] = PackedNorm(target, cast(PackedBias, bias))
+        for kind, module in self.stacked:
+            if kind == "copy":
+                inner = replaced.get(module, self.tree.get_submodule(module))
+                members, copies = self.stacked[kind, module]
+                replaced[module] = PackedHead(inner, members, copies, self.anchor)
+        for module, layer in replaced.items():
+            self.tree.set_submodule(module, layer)
+        self._share_below(set(replaced))
+
+    def _share_below(self, modules: set[str]) -> None:
+        """Find where a batch that all runs share is repeated: before the first trained layer."""
+        head = base_model.output_head(self.tree)
+        assert head is not None
+        below = sorted(modules - {head[0]})
+        found = [re.match(r"(.+?)\.(\d+)\.", name) for name in below]
+        self.repeats_at_head = not below
+        self.repeats_inside = False
+        if below and all(found) and len({match[1] for match in found if match}) == 1:
+            first = min(int(match[2]) for match in found if match)
+            layers = self.tree.get_submodule(cast(Any, found[0])[1])
+            layers[first].register_forward_pre_hook(self._repeat, with_kwargs=True)
+            self.repeats_inside = True
+        self.repeat_size: int | None = None  # B while a shared batch runs
+
+    def _repeat(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self.repeat_size is None:
+            return None
+
+        def spread(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.dim() and value.shape[0] == self.repeat_size:
+                return value.repeat(self.size, *[1] * (value.dim() - 1))
+            if isinstance(value, tuple):
+                return tuple(map(spread, value))
+            return value
+
+        return spread(tuple(args)), {key: spread(value) for key, value in kwargs.items()}
+
+    # --- what the loop calls -------------------------------------------------------------
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits of the chosen rows, (R, N, V), at least float32."""
+        input_ids = batch.input_ids_SBT
+        expanded = True
+        if batch.shared:
+            if self.repeats_at_head:
+                expanded = False
+            elif not self.repeats_inside:
+                input_ids = input_ids.expand(self.size, -1, -1)
+        flat = input_ids.reshape(-1, input_ids.shape[-1])
+        inside = batch.shared and self.repeats_inside
+        self.repeat_size = flat.shape[0] if inside else None
+        try:
+            with autocast(self.configs[0], self.device):
+                logits = self.head_rows.during(
+                    batch.rows_SN,
+                    expanded,
+                    lambda: self.tree(input_ids=flat, use_cache=False).logits,
+                )
+        finally:
+            self.repeat_size = None
+        logits = logits.reshape(self.size, -1, logits.shape[-1])
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def forward_backward(
+        self, step: int, micro_step: int, batch: Batch, num_targets: list[int]
+    ) -> Tensor:
+        """Add this micro-batch's gradients; return each run's summed nll / num_targets, (R,)."""
+        for clock in self.clocks:
+            clock.step, clock.micro_step, clock.training = step, micro_step, True
+        for group in self.groups:
+            group.refresh()
+        logits_RNV = self.logits(batch)
+        nll_RN = self._nll(logits_RNV, batch)
+        divisor_R = torch.tensor(num_targets, dtype=nll_RN.dtype, device=nll_RN.device)
+        loss_R = nll_RN.sum(1) / divisor_R
+        loss_R.sum().backward()
+        for clock in self.clocks:
+            clock.training = False
+        return loss_R.detach()
+
+    def _nll(self, logits_RNV: Tensor, batch: Batch) -> Tensor:
+        targets_RN = batch.targets_SN.expand(self.size, -1)
+        nll = F.cross_entropy(
+            logits_RNV.flatten(0, 1), targets_RN.reshape(-1), reduction="none", ignore_index=IGNORED
+        )
+        return nll.reshape(self.size, -1)
+
+    def update(self, lr: list[float]) -> Tensor:
+        """Clip and move every run that is still alive; return norms before clipping, (R,)."""
+        return self.optimizer.step(lr, self.alive)
+
+    def stop(self, run: int) -> None:
+        """A run keeps its slot and its weights, and no longer moves."""
+        self.alive[run] = False
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Teacher-forced nll and argmax of every row, (R, N) each."""
+        for group in self.groups:
+            group.refresh()
+        logits_RNV = self.logits(batch)
+        return self._nll(logits_RNV, batch), logits_RNV.argmax(-1)
+
+    @torch.no_grad()
+    def generate(self, input_ids_BL: Tensor, mask_BL: Tensor, **settings: Any) -> Tensor:
+        """Greedy continuations of the same prompts by every run, (R, B, L')."""
+        for group in self.groups:
+            group.refresh()
+        self.tree.eval()
+        try:
+            with autocast(self.configs[0], self.device):
+                written = self.tree.generate(
+                    input_ids=input_ids_BL.repeat(self.size, 1),
+                    attention_mask=mask_BL.repeat(self.size, 1), **settings,
+                )  # fmt: skip
+        finally:
+            self.tree.train()
+        return written.reshape(self.size, -1, written.shape[-1])
+
+    # --- one run's part ------------------------------------------------------------------
+
+    def adapter_state(self, run: int) -> dict[str, Tensor]:
+        """What a saved adapter of this run holds, under PEFT's names."""
+        mine = {place.state_name: self._view(run, place) for place in self.places[run]}
+        wanted = adapters.adapter_state(self.wrapped[run])
+        assert set(wanted) == set(mine), "a packed run saves exactly what PEFT would"
+        return {name: mine[name] for name in wanted}
+
+    def settings(self, run: int) -> Any:
+        """PEFT's own config of this run."""
+        return self.wrapped[run].peft_config[adapters.ADAPTER]
+
+    def state(self, run: int) -> dict[str, Tensor]:
+        """Trained parameters and optimizer moments of a run."""
+        found = {}
+        for place in self.places[run]:
+            found[place.state_name] = self._view(run, place)
+            group, start, stored = self._where(place)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                stack = getattr(group, moment)[:, start : start + _numel(stored)]
+                stack = stack.unflatten(1, stored)
+                found[f"{place.state_name}|{moment}"] = self._view(run, place, stack)
+        found["|step"] = torch.tensor(float(self.optimizer.steps))
+        return {name: tensor.detach() for name, tensor in found.items()}
+
+    @torch.no_grad()
+    def load_state(self, run: int, state: dict[str, Tensor]) -> None:
+        """Continue a run from what `state` returned."""
+        for name, tensor in self.state(run).items():
+            if name != "|step":
+                tensor.copy_(state[name])
+        self.optimizer.steps = int(state["|step"])
+
+    def _where(self, place: Place) -> tuple[Group, int, tuple[int, ...]]:
+        _, stacked = self.stacked[place.kind, place.module]
+        group = self.group_of[place.kind, place.module]
+        return group, int(stacked.value.storage_offset()), tuple(stacked.value.shape[1:])
+
+    def fingerprint(self, run: int) -> list[Any]:
+        """Names and shapes of what this run trains."""
+        return [[place.state_name, list(place.shape)] for place in self.places[run]]
+
+
+class Group:
+    """Storage of the runs that train the same modules: value, gradient and moments, (M, P)."""
+
+    def __init__(
+        self, runs: list[int], width: int, dtype: torch.dtype, low: torch.dtype | None, device: str
+    ):
+        self.runs = runs
+        shape = (len(runs), width)
+        self.value = torch.zeros(shape, dtype=dtype, device=device)
+        self.grad = torch.zeros_like(self.value)
+        self.exp_avg = torch.zeros_like(self.value)
+        self.exp_avg_sq = torch.zeros_like(self.value)
+        self.shadow = None if low is None else torch.zeros(shape, dtype=low, device=device)
+
+    def view(self, start: int, shape: tuple[int, ...]) -> Stacked:
+        """A stacked tensor (M, *shape) at this place."""
+
+        def cut(storage: Tensor) -> Tensor:
+            return storage[:, start : start + _numel(shape)].unflatten(1, shape)
+
+        low = None if self.shadow is None else cut(self.shadow)
+        return Stacked(cut(self.value), cut(self.grad), low)
+
+    def refresh(self) -> None:
+        """Bring the low-precision copy up to date."""
+        if self.shadow is not None:
+            self.shadow.copy_(self.value)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count
