@@ -122,13 +122,14 @@ def run_pack(jobs: list[Job], display: Display) -> list[Outcome]:
     """
     begun = time.perf_counter()
     members = [_open(job, jobs) for job in jobs]
-    halve = False
+    halve, logs = False, []
     try:
         for member in members:
             member.folder.mkdir(parents=True, exist_ok=True)
             content = OmegaConf.to_yaml(OmegaConf.create(member.entry.config))
             record.write_atomic(member.folder / "config.yaml", content)
             member.entry.write(member.folder)
+            logs.append(_log_to(member.folder / "train.log"))
         _train_and_record(members, display)
     except KeyboardInterrupt:
         for member in members:
@@ -144,6 +145,9 @@ def run_pack(jobs: list[Job], display: Display) -> list[Outcome]:
     finally:
         for member in members:
             _close(member, time.perf_counter() - begun)
+        for handler in logs:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
     if halve:
         SHARED.bases.clear()
         half = (len(jobs) + 1) // 2
@@ -157,6 +161,15 @@ def run_pack(jobs: list[Job], display: Display) -> list[Outcome]:
             Outcome(entry.run_id, member.job.label, entry.status, str(member.folder), entry.error)
         )
     return outcomes
+
+
+def _log_to(path: Path) -> logging.Handler:
+    """Send this process's log to a run's own file as well."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setLevel(logging.INFO)
+    logging.getLogger().addHandler(handler)
+    return handler
 
 
 def _open(job: Job, jobs: list[Job]) -> Member:

@@ -82,7 +82,7 @@ def test_answers_match_generation_one_by_one() -> None:
         "data.answer_max_new_tokens=12",
     )
     tokenizer = base_model.tokenizer(config.model)
-    table = answers(pack, tokens, tokenizer, data.pad_id(tokenizer), config.data)
+    (table,) = answers(pack, tokens, tokenizer, data.pad_id(tokenizer), config.data)
     assert len(table) == 20
     pack.tree.eval()
     for i, row in table.iterrows():

@@ -133,7 +133,7 @@ def test_interruption_is_recorded_and_leaves_a_checkpoint(
 ) -> None:
     from lorabench import progress
 
-    def interrupt(self: Any, label: str, step: int, *rest: Any) -> None:
+    def interrupt(self: Any, step: int, *rest: Any) -> None:
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
