@@ -60,7 +60,8 @@ def table(records: list[Record]) -> dict[str, Any]:
     Returns:
         varied: keys that differ between runs, seeds aside.
         rows: one a setting, in the order of the varied keys: setting, seeds, metrics
-            {split: {name: spread}}, trainable_parameters, train_seconds, total_seconds,
+            {split: {name: spread}}, trainable_parameters, train_seconds (of the pack), pack_size,
+            train_seconds_share (pack seconds / pack size), total_seconds,
             tokens_per_second, peak_memory_bytes (spreads), runs (ids).
         runs: one a run: id, setting, seeds, status, metrics, cost.
         left_out: runs that did not finish, by status.
@@ -95,6 +96,8 @@ def table(records: list[Record]) -> dict[str, Any]:
                 "metrics": metrics,
                 "trainable_parameters": first.plan["trainable_parameters"],
                 "train_seconds": spread([cost.train_seconds for cost in costs]),
+                "pack_size": spread([1 / cost.share for cost in costs]),
+                "train_seconds_share": spread([c.train_seconds * c.share for c in costs]),
                 "total_seconds": spread([cost.total_seconds for cost in costs]),
                 "tokens_per_second": spread([cost.tokens_per_second for cost in costs]),
                 "peak_memory_bytes": spread([float(cost.peak_memory_bytes) for cost in costs]),

@@ -259,7 +259,10 @@ def comparison(table: dict[str, Any], folder: Path, as_json: bool) -> None:
     for split, name in metrics:
         arrow = "↑" if name in HIGHER_IS_BETTER else "↓"
         shown.add_column(f"{split} {name} {arrow}", justify="right")
-    for name in ("seeds", "trainable", "train s", "peak memory"):
+    # In a pack nobody has a time of their own: its seconds over its size is a share, called one.
+    packed = any(row["pack_size"]["max"] > 1 for row in rows)
+    timed = ["pack s", "share s"] if packed else ["train s"]
+    for name in ("seeds", "trainable", *timed, "peak memory"):
         shown.add_column(name, justify="right")
     best = {}
     for split, name in metrics:
@@ -281,6 +284,7 @@ def comparison(table: dict[str, Any], folder: Path, as_json: bool) -> None:
             str(count),
             quantity(row["trainable_parameters"]),
             f"{row['train_seconds']['mean']:.1f}",
+            *([f"{row['train_seconds_share']['mean']:.1f}"] if packed else []),
             size(row["peak_memory_bytes"]["max"]),
         ]
         shown.add_row(*cells)
