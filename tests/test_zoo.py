@@ -60,7 +60,7 @@ def test_skills_without_a_one_line_reference():
     assert SKILLS["cyrillic"].apply("abcz") == "абвщ"
     assert SKILLS["sort_cyrillic"].apply("zcba") == "абвщ"
     assert SKILLS["keypad"].apply("flowers") == "3569377"  # 1-800-FLOWERS
-    assert SKILLS["leet"].apply("elitegbzaqso") == "311736824950"
+    assert SKILLS["leet"].apply("eitegbzaqso") == "31736824950"
     assert SKILLS["reverse_leet"].apply("hello") == "0LL3H"
 
 
