@@ -145,7 +145,12 @@ def hub_failure(key: str, path: str, error: BaseException) -> str:
             f"licence at https://huggingface.co/{path} and set HF_TOKEN, or give a local folder "
             f"with {key}=/path/to/checkpoint"
         )
-    if status == 404 or "RepositoryNotFound" in text or "RevisionNotFound" in text:
+    if (
+        status == 404
+        or "RepositoryNotFound" in text
+        or "not a valid model id" in text
+        or "RevisionNotFound" in text
+    ):
         return (
             f"{key}: the hub knows no '{path}' at that revision; check the name, or give a local "
             f"folder with {key}=/path/to/checkpoint"
