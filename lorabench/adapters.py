@@ -314,6 +314,7 @@ class Clock:
     step: int = 0
     micro_step: int = 0
     training: bool = False
+    window: tuple[slice, int] | None = None  # while the head sees some of its rows: which, of all
 
 
 class KeyedDropout(nn.Module):
@@ -330,7 +331,12 @@ class KeyedDropout(nn.Module):
         """The kept positions, scaled by 1 / (1 - p); float32."""
         seed = key("dropout", self.clock.seed, self.clock.step, self.clock.micro_step, self.name)
         generator = torch.Generator(device).manual_seed(seed)
-        kept = torch.rand(shape, generator=generator, device=device) >= self.p
+        if self.clock.window is not None:
+            chunk, rows = self.clock.window
+            whole = torch.Size((*shape[:-2], rows, shape[-1]))
+            kept = torch.rand(whole, generator=generator, device=device)[..., chunk, :] >= self.p
+        else:
+            kept = torch.rand(shape, generator=generator, device=device) >= self.p
         return kept.float() / (1 - self.p)
 
     def forward(self, x: Tensor) -> Tensor:

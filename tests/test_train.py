@@ -59,7 +59,7 @@ def plain(config: Config, initial: dict[str, torch.Tensor]) -> tuple[nn.Module, 
             bias=config.lora.bias,
         )
         wrapped = get_peft_model(model, settings)
-        set_peft_model_state_dict(wrapped, initial)
+        set_peft_model_state_dict(wrapped, dict(initial))  # some versions empty it
     wrapped.eval()  # the base's own dropouts (GPT-2) are off, as in lorabench
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
     trainer = config.trainer

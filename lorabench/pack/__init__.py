@@ -4,6 +4,7 @@ solo      the pack of one on PEFT's own modules
 stacked   several runs, their adapters stacked
 layers    the layers that serve all runs at once
 optimizer AdamW over stacked storage
+head      hidden states -> nll, on chosen rows, in chunks
 batch     one micro-batch, and which rows of it carry a loss
 """
 

@@ -1,14 +1,12 @@
-"""One micro-batch as a pack takes it, and the rows of hidden states that carry its loss."""
+"""One micro-batch as a pack takes it: inputs, and the rows of hidden states that carry its loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorabench.data import IGNORED
 
@@ -59,37 +57,3 @@ def target_rows(labels_BT: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarr
     targets = np.where(inside, np.take_along_axis(labels_BT, place_BW, 1), IGNORED)
     rows = np.arange(size)[:, None] * length + np.maximum(place_BW - 1, 0)
     return rows.reshape(-1), targets.reshape(-1)
-
-
-class HeadRows:
-    """Lets the head compute logits only for chosen rows, whatever the architecture does after it.
-
-    A pre-hook on the head's module: (S B, T, D) in, (R N, D) on to the head.
-    """
-
-    def __init__(self, head: nn.Module):
-        self.rows: Tensor | None = None
-        self.size = 1
-        head.register_forward_pre_hook(self._select)
-
-    def _select(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self.rows is None:
-            return None
-        hidden, rows_SN = inputs[0], self.rows
-        # A model may hand on fewer slabs than runs where no layer below the head is adapted.
-        slabs = self.size if hidden.shape[0] % self.size == 0 and self.expanded else 1
-        flat = hidden.reshape(slabs, -1, hidden.shape[-1])
-        rows_RN = rows_SN.expand(self.size, -1)
-        flat = flat.expand(self.size, -1, -1)
-        chosen = torch.take_along_dim(flat, rows_RN[..., None], 1)
-        return (chosen.reshape(-1, hidden.shape[-1]), *inputs[1:])
-
-    expanded = True
-
-    def during(self, rows_SN: Tensor, expanded: bool, run: Callable[[], Tensor]) -> Tensor:
-        """What `run` returns while only these rows reach the head."""
-        self.rows, self.expanded = rows_SN, expanded
-        try:
-            return run()
-        finally:
-            self.rows = None

@@ -88,24 +88,23 @@ class PackedLinear(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             x_RND, weight = x_RND.to(dtype), weight.to(dtype)
             bias = bias if bias is None else bias.to(dtype)
-        dropped = self._dropped(x_RND, shape)
+        dropped = self._dropped(x_RND)
         y_RNO = _PackedLora.apply(x_RND, dropped, self.anchor, weight, bias, self)
         if self.bias_of_runs is not None:
             y_RNO = self.bias_of_runs(y_RNO)
         return y_RNO.reshape(*shape[:-1], y_RNO.shape[-1])
 
-    def _dropped(self, x_RND: Tensor, shape: torch.Size) -> Tensor | None:
+    def _dropped(self, x_RND: Tensor) -> Tensor | None:
         """The kept positions of each member's input, scaled, (M, N, D); None without dropout."""
         active = [d if d is not None and d.clock.training else None for d in self.dropouts]
         if not any(active):
             return None
-        own = (shape[0] // self.members.size, *shape[1:])  # the shape a run alone would see
-        rows = x_RND.shape[1:]
+        rows = x_RND.shape[1:]  # torch.rand fills by position: the numbers a run alone would draw
         return torch.stack(
             [
                 torch.ones(rows, device=x_RND.device)
                 if dropout is None
-                else dropout.mask(torch.Size(own), x_RND.device).reshape(rows)
+                else dropout.mask(rows, x_RND.device)
                 for dropout in active
             ]
         ).to(x_RND.dtype)

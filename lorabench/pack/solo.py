@@ -9,15 +9,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorabench import adapters
-from lorabench import model as base_model
 from lorabench.config import Config
-from lorabench.data import IGNORED
-from lorabench.pack.batch import Batch, HeadRows
+from lorabench.pack.batch import Batch
+from lorabench.pack.head import RowHead
 
 
 def autocast(config: Config, device: str) -> AbstractContextManager[Any]:
@@ -49,9 +47,7 @@ class ModulePack:
         self.tree.train()  # base dropouts are zero; checkpointing asks for training mode
         if config.trainer.gradient_checkpointing:
             enable_checkpointing(self.tree)
-        head = base_model.output_head(self.tree)
-        assert head is not None, "a causal language model has an output head"
-        self.head_rows = HeadRows(head[1])
+        self.head = RowHead(self.tree, [self.clock])
         trainer = config.trainer
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()),
@@ -66,16 +62,6 @@ class ModulePack:
     def size(self) -> int:
         return 1
 
-    def logits(self, batch: Batch) -> Tensor:
-        """Logits of the chosen rows, (N, V), at least float32."""
-        with autocast(self.configs[0], self.device):
-            logits = self.head_rows.during(
-                batch.rows_SN,
-                True,
-                lambda: self.tree(input_ids=batch.input_ids_SBT[0], use_cache=False).logits,
-            )
-        return logits if logits.dtype == torch.float64 else logits.float()
-
     def forward_backward(
         self, step: int, micro_step: int, batch: Batch, num_targets: list[int]
     ) -> Tensor:
@@ -85,10 +71,9 @@ class ModulePack:
             num_targets: labelled tokens of the whole batch, so that micro-batches weigh as in one.
         """
         self.clock.step, self.clock.micro_step, self.clock.training = step, micro_step, True
-        loss = F.cross_entropy(
-            self.logits(batch), batch.targets_SN[0], reduction="sum", ignore_index=IGNORED
-        )
-        loss = loss / num_targets[0]
+        with autocast(self.configs[0], self.device):
+            hidden = self.head.hidden(batch.input_ids_SBT[0], batch.rows_SN)
+            loss = self.head.nll(hidden, batch.targets_SN).sum() / num_targets[0]
         loss.backward()
         self.clock.training = False
         return loss.detach()[None]
@@ -113,9 +98,9 @@ class ModulePack:
     @torch.no_grad()
     def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Teacher-forced nll and argmax of every row, (R, N) each."""
-        logits = self.logits(batch)
-        nll = F.cross_entropy(logits, batch.targets_SN[0], reduction="none", ignore_index=IGNORED)
-        return nll[None], logits.argmax(-1)[None]
+        with autocast(self.configs[0], self.device):
+            hidden = self.head.hidden(batch.input_ids_SBT[0], batch.rows_SN)
+            return self.head.scored(hidden, batch.targets_SN)
 
     @torch.no_grad()
     def generate(self, input_ids_BL: Tensor, mask_BL: Tensor, **settings: Any) -> Tensor:

@@ -4,7 +4,7 @@ PEFT decides which modules a run adapts, their ranks and scales (on a skeleton);
 every one of them a place in a storage of shape (M, P), M runs that train the same modules and P
 numbers each, so that the optimizer moves all runs with a few kernels.
 
-Letters: R runs in the pack, M members of a group, B batch, T tokens, N rows, V vocabulary, K rank.
+Letters: R runs in the pack, M members of a group, B batch, T tokens, N rows, K rank.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,8 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from lorabench import adapters
 from lorabench import model as base_model
 from lorabench.config import Config
-from lorabench.data import IGNORED
-from lorabench.pack.batch import Batch, HeadRows
+from lorabench.pack.batch import Batch
+from lorabench.pack.head import RowHead
 from lorabench.pack.layers import (
     BIAS_OWNERS,
     Members,
@@ -127,10 +126,7 @@ class StackedPack:
         self.tree.train()  # base dropouts are zero; checkpointing asks for training mode
         if configs[0].trainer.gradient_checkpointing:
             enable_checkpointing(self.tree)
-        head = base_model.output_head(self.tree)
-        assert head is not None, "a causal language model has an output head"
-        self.head_rows = HeadRows(head[1])
-        self.head_rows.size = self.size
+        self.head = RowHead(self.tree, self.clocks)
         self.optimizer = StackedAdamW(self.groups, [config.trainer for config in configs])
 
     @property
@@ -268,29 +264,18 @@ class StackedPack:
 
     # --- what the loop calls -------------------------------------------------------------
 
-    def logits(self, batch: Batch) -> Tensor:
-        """Logits of the chosen rows, (R, N, V), at least float32."""
+    def _hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states of the chosen rows, (R, N, D)."""
         input_ids = batch.input_ids_SBT
-        expanded = True
-        if batch.shared:
-            if self.repeats_at_head:
-                expanded = False
-            elif not self.repeats_inside:
-                input_ids = input_ids.expand(self.size, -1, -1)
+        if batch.shared and not (self.repeats_at_head or self.repeats_inside):
+            input_ids = input_ids.expand(self.size, -1, -1)
         flat = input_ids.reshape(-1, input_ids.shape[-1])
-        inside = batch.shared and self.repeats_inside
-        self.repeat_size = flat.shape[0] if inside else None
+        self.head.tells_apart = not (batch.shared and self.repeats_at_head)
+        self.repeat_size = flat.shape[0] if batch.shared and self.repeats_inside else None
         try:
-            with autocast(self.configs[0], self.device):
-                logits = self.head_rows.during(
-                    batch.rows_SN,
-                    expanded,
-                    lambda: self.tree(input_ids=flat, use_cache=False).logits,
-                )
+            return self.head.hidden(flat, batch.rows_SN)
         finally:
             self.repeat_size = None
-        logits = logits.reshape(self.size, -1, logits.shape[-1])
-        return logits if logits.dtype == torch.float64 else logits.float()
 
     def forward_backward(
         self, step: int, micro_step: int, batch: Batch, num_targets: list[int]
@@ -300,21 +285,14 @@ class StackedPack:
             clock.step, clock.micro_step, clock.training = step, micro_step, True
         for group in self.groups:
             group.refresh()
-        logits_RNV = self.logits(batch)
-        nll_RN = self._nll(logits_RNV, batch)
+        with autocast(self.configs[0], self.device):
+            nll_RN = self.head.nll(self._hidden(batch), batch.targets_SN.expand(self.size, -1))
         divisor_R = torch.tensor(num_targets, dtype=nll_RN.dtype, device=nll_RN.device)
         loss_R = nll_RN.sum(1) / divisor_R
         loss_R.sum().backward()
         for clock in self.clocks:
             clock.training = False
         return loss_R.detach()
-
-    def _nll(self, logits_RNV: Tensor, batch: Batch) -> Tensor:
-        targets_RN = batch.targets_SN.expand(self.size, -1)
-        nll = F.cross_entropy(
-            logits_RNV.flatten(0, 1), targets_RN.reshape(-1), reduction="none", ignore_index=IGNORED
-        )
-        return nll.reshape(self.size, -1)
 
     def update(self, lr: list[float]) -> Tensor:
         """Clip and move every run that is still alive; return norms before clipping, (R,)."""
@@ -329,8 +307,8 @@ class StackedPack:
         """Teacher-forced nll and argmax of every row, (R, N) each."""
         for group in self.groups:
             group.refresh()
-        logits_RNV = self.logits(batch)
-        return self._nll(logits_RNV, batch), logits_RNV.argmax(-1)
+        with autocast(self.configs[0], self.device):
+            return self.head.scored(self._hidden(batch), batch.targets_SN.expand(self.size, -1))
 
     @torch.no_grad()
     def generate(self, input_ids_BL: Tensor, mask_BL: Tensor, **settings: Any) -> Tensor:
