@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lorabench.adapters import Clock
 from lorabench.data import IGNORED
@@ -25,12 +24,12 @@ CHUNK_BYTES = 1 << 28  # of float32 logits that exist at a time
 class _Result(nn.Module):
     """Stands where the body was and returns what it had computed."""
 
-    def __init__(self, hidden: Tensor):
+    def __init__(self, output: Any):
         super().__init__()
-        self.hidden = hidden
+        self.output = output
 
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output
 
 
 class RowHead:
@@ -52,7 +51,9 @@ class RowHead:
         Args:
             input_ids: (S B, T), or fewer slabs where no layer before the head tells runs apart.
         """
-        states = self.body(input_ids=input_ids, use_cache=False).last_hidden_state
+        output = self.body(input_ids=input_ids, use_cache=False)
+        self.output_class = type(output)
+        states = output.last_hidden_state
         width = states.shape[-1]
         rows_RN = rows_SN.expand(self.size, -1)
         slabs = self.size if self.tells_apart else 1
@@ -64,7 +65,7 @@ class RowHead:
     def logits(self, hidden_RND: Tensor) -> Tensor:
         """Logits, (R, N, V), at least float32."""
         body = self.parent._modules[self.name]
-        self.parent._modules[self.name] = _Result(hidden_RND)
+        self.parent._modules[self.name] = _Result(self.output_class(last_hidden_state=hidden_RND))
         try:
             ids = torch.zeros(1, 1, dtype=torch.long, device=hidden_RND.device)
             logits = self.tree(input_ids=ids, use_cache=False).logits
