@@ -68,15 +68,20 @@ def _beside(folder: Path, kind: str) -> Path:
     return folder.with_name(f".{folder.name}.{kind}")
 
 
-def steps(folder: Path) -> dict[int, Path]:
-    """The checkpoints there are, by their steps done."""
+def steps(folder: Path, pack: str | None = None) -> dict[int, Path]:
+    """The checkpoints there are, by their steps done.
+
+    Args:
+        pack: leave out those of another pack, whose shapes gave other bits.
+    """
     found = {}
     for place in (_beside(folder, "old"), folder):
         try:
             content = json.loads((place / "checkpoint.json").read_text())
         except (OSError, ValueError):
             continue
-        found[content["steps_done"]] = place
+        if pack is None or content["fingerprint"].get("pack") == pack:
+            found[content["steps_done"]] = place
     return found
 
 

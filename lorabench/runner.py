@@ -363,7 +363,10 @@ def _kept_rows(path: Path, steps_done: int) -> list[dict[str, Any]]:
 
 def _resume(members: list[Member], pack: Any, display: Display) -> int:
     """Load the latest step that every member has a checkpoint of; 0 where there is none."""
-    steps = [set(checkpoint.steps(member.folder / "checkpoint")) for member in members]
+    steps = [
+        set(checkpoint.steps(member.folder / "checkpoint", member.fingerprint["pack"]))
+        for member in members
+    ]
     common = set.intersection(*steps)
     if not common:
         return 0

@@ -125,8 +125,11 @@ def form_packs(jobs: list[Job], limit: int, memory: int) -> list[list[int]]:
         memory: bytes a pack may take.
     """
     alike: dict[str, list[int]] = {}
-    packs: list[list[int]] = []
+    packs = interrupted_packs(jobs)
+    placed = {i for members in packs for i in members}
     for i, job in enumerate(jobs):
+        if i in placed:
+            continue
         if job.plan.alone is not None:
             packs.append([i])
             continue
@@ -146,3 +149,21 @@ def form_packs(jobs: list[Job], limit: int, memory: int) -> list[list[int]]:
             packs.append(members[start:end])
             start = end
     return sorted(packs)
+
+
+def interrupted_packs(jobs: list[Job]) -> list[list[int]]:
+    """Packs that an earlier command left with a checkpoint: they go on with the same members.
+
+    A run's bits depend on the shape of its pack, so a resumed pack is the same or none.
+    """
+    index = {job.plan.run_id: i for i, job in enumerate(jobs)}
+    packs = []
+    for i, job in enumerate(jobs):
+        found = record.read(job.folder)
+        if found is None or found.status != "interrupted":
+            continue
+        members = found.plan.get("pack", {}).get("members", [])
+        if members and members[0] == job.plan.run_id and all(m in index for m in members):
+            packs.append([index[m] for m in members])
+            assert packs[-1][0] == i
+    return packs
