@@ -350,7 +350,8 @@ def compose(arguments: list[str]) -> tuple[list[Any], list[str]]:
 
 def plan(arguments: list[str]) -> int:
     """lorabench plan [-m] [--json] OVERRIDES"""
-    from lorabench import show, sweep
+    from hydra_plugins.lorabench_launcher.packed_launcher import PackedLauncherConf
+    from lorabench import machine, show, sweep
 
     as_json = "--json" in arguments
     if "-h" in arguments or "--help" in arguments:
@@ -360,7 +361,9 @@ def plan(arguments: list[str]) -> int:
         )
         return 0
     jobs = sweep.plan_jobs(*compose([a for a in arguments if a != "--json"]))
-    show.plan(jobs, as_json)
+    memory = machine.free_memory(machine.choose_device(jobs[0].config.trainer.device))
+    packs = sweep.form_packs(jobs, PackedLauncherConf.pack_size, memory)
+    show.plan(jobs, packs, as_json)
     return 0
 
 

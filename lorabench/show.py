@@ -68,14 +68,15 @@ def with_spread(spread: dict[str, Any], digits: int = 4) -> str:
 # --- plan ------------------------------------------------------------------------------------
 
 
-def plan(jobs: list[Job], as_json: bool) -> None:
+def plan(jobs: list[Job], packs: list[list[int]], as_json: bool) -> None:
     """What a command will do."""
     peak = matmul_flops()
     plans = [
         job.plan.model_dump() | {"label": job.label, "seconds": seconds(job, peak)} for job in jobs
     ]
     if as_json:
-        dump({"runs": plans, "seconds": sum(p["seconds"] for p in plans)})
+        named = [[jobs[i].plan.run_id for i in members] for members in packs]
+        dump({"runs": plans, "packs": named, "seconds": sum(p["seconds"] for p in plans)})
         return
     out = console()
     first = jobs[0]
@@ -111,6 +112,12 @@ def plan(jobs: list[Job], as_json: bool) -> None:
     for policy in dict.fromkeys(job.plan.head.policy for job in jobs):
         head = next(job.plan.head for job in jobs if job.plan.head.policy == policy)
         out.print(f"head      {policy} ({head.module}): {head.consequence}")
+    sizes = ", ".join(str(len(members)) for members in packs)
+    if len(jobs) > 1:
+        out.print(f"packs     runs that train together: {sizes}")
+    for reason in dict.fromkeys(job.plan.alone for job in jobs if job.plan.alone):
+        who = next(job.label for job in jobs if job.plan.alone == reason)
+        out.print(f"alone     {who}: {reason}")
     for modules, count in _module_sets(jobs):
         out.print(f"modules   {count}: {_shorten(modules)}")
     out.print(
