@@ -39,7 +39,7 @@ def configure_torch(config: Config) -> None:
 
     transformers_logging.disable_progress_bar()
     torch.use_deterministic_algorithms(trainer.deterministic)
-    # Filling every new tensor finds reads of memory nobody wrote; it is for debugging, not for bits.
+    # Filling new tensors finds reads of memory nobody wrote: for debugging, it changes no bits.
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = trainer.allow_tf32

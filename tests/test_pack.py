@@ -6,15 +6,15 @@ pack. BERT is missing here: its task is not in this version.
 
 from __future__ import annotations
 
+import copy
 import json
 import signal
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lorabench import adapters, checkpoint, cli, data, plan
 from lorabench import model as base_model
 from lorabench.config import Config, ModelConfig, TrainerConfig, lora_alpha
-from lorabench.pack import StackedPack
+from lorabench.pack import Batch, StackedPack
 from lorabench.pack.optimizer import StackedAdamW
 from lorabench.pack.stacked import Group
 from lorabench.train import train
@@ -57,6 +57,12 @@ MIXED = [
         "lora.alpha_pattern={{{two}:5}}",
         "trainer.schedule=constant",
     ],
+]
+# Without dropout the batch is shared; one such case stays in the quick suite.
+CASES = [
+    pytest.param(kind, dropout, marks=[] if dropout or kind == "gpt2" else pytest.mark.slow)
+    for kind in KINDS
+    for dropout in (0.0, 0.1)
 ]
 NAMES = {"gpt2": ("c_attn", "c_fc")}
 BIASES = {  # of the models that have some, run by run
@@ -161,6 +167,7 @@ class Stock:
         self.wrapped.eval()  # the base's own dropouts (GPT-2) are off, as in lorabench
         self.clock = adapters.Clock(config.seeds.dropout, training=True)
         adapters.key_dropout(self.wrapped, self.clock)
+        self._key_head_dropout()
         self.parameters = {
             name.replace(".modules_to_save.default", "").replace(".default", ""): p
             for name, p in self.wrapped.named_parameters()
@@ -173,6 +180,31 @@ class Stock:
         self.order = list(
             data.order(len(tokens), trainer.batch_size, config.seeds.data, trainer.steps)
         )
+
+    def _key_head_dropout(self) -> None:
+        """Lay the head's mask on the rows it is drawn for: those that predict a completion token.
+
+        lorabench hands the head no other rows; stock PEFT does, and they carry no loss.
+        """
+        head: Any = adapters.lora_layers(self.wrapped).get("lm_head")
+        keyed = head and head.lora_dropout["default"]
+        if not isinstance(keyed, adapters.KeyedDropout):
+            return
+        stock = self
+
+        class OnRows(nn.Module):
+            def forward(self, x_BTD: Tensor) -> Tensor:
+                size, _, inputs = x_BTD.shape
+                width = data.longest_completion(stock.tokens)
+                mask_BWD = keyed.mask(torch.Size((size * width, inputs)), x_BTD.device)
+                mask_BWD = mask_BWD.reshape(size, width, inputs).to(x_BTD.dtype)
+                spread_BTD = torch.ones_like(x_BTD)
+                for row, there in enumerate(stock.labels != data.IGNORED):
+                    places = there.nonzero().flatten()
+                    spread_BTD[row, places - 1] = mask_BWD[row, : len(places)]
+                return x_BTD * spread_BTD
+
+        head.lora_dropout["default"] = OnRows()
 
     def load(self, state: dict[str, Tensor]) -> None:
         with warnings.catch_warnings():
@@ -196,6 +228,7 @@ class Stock:
         self.clock.step = step
         for self.clock.micro_step, first in enumerate(range(0, len(ids), micro)):
             rows = slice(first, first + micro)
+            self.labels = targets[rows]
             # The model's own loss upcasts to float32: spelt out, in the dtype of the model.
             logits = self.wrapped(input_ids=input_ids[rows]).logits[:, :-1]
             logits = logits if logits.dtype == torch.float64 else logits.to(torch.float32)
@@ -282,8 +315,7 @@ def float64_inside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("float64_inside")
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dropout"), CASES)
 def test_fifty_float64_steps_equal_stock_peft(
     kind: str, dropout: float, tiny_folder: Callable[[str], Path]
 ) -> None:
@@ -294,8 +326,18 @@ def test_fifty_float64_steps_equal_stock_peft(
     assert weights < 1e-9, name
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dropout"),
+    [
+        pytest.param(
+            kind,
+            dropout,
+            marks=[] if (kind, dropout) in (("gemma", 0.1), ("gpt2", 0.0)) else pytest.mark.slow,
+        )
+        for kind in KINDS
+        for dropout in (0.0, 0.1)
+    ],
+)
 def test_twelve_float32_steps_equal_stock_peft(
     kind: str, dropout: float, tiny_folder: Callable[[str], Path]
 ) -> None:
@@ -340,8 +382,7 @@ def compare_gradients(configs: list[Config], steps: list[int]) -> tuple[float, s
     return worst
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dropout"), CASES)
 def test_float32_gradients_equal_stock_peft(
     kind: str, dropout: float, tiny_folder: Callable[[str], Path]
 ) -> None:
@@ -381,8 +422,15 @@ def mates(*differences: list[str], head: str, shared: bool) -> list[Config]:
     ]
 
 
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("head", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("head", "shared"),
+    [
+        ("lora", False),
+        ("full", True),
+        pytest.param("lora", True, marks=pytest.mark.slow),
+        pytest.param("full", False, marks=pytest.mark.slow),
+    ],
+)
 def test_mates_and_slots_do_not_change_a_bit(head: str, shared: bool) -> None:
     plainly = mates(["seed=1"], ["seed=2"], head=head, shared=shared)
     others = mates(
@@ -406,7 +454,6 @@ def test_mates_and_slots_do_not_change_a_bit(head: str, shared: bool) -> None:
     assert hash_and_losses(others, 0) == expected
     assert hash_and_losses(broken, 0) == expected
     assert hash_and_losses([rest[0], rest[1], first], 2) == expected
-    assert hash_and_losses([rest[0], first, rest[1]], 1) == expected
 
 
 # --- 6: the optimizer ------------------------------------------------------------------------
@@ -476,3 +523,340 @@ def test_the_optimizer_is_adamw_with_clipping_run_by_run(dtype: torch.dtype, bou
     )
     print(f"\nlargest relative difference {worst:.2e}")
     assert worst < bound
+
+
+# --- 7: the saved adapters -------------------------------------------------------------------
+
+FAST = [*TINY, "trainer.num_threads=1"]
+
+
+def records(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    found = sorted(folder.glob("*/*/record.json"))
+    return [(path.parent, json.loads(path.read_text())) for path in found]
+
+
+def test_each_adapter_holds_its_own_keys_and_reloads_to_the_recorded_nll(tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+    from safetensors.torch import load_file
+
+    words = ["lora.r=4,8", "head=exclude,lora,full", "trainer.steps=20", "data.num_test=40"]
+    assert cli.main(["train", "-m", *FAST, *words, f"output_dir={tmp_path}"]) == 0
+    config = composed(*FAST, "data.num_test=40")
+    tokenizer = base_model.tokenizer(config.model)
+    tokens = data.tokenise(data.load(config.data).test, tokenizer, config.data)
+    length = data.padded_length(tokens, config.data.max_length)
+    ids, labels = map(
+        torch.from_numpy, data.batch(tokens, range(40), length, data.pad_id(tokenizer))
+    )
+    found = records(tmp_path)
+    assert len(found) == 6
+    for folder, record in found:
+        assert record["plan"]["pack"]["size"] == 6
+        state = load_file(folder / "adapter" / "adapter_model.safetensors")
+        # From the plan alone: two tensors a module, one a saved module; no mate's.
+        modules, r = record["plan"]["lora_modules"], record["config"]["lora"]["r"]
+        saved = record["plan"]["saved_modules"]
+        assert ("lm_head" in modules, saved == ["lm_head"]) == (
+            record["config"]["head"]["policy"] == "lora",
+            record["config"]["head"]["policy"] == "full",
+        )
+        keys = {f"base_model.model.{m}.lora_{x}.weight" for m in modules for x in "AB"}
+        keys |= {f"base_model.model.{m}.weight" for m in saved}
+        assert set(state) == keys
+        assert all(t.shape[0] == r for name, t in state.items() if ".lora_A." in name)
+        assert sum(t.numel() for t in state.values()) == record["plan"]["trainable_parameters"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about tied layers
+            model = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter").eval()
+        with torch.no_grad():
+            logits = torch.cat([model(input_ids=part).logits[:, :-1] for part in ids.split(32)])
+        nll = nn.functional.cross_entropy(
+            logits.transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=-100
+        )
+        value = float((nll.double().sum(1) / (labels[:, 1:] != -100).sum(1)).mean())
+        # The issue's bound: float32, the same examples, GEMMs of other shapes.
+        assert abs(record["metrics"]["test"]["nll"]["value"] - value) < 1e-6
+
+
+# --- 8: batches, precision, shared layers ----------------------------------------------------
+
+
+@pytest.mark.usefixtures("float64_inside")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["trainer.micro_batch_size=2", "lora.lora_dropout=0.1"],
+        ["trainer.gradient_checkpointing=true", "lora.lora_dropout=0.1"],
+    ],
+)
+@pytest.mark.parametrize("shared", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_micro_batches_and_checkpointing(
+    words: list[str], shared: bool, tiny_folder: Callable[[str], Path]
+) -> None:
+    common = ["model.dtype=float64", "model=local", f"model.path={tiny_folder('llama')}"]
+    configs = [
+        composed(*TINY, *common, *words, "trainer.steps=4", f"seed={i}", *own)
+        for i, own in enumerate((["head=lora", "lora.r=4"], ["head=full", "lora.r=6"]))
+    ]
+    for config in configs if shared else ():
+        config.seeds.data = 0
+    loss, (weights, name) = compare_training(configs)
+    assert loss < 1e-12  # float64 sums in another order
+    assert weights < 1e-11, name
+
+
+@pytest.mark.usefixtures("float64_inside")
+@pytest.mark.parametrize(
+    ("kind", "words", "repeated"),
+    [
+        # Adapters in the last layer and on the head: layer 0 runs once, layer 1 R times.
+        ("llama", ["target_modules.names='.*layers[.]1[.].*_proj'"], True),
+        ("gpt2", ["target_modules.names='.*[.]h[.]1[.].*c_(attn|fc)'"], True),
+        # The head alone: every layer runs once.
+        (
+            "gemma",
+            [
+                "target_modules.names=[q_proj]",
+                "target_modules.exclude=[q_proj]",
+            ],
+            False,
+        ),
+    ],
+)
+def test_layers_below_the_first_adapted_one_run_once(
+    kind: str, words: list[str], repeated: bool, tiny_folder: Callable[[str], Path]
+) -> None:
+    configs = [
+        composed(
+            *TINY,
+            "model.dtype=float64",
+            "model=local",
+            f"model.path={tiny_folder(kind)}",
+            "target_modules=custom",
+            *words,
+            "head=lora",
+            "trainer.steps=6",
+            f"lora.r={r}",
+            f"seeds.init={r}",
+        )
+        for r in (2, 5, 3)
+    ]
+    sizes: dict[str, set[int]] = {}
+    pack = packed(configs)
+    layers = pack.tree.transformer.h if kind == "gpt2" else pack.tree.model.layers
+    for name, layer in (("first", layers[0]), ("last", layers[1])):
+        # The module inside the layer sees what the layer's own hooks made of its input.
+        inside = next(m for m in layer.children())
+        inside.register_forward_hook(
+            lambda m, args, out, name=name: sizes.setdefault(name, set()).add(
+                (out[0] if isinstance(out, tuple) else out).shape[0]
+            )
+        )
+    train_pack(pack)
+    batch = configs[0].trainer.batch_size
+    assert sizes == {"first": {batch}, "last": {3 * batch if repeated else batch}}
+    loss, (weights, name) = compare_training(configs)
+    assert loss < 1e-12 and weights < 1e-11, name  # float64 sums in another order
+
+
+def test_bfloat16_autocast_equals_stock_peft_under_autocast(
+    tiny_folder: Callable[[str], Path],
+) -> None:
+    """From the same weights, after some steps: neither side is exact, so the bound is loose."""
+    configs = mixture("llama", tiny_folder("llama"), 0.1, "trainer.dtype=bfloat16")
+    for config in configs:
+        config.trainer.steps = 12
+    pack = packed(configs)
+    train_pack(pack)
+    for group in pack.groups:
+        assert group.value.dtype == torch.float32, "trained weights stay in float32"
+    tokens, pad_id = tokens_of(configs[0])
+    stocks = [Stock(config, copy_of(pack.adapter_state(i))) for i, config in enumerate(configs)]
+    pairs = [data.batch(tokens, stock.order[11], stock.length, pad_id) for stock in stocks]
+    batch = Batch.make(
+        [ids for ids, _ in pairs], [labels for _, labels in pairs],
+        data.longest_completion(tokens), "cpu",
+    )  # fmt: skip
+    counts = [int((labels != data.IGNORED).sum()) for _, labels in pairs]
+    losses = pack.forward_backward(11, 0, batch, counts).tolist()
+    worst = (0.0, "")
+    for run, stock in enumerate(stocks):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            expected = stock.loss(11)
+        assert losses[run] == pytest.approx(expected, rel=5e-3)  # bfloat16: 2^-9 a rounding
+        for name, mine in gradients(pack, run).items():
+            theirs = stock.parameters[name].grad
+            assert theirs is not None
+            worst = max(worst, (relative(mine, theirs), f"run {run}: {name}"))
+    print(f"\nlargest relative difference of a bfloat16 gradient {worst[0]:.2e} ({worst[1]})")
+    # A dozen bfloat16 roundings (2^-9 = 0.002) behind one another, cancelling in small gradients.
+    assert worst[0] < 0.1, worst
+
+
+# --- 9: what does not pack -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def moe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
+
+    folder = tmp_path_factory.mktemp("models") / "mixtral"
+    tokenizer = AutoTokenizer.from_pretrained(base_model.ZOO / "tiny-gemma")
+    config = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, head_dim=8,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["lora.use_dora=true"], "DoRA"),
+        pytest.param(
+            ["lora.init=pissa"],
+            "pissa",
+            marks=pytest.mark.xfail(
+                strict=True, reason="adapters.attach lets PiSSA write into the shared base"
+            ),
+        ),
+        (["target_modules=custom", "target_modules.names=[embed_tokens,q_proj]"], "Embedding"),
+        (["model=local", "model.path=MOE", "target_modules=attention"], "experts"),
+    ],
+)
+def test_what_does_not_pack_trains_alone_and_says_why(
+    words: list[str], reason: str, moe_folder: Path, tmp_path: Path
+) -> None:
+    words = [word.replace("MOE", str(moe_folder)) for word in words]
+    arguments = [*FAST, *words, "trainer.steps=3", "lora.r=4"]
+    alone = plan.make(composed(*arguments)).alone
+    assert alone is not None and reason in alone
+    sweep = ["lora.lora_alpha=4,8", f"output_dir={tmp_path}"]
+    assert cli.main(["train", "-m", *arguments, *sweep]) == 0
+    found = records(tmp_path)
+    assert [r["status"] for _, r in found] == ["finished"] * 2
+    for _, record in found:
+        assert record["plan"]["pack"]["size"] == 1 and record["plan"]["pack"]["alone"] == alone
+
+
+# --- 10: any mixture -------------------------------------------------------------------------
+
+TARGETS = ["all-linear", "attention", "mlp", "auto"]
+runs = st.fixed_dictionaries(
+    {
+        "r": st.integers(1, 9),
+        "alpha": st.floats(0.5, 64),
+        "targets": st.sampled_from(TARGETS),
+        "head": st.sampled_from(["exclude", "lora", "full"]),
+        "lr": st.floats(1e-5, 1e-2),
+        "seed": st.integers(0, 2),
+        "rslora": st.booleans(),
+        "dropout": st.sampled_from([0.0, 0.2]),
+    }
+)
+
+
+@pytest.mark.usefixtures("float64_inside")
+@settings(
+    max_examples=4,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(drawn=st.lists(runs, min_size=2, max_size=5), kind=st.sampled_from(["llama", "gemma"]))
+def test_any_mixture_equals_stock_peft(
+    drawn: list[dict[str, Any]], kind: str, tiny_folder: Callable[[str], Path]
+) -> None:
+    common = ["model.dtype=float64", "trainer.steps=3"]
+    start = composed(*TINY, *common, "model=local", f"model.path={tiny_folder(kind)}")
+    configs = []
+    for one in drawn:
+        config = copy.deepcopy(start)
+        config.lora.r, config.lora.lora_alpha = one["r"], one["alpha"]
+        config.lora.use_rslora, config.lora.lora_dropout = one["rslora"], one["dropout"]
+        config.target_modules.select = one["targets"]
+        config.head.policy = one["head"]
+        config.trainer.lr = one["lr"]
+        config.seeds.init = config.seeds.data = config.seeds.dropout = one["seed"]
+        configs.append(config)
+    loss, (weights, name) = compare_training(configs)
+    assert loss < 1e-12 and weights < 1e-9, name  # float64 sums in another order
+
+
+# --- 11 and 12: resume, memory ---------------------------------------------------------------
+
+TWO = ["head=exclude,lora", "lora.r=4", "lora.lora_dropout=0.1"]
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What must be the same of every run, by its id."""
+    return {r["run_id"]: (r["status"], r["hashes"], r["metrics"]) for _, r in records(folder)}
+
+
+def test_a_killed_pack_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    arguments = [*FAST, *TWO, "trainer.steps=40", "trainer.checkpoint_every=2"]
+    command = [sys.executable, "-m", "lorabench", "train", "-m", *arguments]
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([*command, f"output_dir={killed}"], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(killed.glob("*/*/checkpoint/checkpoint.json"))) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [r["status"] for _, r in records(killed)] == ["running"] * 2
+    assert cli.main(["train", "-m", *arguments, f"output_dir={killed}"]) == 0
+    assert cli.main(["train", "-m", *arguments, f"output_dir={tmp_path / 'whole'}"]) == 0
+    assert outcome(killed) == outcome(tmp_path / "whole")
+    assert [r["plan"]["pack"]["size"] for _, r in records(killed)] == [2, 2]
+
+
+def test_members_a_step_apart_resume_at_the_step_they_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["train", "-m", *FAST, *TWO, "trainer.steps=8", "trainer.checkpoint_every=1"]
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    assert cli.main([*arguments, f"output_dir={whole}"]) == 0
+    commit, calls = checkpoint.commit, iter(range(10**6))
+
+    def die_between(folder: Path) -> None:
+        if next(calls) == 2 * 4 + 1:  # the second member's fifth
+            raise RuntimeError("power cut")
+        commit(folder)
+
+    monkeypatch.setattr(checkpoint, "commit", die_between)
+    assert cli.main([*arguments, f"output_dir={torn}"]) != 0
+    monkeypatch.undo()
+    steps = sorted(sorted(checkpoint.steps(f / "checkpoint")) for f, _ in records(torn))
+    assert steps == [[3, 4], [4, 5]]
+    resumed: list[int] = []
+    from lorabench.progress import Display
+
+    monkeypatch.setattr(Display, "resumed", lambda self, steps: resumed.append(steps))
+    assert cli.main([*arguments, f"output_dir={torn}"]) == 0
+    assert resumed == [2 * 4]
+    assert outcome(torn) == outcome(whole)
+
+
+def test_out_of_memory_at_the_first_step_halves_the_pack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner, sizes = StackedPack.forward_backward, []
+
+    def forward_backward(self: StackedPack, step: int, *rest: Any) -> Tensor:
+        if step == 0:
+            sizes.append(self.size)
+        if self.size > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return inner(self, step, *rest)
+
+    monkeypatch.setattr(StackedPack, "forward_backward", forward_backward)
+    words = ["lora.r=2,3,4,5,6", "trainer.steps=2", f"output_dir={tmp_path}"]
+    assert cli.main(["train", "-m", *FAST, *words]) == 0
+    assert sizes == [5, 3, 2, 1, 2]
+    found = records(tmp_path)
+    assert [r["status"] for _, r in found] == ["finished"] * 5
+    assert sorted(r["plan"]["pack"]["size"] for _, r in found) == [1, 2, 2, 2, 2]
