@@ -6,6 +6,7 @@ PEFT sees them, seeds every module by its name, and reads and writes plain PEFT 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+CHANGES_BASE = ("pissa", "olora")  # inits that take B A out of the base weight
 ADAPTER = "default"  # a name PEFT's substring filters cannot confuse with a module
 ATTENTION = {"attn", "self_attn", "attention", "self_attention", "cross_attn", "crossattention"}
 
@@ -191,8 +193,10 @@ def attach(base: PreTrainedModel, config: Config, modules: list[str]) -> PeftMod
         modules: from `resolve_modules`.
     """
     head = base_model.output_head(base)
-    trained_biases = _trained_biases(base, config, modules)
-    tree = base_model.share(base, owned=trained_biases.__contains__)
+    owned = _trained_biases(base, config, modules)
+    if config.lora.init in CHANGES_BASE:
+        owned |= {f"{name}.weight" for name in modules}
+    tree = base_model.share(base, owned=owned.__contains__)
     # Initialisations that are PEFT's own (pissa, olora) draw from the global stream.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(config.seeds.init)
@@ -247,6 +251,43 @@ def check_bias(base: PreTrainedModel, config: Config, modules: list[str]) -> Non
             f"'{model_name(config.model)}' has {there}, none of them on an adapted module; "
             f"use lora.bias=none"
         )
+
+
+def check_init(base: PreTrainedModel, config: Config, modules: list[str]) -> None:
+    """Refuse an init that would change the embeddings through a tied head."""
+    head = base_model.output_head(base)
+    tied = head is not None and head[0] in modules and base_model.is_tied(base)
+    if config.lora.init in CHANGES_BASE and tied:
+        raise ConfigErrors(
+            f"lora.init: {config.lora.init} changes the weight of every adapted module, and the "
+            f"head of '{model_name(config.model)}' is tied to its embeddings; use head=exclude or "
+            f"lora.init=default"
+        )
+
+
+def as_plain_lora(
+    state: Mapping[str, Tensor], initial: Mapping[str, Tensor], settings: LoraConfig
+) -> tuple[dict[str, Tensor], LoraConfig]:
+    """An adapter of an init that changed the base, as one of twice the rank on the base as it was.
+
+    W_res + s B A = W + s (B A - B0 A0), so A' = [A; A0] and B' = [B, -B0] at the same scale.
+    Source: PEFT's `subtract_mutated_init`.
+    """
+    joined = {}
+    for name, tensor in state.items():
+        if "lora_A" in name:
+            joined[name] = torch.cat([tensor, initial[name]], 0)
+        elif "lora_B" in name:
+            joined[name] = torch.cat([tensor, -initial[name]], 1)
+        else:
+            joined[name] = tensor
+    plain: Any = copy.deepcopy(settings)
+    plain.init_lora_weights = True
+    grown: Any = math.sqrt(2) if plain.use_rslora else 2  # so that the scale stays
+    plain.r, plain.lora_alpha = 2 * plain.r, plain.lora_alpha * grown
+    plain.rank_pattern = {name: 2 * r for name, r in (plain.rank_pattern or {}).items()}
+    plain.alpha_pattern = {n: alpha * grown for n, alpha in (plain.alpha_pattern or {}).items()}
+    return joined, plain
 
 
 def key(*parts: Any) -> int:

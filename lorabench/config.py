@@ -340,6 +340,12 @@ def range_errors(config: Config) -> list[str]:
     must(0 <= lora.lora_dropout < 1, "lora.lora_dropout", "in [0, 1)", lora.lora_dropout)
     one_of("lora.bias", lora.bias, ("none", "lora_only", "all"))
     one_of("lora.init", lora.init, ("default", "gaussian", "olora", "pissa"))
+    must(
+        not (lora.use_dora and lora.init in ("olora", "pissa")),
+        "lora.use_dora",
+        f"false with lora.init={lora.init}",
+        True,
+    )
     for key, least in (
         ("rank_pattern", "a whole number of at least 1"),
         ("alpha_pattern", "above 0"),

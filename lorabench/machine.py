@@ -40,7 +40,7 @@ def configure_torch(config: Config) -> None:
     transformers_logging.disable_progress_bar()
     torch.use_deterministic_algorithms(trainer.deterministic)
     # Filling new tensors finds reads of memory nobody wrote: for debugging, it changes no bits.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = trainer.allow_tf32
     torch.backends.cudnn.allow_tf32 = trainer.allow_tf32

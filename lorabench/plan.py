@@ -137,6 +137,7 @@ def _modules(config: Config) -> tuple[list[str], int, str | None]:
         base = skeleton(config.model)
         modules = adapters.resolve_modules(base, config)
         adapters.check_bias(base, config, modules)
+        adapters.check_init(base, config, modules)
         wrapped = adapters.attach_skeleton(base, config, modules)
         count = sum(p.numel() for p in adapters.trainable(wrapped).values())
         _RESOLVED[key] = (modules, count, why_alone(base, config, modules))

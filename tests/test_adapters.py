@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from lorabench import adapters, plan
 from lorabench import model as base_model
+from lorabench.config import ConfigErrors
 
 TINY = ["tracker=none"]
 
@@ -115,7 +117,8 @@ from conftest import composed
 from lorabench import adapters, plan, model
 config = composed("tracker=none", "head=lora", "lora.r=4")
 wrapped = adapters.attach(model.load(config.model, "cpu"), config, plan.make(config).lora_modules)
-print(adapters.save(adapters.adapter_state(wrapped), wrapped.peft_config['default'], Path(sys.argv[1])))
+state = adapters.adapter_state(wrapped)
+print(adapters.save(state, wrapped.peft_config["default"], Path(sys.argv[1])))
 """
     contents = []
     for hash_seed in ("1", "2"):
@@ -141,3 +144,42 @@ print(adapters.save(adapters.adapter_state(wrapped), wrapped.peft_config['defaul
         "base_model.model.lm_head.lora_A.weight",
         "base_model.model.lm_head.lora_B.weight",
     }
+
+
+@pytest.mark.parametrize(
+    "overrides", [["lora.init=pissa"], ["lora.init=olora", "lora.use_rslora=true"]]
+)
+def test_an_init_that_changes_the_base_is_saved_as_plain_lora(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    """Reloaded by stock PEFT on the untouched base it gives the trained model's logits."""
+    from peft import PeftModel
+
+    from lorabench.pack import ModulePack
+
+    config = composed(*TINY, *overrides, "lora.r=4", "target_modules=attention")
+    base = base_model.load(config.model, "cpu")
+    before = base_model.checksum(base)
+    pack = ModulePack(base, config, plan.make(config).lora_modules, "cpu")
+    with torch.no_grad():
+        for parameter in pack.parameters.values():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    ids = torch.randint(3, 100, (2, 12))
+    with torch.no_grad():
+        trained, untouched = pack.tree.eval()(input_ids=ids).logits, base(input_ids=ids).logits
+    adapters.save(pack.adapter_state(0), pack.settings(0), tmp_path)
+    assert base_model.checksum(base) == before
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's own, of transformers' renaming
+        fresh = base_model.load(config.model, "cpu")
+        reloaded = PeftModel.from_pretrained(fresh, str(tmp_path)).eval()
+    with torch.no_grad():
+        logits = reloaded(input_ids=ids).logits
+    assert float((trained - untouched).abs().max()) > 0.1
+    # Float32: W_res is W - s B0 A0 rounded once, four layers deep.
+    torch.testing.assert_close(logits, trained, rtol=1e-4, atol=1e-4)
+
+
+def test_pissa_on_a_tied_head_is_refused() -> None:
+    with pytest.raises(ConfigErrors, match="tied to its embeddings"):
+        plan.make(composed(*TINY, "lora.init=pissa", "head=lora"))

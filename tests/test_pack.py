@@ -715,13 +715,7 @@ def moe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("words", "reason"),
     [
         (["lora.use_dora=true"], "DoRA"),
-        pytest.param(
-            ["lora.init=pissa"],
-            "pissa",
-            marks=pytest.mark.xfail(
-                strict=True, reason="adapters.attach lets PiSSA write into the shared base"
-            ),
-        ),
+        (["lora.init=pissa"], "pissa"),
         (["target_modules=custom", "target_modules.names=[embed_tokens,q_proj]"], "Embedding"),
         (["model=local", "model.path=MOE", "target_modules=attention"], "experts"),
     ],

@@ -39,6 +39,10 @@ class ModulePack:
     def __init__(self, base: PreTrainedModel, config: Config, modules: list[str], device: str):
         self.configs, self.device = [config], device
         self.wrapped = adapters.attach(base, config, modules)
+        self.initial: dict[str, Tensor] | None = None
+        if config.lora.init in adapters.CHANGES_BASE:
+            state = adapters.adapter_state(self.wrapped)
+            self.initial = {name: tensor.detach().clone() for name, tensor in state.items()}
         self.clock = adapters.Clock(config.seeds.dropout)
         adapters.key_dropout(self.wrapped, self.clock)
         self.parameters = adapters.trainable(self.wrapped)
@@ -117,11 +121,18 @@ class ModulePack:
 
     def adapter_state(self, run: int) -> dict[str, Tensor]:
         """What a saved adapter holds, under PEFT's names."""
-        return adapters.adapter_state(self.wrapped)
+        return self._saved()[0]
+
+    def _saved(self) -> tuple[dict[str, Tensor], Any]:
+        state = adapters.adapter_state(self.wrapped)
+        settings: Any = self.wrapped.peft_config[adapters.ADAPTER]
+        if self.initial is None:
+            return state, settings
+        return adapters.as_plain_lora(state, self.initial, settings)
 
     def settings(self, run: int) -> Any:
         """PEFT's own config of the run."""
-        return self.wrapped.peft_config[adapters.ADAPTER]
+        return self._saved()[1]
 
     def fingerprint(self, run: int) -> list[Any]:
         """Names and shapes of what the run trains."""
