@@ -59,6 +59,16 @@ def tiny_config(kind: str, vocab_size: int) -> Any:
             bos_token_id=2,
             eos_token_id=1,
         )
+    if kind == "bert":  # as a decoder: a head with a transform, LayerNorms and biases everywhere
+        return t.BertConfig(
+            vocab_size=vocab_size,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            is_decoder=True,
+        )
     makers = {
         "gemma": t.GemmaConfig,
         "llama": t.LlamaConfig,

@@ -1,7 +1,7 @@
 """Packed = solo: packs of several runs against stock PEFT, autograd and torch.optim.
 
 The reference is `get_peft_model` on a freshly loaded base and a hand-written loop, never another
-pack. BERT is missing here: its task is not in this version.
+pack. BERT is a decoder here: its classification task is not in this version.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lorabench.pack.stacked import Group
 from lorabench.train import train
 
 TINY = ["tracker=none", "data.num_train=64", "data.num_validation=8", "data.num_test=8"]
-KINDS = ["gemma", "llama", "qwen2", "gpt2"]
+KINDS = ["gemma", "llama", "qwen2", "gpt2", "bert"]
 
 OTHER_TRAINER = [
     "trainer.lr=2e-3",
@@ -64,10 +64,11 @@ CASES = [
     for kind in KINDS
     for dropout in (0.0, 0.1)
 ]
-NAMES = {"gpt2": ("c_attn", "c_fc")}
+NAMES = {"gpt2": ("c_attn", "c_fc"), "bert": ("query", "value")}
 BIASES = {  # of the models that have some, run by run
     "qwen2": ["none", "lora_only", "none", "all"],
     "gpt2": ["all", "none", "lora_only", "all"],
+    "bert": ["none", "none", "lora_only", "none"],
 }
 
 
@@ -84,7 +85,8 @@ def mixture(kind: str, folder: Path, dropout: float, *common: str) -> list[Confi
             *common,
             "model=local",
             f"model.path={folder}",
-            *(word.format(one=one, two=two) for word in words),
+            # A copy of BERT's head would train its bias too, which a pack does not do.
+            *(w.format(one=one, two=two) for w in words if (kind, w) != ("bert", "head=full")),
             f"lora.bias={bias}",
             f"lora.lora_dropout={dropout if i % 2 else 0}",
             f"seeds.init={i}",
