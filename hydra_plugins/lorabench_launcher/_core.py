@@ -61,6 +61,24 @@ def launch(
     return [returns[i] for i in range(len(jobs))]
 
 
+def compose_once(loader: ConfigLoader) -> None:
+    """Hand the configs that the sweeper composes to check a batch on to the launcher.
+
+    Composing costs 0.1 s a job or more; the sweeper does it once only to see whether it can.
+    """
+    compose = loader.load_sweep_config
+    checked: dict[tuple[int, tuple[str, ...]], DictConfig] = {}
+
+    def remember(master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        key = id(master_config), tuple(sweep_overrides)
+        if key in checked:
+            return checked.pop(key)
+        checked[key] = compose(master_config, sweep_overrides)
+        return checked[key]
+
+    loader.load_sweep_config = remember  # type: ignore[method-assign]
+
+
 def _compose(
     loader: ConfigLoader, config: DictConfig, overrides: list[str], index: int
 ) -> DictConfig:
