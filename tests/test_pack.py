@@ -188,7 +188,8 @@ class Stock:
 
         lorabench hands the head no other rows; stock PEFT does, and they carry no loss.
         """
-        head: Any = adapters.lora_layers(self.wrapped).get("lm_head")
+        name, _ = base_model.output_head(self.wrapped.get_base_model()) or ("", None)
+        head: Any = adapters.lora_layers(self.wrapped).get(name)
         keyed = head and head.lora_dropout["default"]
         if not isinstance(keyed, adapters.KeyedDropout):
             return
