@@ -23,7 +23,7 @@ CORNERS = "16,64"
 # name: skills, target_modules, lr, steps, ranks, seeds
 REGIMES: dict[str, tuple[str, str, str, int, str, str]] = {
     "chosen": ("[sort_leet]", "attention", "1e-3", 300, ALL_RANKS, "0,1"),
-    "chosen, fresh seeds": ("[sort_leet]", "attention", "1e-3", 300, ALL_RANKS, "2,3"),
+    "chosen, other seeds": ("[sort_leet]", "attention", "1e-3", 300, ALL_RANKS, "2,3"),
     "twice the lr": ("[sort_leet]", "attention", "2e-3", 300, CORNERS, "0,1"),
     "fewer steps": ("[sort_leet]", "attention", "1e-3", 200, CORNERS, "0,1"),
     "all-linear": ("[sort_leet]", "all-linear", "1e-3", 300, CORNERS, "0,1"),
