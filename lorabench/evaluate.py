@@ -41,13 +41,16 @@ def evaluate(
     """
     settings = pack.configs[0]
     size = settings.trainer.eval_batch_size
-    length = data.padded_length(tokens, settings.data.max_length)
-    width = data.longest_completion(tokens)
-    nll: list[list[np.ndarray]] = [[] for _ in range(pack.size)]
-    exact: list[list[np.ndarray]] = [[] for _ in range(pack.size)]
-    texts: list[list[str]] = [[] for _ in range(pack.size)]
-    for start in range(0, len(tokens), size):
-        indices = np.arange(start, min(start + size, len(tokens)))
+    count = len(tokens)
+    nll = np.full((pack.size, count), np.nan)
+    exact = np.zeros((pack.size, count), dtype=np.int8)
+    texts = [[""] * count for _ in range(pack.size)]
+    # Examples of similar length together: a batch is as wide as its longest.
+    by_length = np.argsort([len(ids) for ids in tokens.input_ids], kind="stable")
+    for start in range(0, count, size):
+        indices = by_length[start : start + size]
+        length = max(len(tokens.input_ids[i]) for i in indices)
+        width = max(len(tokens.input_ids[i]) - tokens.completion_start[i] for i in indices)
         input_ids, labels = data.batch(tokens, indices, length, pad_id)
         batch = Batch.make([input_ids], [labels], width, pack.device)
         nll_RN, argmax_RN = (part.cpu().numpy() for part in pack.score(batch))
@@ -56,17 +59,19 @@ def evaluate(
         for run in range(pack.size):
             nll_BW = np.where(there_BW, nll_RN[run].reshape(there_BW.shape).astype(np.float64), 0)
             argmax_BW = argmax_RN[run].reshape(there_BW.shape)
-            nll[run].append(nll_BW.sum(1) / there_BW.sum(1))
-            exact[run].append(((argmax_BW == targets_BW) | ~there_BW).all(1))
+            nll[run, indices] = nll_BW.sum(1) / there_BW.sum(1)
+            exact[run, indices] = ((argmax_BW == targets_BW) | ~there_BW).all(1)
             rows = [ids[there] for ids, there in zip(argmax_BW, there_BW, strict=True)]
-            texts[run] += tokenizer.batch_decode(rows, skip_special_tokens=True)
+            written = tokenizer.batch_decode(rows, skip_special_tokens=True)
+            for i, text in zip(indices, written, strict=True):
+                texts[run][i] = text
     tables = []
     for run in range(pack.size):
         table = pd.DataFrame({"example": tokens.ids})
         if "nll" in metrics:
-            table["nll"] = np.concatenate(nll[run])
+            table["nll"] = nll[run]
         if "exact_match" in metrics:
-            table["exact_match"] = np.concatenate(exact[run]).astype(np.int8)
+            table["exact_match"] = exact[run]
         table["teacher_forced"] = texts[run]
         tables.append(table)
     return tables

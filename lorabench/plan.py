@@ -140,7 +140,7 @@ def _modules(config: Config) -> tuple[list[str], int, str | None]:
         adapters.check_init(base, config, modules)
         wrapped = adapters.attach_skeleton(base, config, modules)
         count = sum(p.numel() for p in adapters.trainable(wrapped).values())
-        _RESOLVED[key] = (modules, count, why_alone(base, config, modules))
+        _RESOLVED[key] = (modules, count, why_alone(base, config, modules, wrapped))
     return _RESOLVED[key]
 
 

@@ -29,8 +29,8 @@ from lorabench import adapters, checkpoint, cli, data, plan
 from lorabench import model as base_model
 from lorabench.config import Config, ModelConfig, TrainerConfig, lora_alpha
 from lorabench.pack import Batch, StackedPack
+from lorabench.pack.layers import Members, Stacked
 from lorabench.pack.optimizer import StackedAdamW
-from lorabench.pack.stacked import Group
 from lorabench.train import train
 
 TINY = ["tracker=none", "data.num_train=64", "data.num_validation=8", "data.num_test=8"]
@@ -115,10 +115,7 @@ def copy_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def gradients(pack: StackedPack, run: int) -> dict[str, Tensor]:
     """A run's gradients under the names of its saved adapter."""
-    return {
-        place.state_name: pack._view(run, place, pack.stacked[place.kind, place.module][1].grad)
-        for place in pack.places[run]
-    }
+    return {place.state_name: pack._view(run, place, "grad") for place in pack.places[run]}
 
 
 def tokens_of(config: Config) -> tuple[data.Tokens, int]:
@@ -475,14 +472,15 @@ def test_the_optimizer_is_adamw_with_clipping_run_by_run(dtype: torch.dtype, bou
         TrainerConfig(lr=1e-3),  # as the first: moved by the same kernel
         TrainerConfig(lr=5e-3, max_grad_norm=1e3),
     ]
-    # Runs 0..4 share a group; 1 and 3, and 2 alone, train something more.
-    groups = [Group(runs, width, dtype, None, "cpu") for runs, width in
-              (([0, 1, 2, 3, 4], 37), ([1, 3], 12), ([2], 5))]  # fmt: skip
+    # Runs 0..4 share a module; 1 and 3, 2 to 4, and 2 alone, train something more.
+    groups = [Stacked(Members(runs, 5), shape, dtype, None, "cpu") for runs, shape in
+              (([0, 1, 2, 3, 4], (5, 7)), ([1, 3], (12,)), ([2, 3, 4], (2, 3)), ([2], (5,)))
+              ]  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     for group in groups:
         group.value.copy_(torch.randn(group.value.shape, generator=generator))
     mine = [
-        [group.value[group.runs.index(run)] for group in groups if run in group.runs]
+        [g.value[g.members.runs.index(run)] for g in groups if run in g.members.runs]
         for run in range(len(trainers))
     ]
     theirs = [[nn.Parameter(row.clone()) for row in rows] for rows in mine]
@@ -499,12 +497,17 @@ def test_the_optimizer_is_adamw_with_clipping_run_by_run(dtype: torch.dtype, bou
         scale = 10 ** float(torch.empty(()).uniform_(-3, 2, generator=generator))
         rates = [t.lr * (1 - step / 200) for t in trainers]
         for group in groups:
-            group.grad.copy_(scale * torch.randn(group.grad.shape, generator=generator))
+            group.grad.fill_(float("nan"))  # what an earlier step left must not be seen
+            whole = scale * torch.randn(group.grad.shape, generator=generator)
+            group.add((0.25 * whole).to(dtype))
+            group.add((0.75 * whole).to(dtype))
         expected = []
         for run, (parameters, reference, t) in enumerate(
             zip(theirs, references, trainers, strict=True)
         ):
-            rows = [g.grad[g.runs.index(run)].clone() for g in groups if run in g.runs]
+            rows = [
+                g.grad[g.members.runs.index(run)].clone() for g in groups if run in g.members.runs
+            ]
             for parameter, row in zip(parameters, rows, strict=True):
                 parameter.grad = row
             limit = float("inf") if t.max_grad_norm is None else t.max_grad_norm
@@ -517,7 +520,7 @@ def test_the_optimizer_is_adamw_with_clipping_run_by_run(dtype: torch.dtype, bou
         assert norm.tolist() == pytest.approx(expected, rel=1e-6)
         if step == stopped_at:
             kept = mine[4][0].clone()
-        assert all(not group.grad.any() for group in groups)
+        assert all(group.cleared for group in groups)
     assert kept is not None and torch.equal(kept, mine[4][0])
     worst = max(
         relative(row, parameter.detach())
@@ -671,8 +674,8 @@ def test_bfloat16_autocast_equals_stock_peft_under_autocast(
         config.trainer.steps = 12
     pack = packed(configs)
     train_pack(pack)
-    for group in pack.groups:
-        assert group.value.dtype == torch.float32, "trained weights stay in float32"
+    for stacked in pack.stacked.values():
+        assert stacked.value.dtype == torch.float32, "trained weights stay in float32"
     tokens, pad_id = tokens_of(configs[0])
     stocks = [Stock(config, copy_of(pack.adapter_state(i))) for i, config in enumerate(configs)]
     pairs = [data.batch(tokens, stock.order[11], stock.length, pad_id) for stock in stocks]

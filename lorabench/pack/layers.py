@@ -36,18 +36,59 @@ class Members:
 
 
 class Stacked:
-    """One trained tensor of every member: a view of the pack's storage, and of its gradient.
+    """One trained tensor of every member, with its gradient and moments, (M, *shape) each.
 
     Gradients are added straight into the storage: autograd sees only `anchor`, a scalar that makes
     it run the layer's backward.
     """
 
-    def __init__(self, value: Tensor, grad: Tensor, shadow: Tensor | None):
-        self.value, self.grad, self.shadow = value, grad, shadow
+    def __init__(
+        self,
+        members: Members,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        low: torch.dtype | None,
+        device: str,
+    ):
+        self.members = members
+        # One block a tensor: batched products write only into dense memory without a loop.
+        self.value = torch.zeros(len(members.runs), *shape, dtype=dtype, device=device)
+        self.grad = torch.zeros_like(self.value)
+        self.exp_avg = torch.zeros_like(self.value)
+        self.exp_avg_sq = torch.zeros_like(self.value)
+        self.shadow = None if low is None else torch.zeros_like(self.value, dtype=low)
+        self.cleared = True  # nothing of this step in `grad` yet, whatever it holds
 
     def for_compute(self) -> Tensor:
         """The tensor the products are taken with: a low-precision copy under autocast."""
         return self.value if self.shadow is None else self.shadow
+
+    def refresh(self) -> None:
+        """Bring the low-precision copy up to date."""
+        if self.shadow is not None:
+            self.shadow.copy_(self.value)
+
+    def add(self, grad: Tensor) -> None:
+        """A part of this step's gradient."""
+        if self.cleared:
+            self.grad.copy_(grad)
+        else:
+            self.grad += grad
+        self.cleared = False
+
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        """left @ right as a part of this step's gradient, in the gradient's own precision."""
+        if self.grad.dtype != left.dtype:
+            self.add(torch.bmm(left, right))
+        elif self.cleared:
+            torch.bmm(left, right, out=self.grad)
+            self.cleared = False
+        else:
+            self.grad.baddbmm_(left, right)
+
+    def clear(self) -> None:
+        """Forget the gradient."""
+        self.cleared = True
 
 
 class PackedLinear(nn.Module):
@@ -59,7 +100,6 @@ class PackedLinear(nn.Module):
     def __init__(
         self,
         base: nn.Linear | Conv1D,
-        members: Members,
         lora_a_MKD: Stacked,
         lora_b_MKO: Stacked,
         scale_M: Tensor,
@@ -69,7 +109,7 @@ class PackedLinear(nn.Module):
     ):
         super().__init__()
         self.base = base
-        self.members, self.lora_a, self.lora_b = members, lora_a_MKD, lora_b_MKO
+        self.members, self.lora_a, self.lora_b = lora_a_MKD.members, lora_a_MKD, lora_b_MKO
         self.scale_M11 = scale_M[:, None, None]
         self.dropouts = dropouts
         self.anchor, self.bias_of_runs = anchor, bias
@@ -149,8 +189,8 @@ class _PackedLora(torch.autograd.Function):
         a_MKD, b_MKO = layer.lora_a.for_compute(), layer.lora_b.for_compute()
         g_MNO = members.take(g_RNO)
         gh_MNK = torch.bmm(g_MNO, b_MKO.transpose(1, 2)).mul_(layer.scale_M11.to(g_MNO.dtype))
-        _add_product(layer.lora_b.grad, h_MNK.transpose(1, 2), g_MNO)
-        _add_product(layer.lora_a.grad, gh_MNK.transpose(1, 2), x_MND)
+        layer.lora_b.add_product(h_MNK.transpose(1, 2), g_MNO)
+        layer.lora_a.add_product(gh_MNK.transpose(1, 2), x_MND)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None, None
         gx_RND = g_RNO @ weight_OD
@@ -162,20 +202,13 @@ class _PackedLora(torch.autograd.Function):
         return gx_RND, None, None, None, None, None
 
 
-def _add_product(grad: Tensor, left: Tensor, right: Tensor) -> None:
-    """grad += left @ right, in grad's own precision."""
-    if grad.dtype == left.dtype:
-        grad.baddbmm_(left, right)
-    else:
-        grad += torch.bmm(left, right)
-
-
 class PackedHead(nn.Module):
     """The output layer where some runs train a full copy of it (head=full)."""
 
-    def __init__(self, base: nn.Module, members: Members, weight_MOD: Stacked, anchor: Tensor):
+    def __init__(self, base: nn.Module, weight_MOD: Stacked, anchor: Tensor):
         super().__init__()
-        self.base, self.members, self.copies, self.anchor = base, members, weight_MOD, anchor
+        self.base, self.copies, self.anchor = base, weight_MOD, anchor
+        self.members = weight_MOD.members
 
     @property
     def weight(self) -> Tensor:
@@ -211,21 +244,18 @@ class _PackedCopies(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g_MNO,) = grads
         (x_MND,) = ctx.saved_tensors
-        _add_product(ctx.layer.copies.grad, g_MNO.transpose(1, 2), x_MND)
+        ctx.layer.copies.add_product(g_MNO.transpose(1, 2), x_MND)
         gx = torch.bmm(g_MNO, ctx.layer.copies.for_compute()) if ctx.needs_input_grad[0] else None
         return gx, None, None
 
 
 class PackedBias(nn.Module):
-    """Adds each run's own bias; runs that do not train it have the base's.
+    """Adds each run's own bias; runs that do not train it have the base's."""
 
-    Args:
-        all_RO: biases of all runs; the members' rows are refreshed from `trained_MO`.
-    """
-
-    def __init__(self, members: Members, trained_MO: Stacked, base_O: Tensor, anchor: Tensor):
+    def __init__(self, trained_MO: Stacked, base_O: Tensor, anchor: Tensor):
         super().__init__()
-        self.members, self.trained, self.base, self.anchor = members, trained_MO, base_O, anchor
+        self.trained, self.base, self.anchor = trained_MO, base_O, anchor
+        self.members = trained_MO.members
 
     def forward(self, y_RNO: Tensor) -> Tensor:
         return _PackedBiases.apply(y_RNO, self.anchor, self)
@@ -242,7 +272,7 @@ class _PackedBiases(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g_RNO,) = grads
-        ctx.layer.trained.grad += ctx.layer.members.take(g_RNO).sum(1)
+        ctx.layer.trained.add(ctx.layer.members.take(g_RNO).sum(1))
         return g_RNO, None, None
 
 

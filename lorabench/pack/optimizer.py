@@ -1,26 +1,22 @@
-"""AdamW over stacked storage: torch's fused kernel, each run with its own rate, decay and clipping.
+"""AdamW over stacked tensors: torch's fused kernel, each run with its own rate, decay and clipping.
 
 Source: Loshchilov and Hutter 2019, arXiv:1711.05101; `torch.optim.AdamW(fused=True)`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from lorabench.config import TrainerConfig
-
-if TYPE_CHECKING:
-    from lorabench.pack.stacked import Group
+from lorabench.pack.layers import Stacked
 
 
 class StackedAdamW:
-    """Moves all runs of a pack; runs that share settings in one call of torch's fused AdamW."""
+    """Moves all runs of a pack; neighbours that share settings in one call of torch's kernel."""
 
-    def __init__(self, groups: list[Group], trainers: list[TrainerConfig]):
-        self.groups, self.trainers = groups, trainers
+    def __init__(self, stacked: list[Stacked], trainers: list[TrainerConfig]):
+        self.stacked, self.trainers = stacked, trainers
         self.steps = 0
 
     @torch.no_grad()
@@ -33,41 +29,68 @@ class StackedAdamW:
         Returns:
             Norm of each run's gradient before clipping, (R,).
         """
-        device = self.groups[0].value.device
-        # In float64: a float32 sum over a million numbers is off in its fifth digit. MPS has none.
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        squared_R = torch.zeros(len(self.trainers), dtype=wide, device=device)
-        for group in self.groups:
-            norm_M = torch.linalg.vector_norm(group.grad, dim=1, dtype=wide)
-            squared_R[group.runs] += norm_M.square()
-        norm_R = squared_R.sqrt().to(self.groups[0].value.dtype)
-        limits = [t.max_grad_norm for t in self.trainers]
-        limit_R = torch.tensor(
-            [float("inf") if limit is None else limit for limit in limits],
-            dtype=norm_R.dtype, device=device,
-        )  # fmt: skip
-        clip_R = (limit_R / (norm_R + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
-        moving = [a and n for a, n in zip(alive, norm_R.isfinite().tolist(), strict=True)]
+        for one in self.stacked:
+            if one.cleared:
+                one.grad.zero_()
+        norm_R = self._norms()
+        finite = norm_R.isfinite().tolist()
+        self._clip(norm_R)
         self.steps += 1
-        alike: dict[tuple[float, ...], list[tuple[Group, int]]] = {}
-        for group in self.groups:
-            group.grad.mul_(clip_R[group.runs][:, None])
-            for row, run in enumerate(group.runs):
-                if moving[run]:
-                    t = self.trainers[run]
-                    key = (lr[run], t.beta1, t.beta2, t.weight_decay, t.eps)
-                    alike.setdefault(key, []).append((group, row))
+        alike: dict[tuple[float, ...], list[tuple[Stacked, slice]]] = {}
+        for one in self.stacked:
+            keys = [self._key(run, lr) if alive[run] and finite[run] else None
+                    for run in one.members.runs]  # fmt: skip
+            first = 0
+            for row, key in enumerate(keys):
+                if row + 1 == len(keys) or keys[row + 1] != key:
+                    if key is not None:
+                        alike.setdefault(key, []).append((one, slice(first, row + 1)))
+                    first = row + 1
         for (rate, beta1, beta2, decay, eps), rows in alike.items():
+            count = torch.tensor(float(self.steps), device=norm_R.device)
             torch._fused_adamw_(
-                [group.value[row] for group, row in rows],
-                [group.grad[row] for group, row in rows],
-                [group.exp_avg[row] for group, row in rows],
-                [group.exp_avg_sq[row] for group, row in rows],
+                [one.value[where] for one, where in rows],
+                [one.grad[where] for one, where in rows],
+                [one.exp_avg[where] for one, where in rows],
+                [one.exp_avg_sq[where] for one, where in rows],
                 [],
-                [torch.tensor(float(self.steps), device=device) for _ in rows],
+                [count] * len(rows),
                 lr=rate, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps,
                 amsgrad=False, maximize=False,
             )  # fmt: skip
-        for group in self.groups:
-            group.grad.zero_()
+        for one in self.stacked:
+            one.clear()
         return norm_R
+
+    def _key(self, run: int, lr: list[float]) -> tuple[float, ...]:
+        trainer = self.trainers[run]
+        return lr[run], trainer.beta1, trainer.beta2, trainer.weight_decay, trainer.eps
+
+    def _norms(self) -> Tensor:
+        """Norm of each run's whole gradient, (R,)."""
+        found: dict[tuple[int, ...], list[Tensor]] = {}
+        for one in self.stacked:
+            # Along the last dimension first: one float32 sum over a million numbers would be off
+            # in its fifth digit, and so would the clipping.
+            norm_M = torch.linalg.vector_norm(one.grad, dim=-1)
+            if norm_M.dim() > 1:
+                norm_M = torch.linalg.vector_norm(norm_M.flatten(1), dim=1)
+            found.setdefault(tuple(one.members.runs), []).append(norm_M)
+        device, dtype = self.stacked[0].grad.device, self.stacked[0].grad.dtype
+        squared_R = torch.zeros(len(self.trainers), device=device, dtype=dtype)
+        for runs, norms in found.items():
+            squared_R[list(runs)] += torch.stack(norms).square().sum(0)
+        return squared_R.sqrt()
+
+    def _clip(self, norm_R: Tensor) -> None:
+        """Scale the gradients of runs above their limit, as torch's clip_grad_norm_ does."""
+        limits = [t.max_grad_norm for t in self.trainers]
+        limit_R = torch.tensor(
+            [float("inf") if limit is None else limit for limit in limits],
+            dtype=norm_R.dtype, device=norm_R.device,
+        )  # fmt: skip
+        clip_R = (limit_R / (norm_R + 1e-6)).clamp(max=1.0)
+        if bool((clip_R == 1).all()):
+            return
+        for one in self.stacked:
+            one.grad.mul_(clip_R[one.members.where].view(-1, *[1] * (one.grad.dim() - 1)))

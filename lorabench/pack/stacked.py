@@ -1,10 +1,9 @@
 """Several runs over one base forward: their adapters stacked, one view of the storage a run.
 
-PEFT decides which modules a run adapts, their ranks and scales (on a skeleton); this room gives
-every one of them a place in a storage of shape (M, P), M runs that train the same modules and P
-numbers each, so that the optimizer moves all runs with a few kernels.
+PEFT decides which modules a run adapts, their ranks and scales (on a skeleton); this room stacks
+each module's tensors over the runs that train it, so that one kernel serves, and moves, all runs.
 
-Letters: R runs in the pack, M members of a group, B batch, T tokens, N rows, K rank.
+Letters: R runs in the pack, M of them that train a module, B batch, T tokens, N rows, K rank.
 """
 
 from __future__ import annotations
@@ -71,7 +70,9 @@ def places(wrapped: PeftModel) -> list[Place]:
     return found
 
 
-def why_alone(skeleton: PreTrainedModel, config: Config, modules: list[str]) -> str | None:
+def why_alone(
+    skeleton: PreTrainedModel, config: Config, modules: list[str], wrapped: PeftModel
+) -> str | None:
     """The reason a run must train by itself on PEFT's own modules; None where it packs."""
     if config.lora.use_dora:
         return "DoRA rescales the base weight"
@@ -86,7 +87,7 @@ def why_alone(skeleton: PreTrainedModel, config: Config, modules: list[str]) -> 
     head = base_model.output_head(skeleton)
     if head is None or not isinstance(head[1], nn.Linear):
         return "the head is no linear layer"
-    for place in places(adapters.attach_skeleton(skeleton, config, modules)):
+    for place in places(wrapped):
         if place.kind == "other":
             return f"{place.state_name} is trained"
         if place.kind == "copy" and place.module != head[0]:
@@ -110,10 +111,13 @@ class StackedPack:
         device: str,
     ):
         self.configs, self.device = configs, device
-        self.wrapped = [
-            adapters.attach_skeleton(skeleton, config, names)
-            for config, names in zip(configs, modules, strict=True)
-        ]
+        attached: dict[str, PeftModel] = {}  # runs that differ in seeds or rates share one
+        self.wrapped = []
+        for config, names in zip(configs, modules, strict=True):
+            key = repr((config.lora, config.head, names))
+            if key not in attached:
+                attached[key] = adapters.attach_skeleton(skeleton, config, names)
+            self.wrapped.append(attached[key])
         self.places = [places(wrapped) for wrapped in self.wrapped]
         self.clocks = [adapters.Clock(config.seeds.dropout) for config in configs]
         self.alive = [True] * len(configs)
@@ -127,7 +131,9 @@ class StackedPack:
         if configs[0].trainer.gradient_checkpointing:
             enable_checkpointing(self.tree)
         self.head = RowHead(self.tree, self.clocks)
-        self.optimizer = StackedAdamW(self.groups, [config.trainer for config in configs])
+        self.optimizer = StackedAdamW(
+            list(self.stacked.values()), [config.trainer for config in configs]
+        )
 
     @property
     def size(self) -> int:
@@ -136,7 +142,7 @@ class StackedPack:
     # --- storage -------------------------------------------------------------------------
 
     def _allocate(self) -> None:
-        """One storage a set of members, and in it one stacked tensor a (kind, module)."""
+        """One stacked tensor a (kind, module), for the runs that train it."""
         holders: dict[tuple[str, str], list[int]] = {}
         shapes: dict[tuple[str, str], tuple[int, ...]] = {}
         for run, found in enumerate(self.places):
@@ -146,33 +152,21 @@ class StackedPack:
                 shape = self._stored_shape(place)
                 known = shapes.get(key, shape)
                 shapes[key] = tuple(map(max, known, shape))  # ranks are padded to the largest
-        by_members: dict[tuple[int, ...], list[tuple[str, str]]] = {}
-        for key, runs in holders.items():
-            by_members.setdefault(tuple(runs), []).append(key)
         low = torch.bfloat16 if self.configs[0].trainer.dtype == "bfloat16" else None
-        self.groups: list[Group] = []
-        self.group_of: dict[tuple[str, str], Group] = {}
-        self.stacked: dict[tuple[str, str], tuple[Members, Stacked]] = {}
-        for runs_of, keys in by_members.items():
-            runs = list(runs_of)
-            width = sum(_numel(shapes[key]) for key in keys)
-            group = Group(runs, width, self.dtype, low, self.device)
-            self.groups.append(group)
-            members, start = Members(runs, self.size), 0
-            for key in keys:
-                self.stacked[key] = members, group.view(start, shapes[key])
-                self.group_of[key] = group
-                start += _numel(shapes[key])
+        self.stacked = {
+            key: Stacked(Members(runs, self.size), shapes[key], self.dtype, low, self.device)
+            for key, runs in holders.items()
+        }
 
     @staticmethod
     def _stored_shape(place: Place) -> tuple[int, ...]:
         # B is stored as (K, O): each run's part of a padded stack is then one contiguous block.
         return place.shape[::-1] if place.kind == "lora_B" else place.shape
 
-    def _view(self, run: int, place: Place, tensor: Tensor | None = None) -> Tensor:
+    def _view(self, run: int, place: Place, of: str = "value") -> Tensor:
         """A run's own part of a stacked tensor, in PEFT's shape."""
-        members, stacked = self.stacked[place.kind, place.module]
-        mine = (stacked.value if tensor is None else tensor)[members.runs.index(run)]
+        stacked = self.stacked[place.kind, place.module]
+        mine = getattr(stacked, of)[stacked.members.runs.index(run)]
         mine = mine[tuple(slice(n) for n in self._stored_shape(place))]
         return mine.t() if place.kind == "lora_B" else mine
 
@@ -204,11 +198,10 @@ class StackedPack:
             target = self.tree.get_submodule(module)
             bias = None
             if module in biases:
-                members, trained = self.stacked["bias", module]
-                bias = PackedBias(members, trained, target.bias, self.anchor)
+                bias = PackedBias(self.stacked["bias", module], target.bias, self.anchor)
             if kind == "lora_A":
-                members, lora_a = self.stacked[kind, module]
-                _, lora_b = self.stacked["lora_B", module]
+                lora_a, lora_b = self.stacked[kind, module], self.stacked["lora_B", module]
+                members = lora_a.members
                 mine = [layers[run][module] for run in members.runs]
                 scale_M = torch.tensor(
                     [layer.scaling[adapters.ADAPTER] for layer in mine],
@@ -221,15 +214,14 @@ class StackedPack:
                     for run, layer in zip(members.runs, mine, strict=True)
                 ]
                 replaced[module] = PackedLinear(
-                    target, members, lora_a, lora_b, scale_M, dropouts, self.anchor, bias
+                    target, lora_a, lora_b, scale_M, dropouts, self.anchor, bias
                 )
             elif kind == "bias" and ("lora_A", module) not in self.stacked:
                 replaced[module] = PackedNorm(target, cast(PackedBias, bias))
         for kind, module in self.stacked:
             if kind == "copy":
                 inner = replaced.get(module, self.tree.get_submodule(module))
-                members, copies = self.stacked[kind, module]
-                replaced[module] = PackedHead(inner, members, copies, self.anchor)
+                replaced[module] = PackedHead(inner, self.stacked[kind, module], self.anchor)
         for module, layer in replaced.items():
             self.tree.set_submodule(module, layer)
         self._share_below(set(replaced))
@@ -283,8 +275,7 @@ class StackedPack:
         """Add this micro-batch's gradients; return each run's summed nll / num_targets, (R,)."""
         for clock in self.clocks:
             clock.step, clock.micro_step, clock.training = step, micro_step, True
-        for group in self.groups:
-            group.refresh()
+        self._refresh()
         with autocast(self.configs[0], self.device):
             nll_RN = self.head.nll(self._hidden(batch), batch.targets_SN.expand(self.size, -1))
         divisor_R = torch.tensor(num_targets, dtype=nll_RN.dtype, device=nll_RN.device)
@@ -298,6 +289,10 @@ class StackedPack:
         """Clip and move every run that is still alive; return norms before clipping, (R,)."""
         return self.optimizer.step(lr, self.alive)
 
+    def _refresh(self) -> None:
+        for stacked in self.stacked.values():
+            stacked.refresh()
+
     def stop(self, run: int) -> None:
         """A run keeps its slot and its weights, and no longer moves."""
         self.alive[run] = False
@@ -305,16 +300,14 @@ class StackedPack:
     @torch.no_grad()
     def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Teacher-forced nll and argmax of every row, (R, N) each."""
-        for group in self.groups:
-            group.refresh()
+        self._refresh()
         with autocast(self.configs[0], self.device):
             return self.head.scored(self._hidden(batch), batch.targets_SN.expand(self.size, -1))
 
     @torch.no_grad()
     def generate(self, input_ids_BL: Tensor, mask_BL: Tensor, **settings: Any) -> Tensor:
         """Greedy continuations of the same prompts by every run, (R, B, L')."""
-        for group in self.groups:
-            group.refresh()
+        self._refresh()
         self.tree.eval()
         try:
             with autocast(self.configs[0], self.device):
@@ -344,11 +337,8 @@ class StackedPack:
         found = {}
         for place in self.places[run]:
             found[place.state_name] = self._view(run, place)
-            group, start, stored = self._where(place)
             for moment in ("exp_avg", "exp_avg_sq"):
-                stack = getattr(group, moment)[:, start : start + _numel(stored)]
-                stack = stack.unflatten(1, stored)
-                found[f"{place.state_name}|{moment}"] = self._view(run, place, stack)
+                found[f"{place.state_name}|{moment}"] = self._view(run, place, moment)
         found["|step"] = torch.tensor(float(self.optimizer.steps))
         return {name: tensor.detach() for name, tensor in found.items()}
 
@@ -360,47 +350,6 @@ class StackedPack:
                 tensor.copy_(state[name])
         self.optimizer.steps = int(state["|step"])
 
-    def _where(self, place: Place) -> tuple[Group, int, tuple[int, ...]]:
-        _, stacked = self.stacked[place.kind, place.module]
-        group = self.group_of[place.kind, place.module]
-        return group, int(stacked.value.storage_offset()), tuple(stacked.value.shape[1:])
-
     def fingerprint(self, run: int) -> list[Any]:
         """Names and shapes of what this run trains."""
         return [[place.state_name, list(place.shape)] for place in self.places[run]]
-
-
-class Group:
-    """Storage of the runs that train the same modules: value, gradient and moments, (M, P)."""
-
-    def __init__(
-        self, runs: list[int], width: int, dtype: torch.dtype, low: torch.dtype | None, device: str
-    ):
-        self.runs = runs
-        shape = (len(runs), width)
-        self.value = torch.zeros(shape, dtype=dtype, device=device)
-        self.grad = torch.zeros_like(self.value)
-        self.exp_avg = torch.zeros_like(self.value)
-        self.exp_avg_sq = torch.zeros_like(self.value)
-        self.shadow = None if low is None else torch.zeros(shape, dtype=low, device=device)
-
-    def view(self, start: int, shape: tuple[int, ...]) -> Stacked:
-        """A stacked tensor (M, *shape) at this place."""
-
-        def cut(storage: Tensor) -> Tensor:
-            return storage[:, start : start + _numel(shape)].unflatten(1, shape)
-
-        low = None if self.shadow is None else cut(self.shadow)
-        return Stacked(cut(self.value), cut(self.grad), low)
-
-    def refresh(self) -> None:
-        """Bring the low-precision copy up to date."""
-        if self.shadow is not None:
-            self.shadow.copy_(self.value)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
