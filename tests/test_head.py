@@ -62,7 +62,7 @@ def test_nll_and_gradients_are_the_models_own(
     monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 61 * chunk_rows)
     rows = head.RowHead(model, [adapters.Clock(0)])
     batch = Batch.make([ids], [labels], 15, "cpu")
-    nll = rows.nll(rows.hidden(batch.input_ids_SBT[0], batch.rows_SN), batch.targets_SN)
+    nll = rows.nll(rows.hidden(batch.input_ids_SBT[0], batch), batch.targets_SN)
     nll.sum().backward()
     # Float64; the models cast to float32 inside norms, on both sides alike.
     assert nll.sum().item() == pytest.approx(expected.sum().item(), rel=1e-12)
@@ -72,12 +72,55 @@ def test_nll_and_gradients_are_the_models_own(
         mine = model.get_parameter(parameter).grad
         assert float((mine - gradient).norm()) <= 1e-6 * float(gradient.norm()) + 1e-12, parameter
     with torch.no_grad():
-        hidden = rows.hidden(batch.input_ids_SBT[0], batch.rows_SN)
+        hidden = rows.hidden(batch.input_ids_SBT[0], batch)
         again, best = rows.scored(hidden, batch.targets_SN)
     torch.testing.assert_close(again, nll.detach(), rtol=1e-12, atol=1e-12)
     there = (batch.targets_SN[0] != -100).numpy()
     chosen = logits.detach().argmax(-1)[target != -100]
     assert best[0][there].tolist() == chosen.tolist()
+
+
+WITHOUT_MLP = {"opt (called past its body)"}  # its layers have no block of that name
+
+
+@pytest.mark.parametrize("name", models())
+def test_rows_nobody_reads_skip_the_last_feed_forward_block(name: str) -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(models()[name]).double().eval()
+    ids, labels = examples()
+    for row, start in enumerate([6, 12, 8, 10]):  # two to four tokens each, some rows repeated
+        labels[row, :start] = labels[row, start + 2 + row % 3 :] = -100
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_("mlp" not in parameter_name)
+    target = torch.from_numpy(labels)[:, 1:]
+
+    def gradients() -> dict[str, torch.Tensor]:
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    logits = model(input_ids=torch.from_numpy(ids)).logits[:, :-1].transpose(1, 2)
+    expected = torch.nn.functional.cross_entropy(logits, target, ignore_index=-100, reduction="sum")
+    expected.backward()
+    theirs = gradients()
+    rows = head.RowHead(model, [adapters.Clock(0)])
+    assert (rows.last is None) == (name in WITHOUT_MLP)
+    seen: list[int] = []
+    if rows.last is not None:
+        rows.last.block.register_forward_hook(lambda m, args, out: seen.append(args[0].numel()))
+    batch = Batch.make([ids], [labels], 4, "cpu")
+    nll = rows.nll(rows.hidden(batch.input_ids_SBT[0], batch), batch.targets_SN).sum()
+    nll.backward()
+    width = model.config.get_text_config().hidden_size
+    assert seen == ([] if rows.last is None else [4 * 4 * width]), "16 of 64 rows"
+    assert nll.item() == pytest.approx(expected.item(), rel=1e-12)
+    for parameter_name, mine in gradients().items():
+        parameter_name = parameter_name.replace("mlp.block.", "mlp.")
+        gap = float((mine - theirs[parameter_name]).norm())
+        assert gap <= 1e-6 * float(theirs[parameter_name].norm()) + 1e-12, parameter_name
+    # Outside of a batch every row is read.
+    whole = model(input_ids=torch.from_numpy(ids)).logits[:, :-1].transpose(1, 2)
+    torch.testing.assert_close(whole, logits, rtol=1e-12, atol=1e-12)
 
 
 def test_rows_are_those_that_predict_a_label() -> None:

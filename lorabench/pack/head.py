@@ -8,6 +8,7 @@ Letters: R runs, N rows that carry a loss, D model width, V vocabulary, S slabs 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lorabench.adapters import Clock
 from lorabench.data import IGNORED
+from lorabench.pack.batch import Batch
+from lorabench.pack.rows import choose_rows
 
 CHUNK_BYTES = 1 << 28  # of float32 logits that exist at a time
 
@@ -35,8 +38,9 @@ class _Result(nn.Module):
 class RowHead:
     """The output layer of a causal language model, for the rows of R runs."""
 
-    def __init__(self, tree: Any, clocks: list[Clock]):
+    def __init__(self, tree: Any, clocks: list[Clock], recomputed: bool = False):
         self.tree, self.clocks, self.size = tree, clocks, len(clocks)
+        self.recomputed = recomputed  # layers run again in the backward pass
         self.vocabulary = tree.config.get_text_config().vocab_size
         path = tree.base_model_prefix
         body = tree.get_submodule(path)
@@ -44,14 +48,17 @@ class RowHead:
             path, body = f"{path}.decoder", body.decoder
         parent, _, self.name = path.rpartition(".")
         self.parent, self.body = tree.get_submodule(parent), body
+        self.last = choose_rows(body)
 
-    def hidden(self, input_ids: Tensor, rows_SN: Tensor) -> Tensor:
+    def hidden(self, input_ids: Tensor, batch: Batch) -> Tensor:
         """Last hidden states of the chosen rows, (R, N, D).
 
         Args:
             input_ids: (S B, T), or fewer slabs where no layer before the head tells runs apart.
         """
-        output = self.body(input_ids=input_ids, use_cache=False)
+        rows_SN = batch.rows_SN
+        with self._last_block_on(batch):
+            output = self.body(input_ids=input_ids, use_cache=False)
         self.output_class = type(output)
         states = output.last_hidden_state
         width = states.shape[-1]
@@ -59,6 +66,12 @@ class RowHead:
         slabs = self.size if self.tells_apart else 1
         flat = states.reshape(slabs, -1, width).expand(self.size, -1, -1)
         return torch.take_along_dim(flat, rows_RN[..., None], 1)
+
+    def _last_block_on(self, batch: Batch) -> AbstractContextManager[Any]:
+        if self.last is None or (torch.is_grad_enabled() and self.recomputed):
+            return nullcontext()
+        there_SN = batch.targets_SN != IGNORED
+        return self.last.on(batch.rows_SN, there_SN, batch.input_ids_SBT.shape[1])
 
     tells_apart = True  # whether the body's output has a slab a run
 

@@ -51,7 +51,9 @@ class ModulePack:
         self.tree.train()  # base dropouts are zero; checkpointing asks for training mode
         if config.trainer.gradient_checkpointing:
             enable_checkpointing(self.tree)
-        self.head = RowHead(self.tree, [self.clock])
+        self.head = RowHead(
+            self.tree, [self.clock], recomputed=config.trainer.gradient_checkpointing
+        )
         trainer = config.trainer
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()),
@@ -76,7 +78,7 @@ class ModulePack:
         """
         self.clock.step, self.clock.micro_step, self.clock.training = step, micro_step, True
         with autocast(self.configs[0], self.device):
-            hidden = self.head.hidden(batch.input_ids_SBT[0], batch.rows_SN)
+            hidden = self.head.hidden(batch.input_ids_SBT[0], batch)
             loss = self.head.nll(hidden, batch.targets_SN).sum() / num_targets[0]
         loss.backward()
         self.clock.training = False
@@ -103,7 +105,7 @@ class ModulePack:
     def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Teacher-forced nll and argmax of every row, (R, N) each."""
         with autocast(self.configs[0], self.device):
-            hidden = self.head.hidden(batch.input_ids_SBT[0], batch.rows_SN)
+            hidden = self.head.hidden(batch.input_ids_SBT[0], batch)
             return self.head.scored(hidden, batch.targets_SN)
 
     @torch.no_grad()

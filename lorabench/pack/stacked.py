@@ -130,7 +130,9 @@ class StackedPack:
         self.tree.train()  # base dropouts are zero; checkpointing asks for training mode
         if configs[0].trainer.gradient_checkpointing:
             enable_checkpointing(self.tree)
-        self.head = RowHead(self.tree, self.clocks)
+        self.head = RowHead(
+            self.tree, self.clocks, recomputed=configs[0].trainer.gradient_checkpointing
+        )
         self.optimizer = StackedAdamW(
             list(self.stacked.values()), [config.trainer for config in configs]
         )
@@ -265,7 +267,7 @@ class StackedPack:
         self.head.tells_apart = not (batch.shared and self.repeats_at_head)
         self.repeat_size = flat.shape[0] if batch.shared and self.repeats_inside else None
         try:
-            return self.head.hidden(flat, batch.rows_SN)
+            return self.head.hidden(flat, batch)
         finally:
             self.repeat_size = None
 

@@ -2,114 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import hashlib
-import json
 import logging
 import math
 import os
 import time
 import traceback
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from omegaconf import OmegaConf
 
-from lorabench import checkpoint, data, machine, plan, record, tracking
+from lorabench import checkpoint, data, machine, plan, record
 from lorabench import model as base_model
-from lorabench.config import Config, ConfigErrors
-from lorabench.progress import Display, clock
+from lorabench.progress import Display
+from lorabench.runner.members import (
+    Member,
+    close,
+    keep_checkpoint,
+    last_line,
+    log_to,
+    open_logs,
+    open_member,
+    own_failure,
+    pack_id,
+    resume,
+    summary,
+)
+from lorabench.runner.shared import SHARED
 from lorabench.sweep import Job, Outcome
 
 log = logging.getLogger(__name__)
-
-
-# --- what runs of one base share -------------------------------------------------------------
-
-
-@dataclass
-class Shared:
-    """The base, its tokenizer and the tokenised data of the last runs, kept for the next."""
-
-    bases: dict[str, tuple[Any, str]] = field(default_factory=dict)  # model, checksum
-    tokenizers: dict[str, Any] = field(default_factory=dict)
-    tokens: dict[str, tuple[dict[str, data.Tokens], list[str]]] = field(default_factory=dict)
-
-    def base(self, config: Config, device: str) -> tuple[Any, str]:
-        key = repr((config.model, device))
-        if key not in self.bases:
-            self.bases.clear()  # one frozen base at a time
-            loaded = base_model.load(config.model, device)
-            self.bases[key] = (loaded, base_model.checksum(loaded))
-        return self.bases[key]
-
-    def tokenizer(self, config: Config) -> Any:
-        key = repr((config.model.path, config.model.revision))
-        if key not in self.tokenizers:
-            self.tokenizers[key] = base_model.tokenizer(config.model)
-        return self.tokenizers[key]
-
-    def splits(self, config: Config) -> tuple[dict[str, data.Tokens], list[str]]:
-        """The tokenised splits, and what is to be said about them."""
-        key = repr((config.model.path, config.model.revision, config.data))
-        if key not in self.tokens:
-            self.tokens.clear()
-            tokenizer = self.tokenizer(config)
-            examples = data.load(config.data)
-            found, notes = {}, list(examples.notes)
-            for split in ("train", "validation", "test"):
-                tokens = data.tokenise(getattr(examples, split), tokenizer, config.data)
-                found[split] = tokens
-                if tokens.num_too_long:
-                    notes.append(
-                        f"data.{split}: {tokens.num_too_long} examples of more than "
-                        f"{config.data.max_length} tokens are left out (data.max_length)"
-                    )
-                if not tokens.input_ids:
-                    raise ConfigErrors(
-                        f"data.{split}: must keep an example of at most data.max_length="
-                        f"{config.data.max_length} tokens; all {tokens.num_too_long} are longer; "
-                        f"raise data.max_length"
-                    )
-            self.tokens[key] = (found, notes)
-        return self.tokens[key]
-
-
-SHARED = Shared()
-
-
-# --- one pack --------------------------------------------------------------------------------
-
-
-@dataclass
-class Member:
-    """One run while its pack trains."""
-
-    job: Job
-    entry: record.Record
-    tracker: tracking.NoTracker = field(default_factory=tracking.NoTracker)
-    metrics_file: IO[str] | None = None
-    fingerprint: dict[str, Any] = field(default_factory=dict)
-    tokens: int = 0
-    error: Exception | None = None  # what went wrong with this run alone
-
-    @property
-    def folder(self) -> Path:
-        return self.job.folder
-
-    def log(self, step: int, row: dict[str, float], **more: float) -> None:
-        """One row, in the file and in the tracker."""
-        assert self.metrics_file is not None
-        record.append_line(self.metrics_file, {"step": step, **row, **more})
-        self.tracker.log(row, step)
-
-
-def pack_id(jobs: list[Job]) -> str:
-    """First 12 hex digits of sha256 over the run ids, in order."""
-    ids = " ".join(job.plan.run_id for job in jobs)
-    return hashlib.sha256(ids.encode()).hexdigest()[:12]
 
 
 def run_pack(jobs: list[Job], display: Display) -> list[Outcome]:
@@ -121,7 +43,7 @@ def run_pack(jobs: list[Job], display: Display) -> list[Outcome]:
         KeyboardInterrupt: after the runs are recorded as interrupted, with a checkpoint.
     """
     begun = time.perf_counter()
-    members = [_open(job, jobs) for job in jobs]
+    members = [open_member(job, jobs) for job in jobs]
     halve, logs = False, []
     try:
         for member in members:
@@ -129,7 +51,7 @@ def run_pack(jobs: list[Job], display: Display) -> list[Outcome]:
             content = OmegaConf.to_yaml(OmegaConf.create(member.entry.config))
             record.write_atomic(member.folder / "config.yaml", content)
             member.entry.write(member.folder)
-            logs.append(_log_to(member.folder / "train.log"))
+            logs.append(log_to(member.folder / "train.log"))
         _train_and_record(members, display)
     except KeyboardInterrupt:
         for member in members:
@@ -144,7 +66,7 @@ def run_pack(jobs: list[Job], display: Display) -> list[Outcome]:
             member.error = member.error or error
     finally:
         for member in members:
-            _close(member, time.perf_counter() - begun)
+            close(member, time.perf_counter() - begun)
         for handler in logs:
             logging.getLogger().removeHandler(handler)
             handler.close()
@@ -156,74 +78,11 @@ def run_pack(jobs: list[Job], display: Display) -> list[Outcome]:
     outcomes = []
     for member in members:
         entry = member.entry
-        display.done(member.job.label, _last_line(entry), entry.config["trainer"]["steps"])
+        display.done(member.job.label, last_line(entry), entry.config["trainer"]["steps"])
         outcomes.append(
             Outcome(entry.run_id, member.job.label, entry.status, str(member.folder), entry.error)
         )
     return outcomes
-
-
-def _log_to(path: Path) -> logging.Handler:
-    """Send this process's log to a run's own file as well."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    handler.setLevel(logging.INFO)
-    logging.getLogger().addHandler(handler)
-    return handler
-
-
-def _open(job: Job, jobs: list[Job]) -> Member:
-    planned = job.plan.model_copy()
-    planned.pack = {
-        "id": pack_id(jobs),
-        "size": len(jobs),
-        "members": [mate.plan.run_id for mate in jobs],
-        "alone": job.plan.alone,
-    }
-    return Member(
-        job,
-        record.Record(
-            run_id=job.plan.run_id,
-            sweep=job.config.sweep,
-            status="running",
-            seeds=dataclasses.asdict(job.config.seeds),
-            config=dataclasses.asdict(job.config),
-            plan=planned.model_dump(),
-            provenance={},
-            process=record.this_process(),
-            started=record.now(),
-        ),
-    )
-
-
-def _close(member: Member, seconds: float) -> None:
-    """Write the record's last state."""
-    entry = member.entry
-    if member.error is not None:
-        first = str(member.error).strip().splitlines()
-        entry.status = "failed"
-        entry.error = f"{type(member.error).__name__}: {first[0] if first else ''}".rstrip(": ")
-        if isinstance(member.error, ConfigErrors):
-            entry.error = "; ".join(member.error.errors)
-    entry.cost.total_seconds = round(seconds, 3)
-    entry.ended = record.now()
-    entry.process = {}
-    try:
-        entry.write(member.folder)
-    except OSError as error:
-        entry.status, entry.error = "failed", f"record cannot be written: {error}"
-
-
-def _last_line(entry: record.Record) -> str:
-    if entry.status == "failed":
-        return f"failed: {entry.error}"
-    scores = "".join(
-        f"  {name} {'not finite' if m.value is None else format(m.value, '.4f')}"
-        for name, m in entry.metrics.get("test", {}).items()
-    )
-    size = entry.plan["pack"]["size"]
-    packed = f" in a pack of {size}" if size > 1 else ""
-    return f"{entry.status}{scores}  {clock(entry.cost.total_seconds)}{packed}"
 
 
 def _make_pack(base: Any, jobs: list[Job], device: str) -> Any:
@@ -272,9 +131,9 @@ def _train_and_record(members: list[Member], display: Display) -> None:
             },
             **entry.hashes,
         }
-    start_step = _resume(members, pack, display)
+    start_step = resume(members, pack, display)
     try:
-        _open_logs(members, start_step, display)
+        open_logs(members, start_step, display)
         _train(members, pack, splits, tokenizer, start_step, display)
         _evaluate(members, pack, splits, tokenizer)
         for member in members:
@@ -283,16 +142,16 @@ def _train_and_record(members: list[Member], display: Display) -> None:
             SHARED.bases.clear()
             raise RuntimeError("the frozen base changed while this pack trained; its runs are void")
         for run, member in enumerate(members):
-            with _own_failure(member):
+            with own_failure(member):
                 tensors = pack.adapter_state(run)
                 saved = adapters.save(tensors, pack.settings(run), member.folder / "adapter")
                 member.entry.hashes["adapter"] = saved
                 checkpoint.remove(member.folder / "checkpoint")
                 member.entry.status = "stopped" if member.entry.error else "finished"
-                member.tracker.finish(_summary(member))
+                member.tracker.finish(summary(member))
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and members[0].entry.steps_done:
-            _checkpoint(members, pack)
+            keep_checkpoint(members, pack)
         for member in members:
             member.tracker.finish({}, failed=True)
         raise
@@ -302,94 +161,6 @@ def _train_and_record(members: list[Member], display: Display) -> None:
                 member.metrics_file.close()
             if member.error is not None:
                 member.tracker.finish({}, failed=True)
-
-
-@contextlib.contextmanager
-def _own_failure(member: Member) -> Any:
-    """What fails here is this run's, not its pack's."""
-    try:
-        yield
-    except Exception as error:
-        log.error("run %s failed\n%s", member.entry.run_id, traceback.format_exc())
-        member.error = error
-
-
-def _summary(member: Member) -> dict[str, float]:
-    scores = {
-        f"{split}/{name}": metric.value
-        for split, found in member.entry.metrics.items()
-        for name, metric in found.items()
-        if metric.value is not None
-    }
-    return scores | {
-        "trainable_parameters": member.job.plan.trainable_parameters,
-        "train_seconds": member.entry.cost.train_seconds,
-    }
-
-
-def _open_logs(members: list[Member], start_step: int, display: Display) -> None:
-    for member in members:
-        path = member.folder / "metrics.jsonl"
-        kept = _kept_rows(path, start_step)
-        member.metrics_file = open(path, "w", encoding="utf-8")  # noqa: SIM115
-        for row in kept:
-            record.append_line(member.metrics_file, row)
-        config = member.job.config
-        member.tracker = tracking.start(
-            config.tracker,
-            run_id=member.entry.run_id,
-            sweep=config.sweep,
-            name=member.job.label,
-            tags=[member.job.plan.model, f"head={config.head.policy}"],
-            config=member.entry.config,
-            folder=member.folder.parent,
-            notify=display.say,
-        )
-
-
-def _kept_rows(path: Path, steps_done: int) -> list[dict[str, Any]]:
-    """Rows of an interrupted run's metrics.jsonl that its checkpoint has behind it."""
-    rows = []
-    if steps_done and path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break  # the line a kill cut short
-            if row["step"] <= steps_done:
-                rows.append(row)
-    return rows
-
-
-def _resume(members: list[Member], pack: Any, display: Display) -> int:
-    """Load the latest step that every member has a checkpoint of; 0 where there is none."""
-    steps = [
-        set(checkpoint.steps(member.folder / "checkpoint", member.fingerprint["pack"]))
-        for member in members
-    ]
-    common = set.intersection(*steps)
-    if not common:
-        return 0
-    step = max(common)
-    for run, member in enumerate(members):
-        state = checkpoint.load(member.folder / "checkpoint", step, member.fingerprint)
-        pack.load_state(run, state)
-        member.entry.steps_done = step
-    display.resumed(step * len(members))
-    return step
-
-
-def _checkpoint(members: list[Member], pack: Any) -> None:
-    """All members' checkpoints of this step: written first, then put in place together."""
-    for run, member in enumerate(members):
-        checkpoint.write(
-            member.folder / "checkpoint",
-            pack.state(run),
-            members[0].entry.steps_done,
-            member.fingerprint,
-        )
-    for member in members:
-        checkpoint.commit(member.folder / "checkpoint")
 
 
 def _train(
@@ -440,7 +211,7 @@ def _train(
                     member.log(step.step, {"validation/nll": value})
         due = trainer.checkpoint_every and step.step % trainer.checkpoint_every == 0
         if due and not any(member.entry.error for member in members):
-            _checkpoint(members, pack)
+            keep_checkpoint(members, pack)
     if pack.device.startswith("cuda"):
         torch.cuda.synchronize(pack.device)
     seconds = time.perf_counter() - begun
@@ -487,7 +258,7 @@ def _evaluate(
             table.insert(0, "split", split)
             kept.append(table)
     for member, tables in zip(members, predictions, strict=True):
-        with _own_failure(member):
+        with own_failure(member):
             _write_predictions(member.folder / "predictions.parquet", tables)
         member.entry.cost.evaluate_seconds = round(time.perf_counter() - begun, 3)
 

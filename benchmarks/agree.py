@@ -1,0 +1,49 @@
+"""Whether contenders did the same work, and how their times compare."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from typing import Any
+
+SAME_STEPS = 10  # steps over which the losses of (a) and (d) must agree
+# Of the loss. Rounding alone separates equal runs: where a step overshoots and the gradient turns
+# fast, the float32 losses of (a) are up to 6e-3 off its own float64 ones (`rounding_of_a` in the
+# result). A wrong scale, seed, batch or rate shows as 1e-2 in the first steps.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3}
+
+
+def agreement(
+    expected: dict[str, list[float]], found: dict[str, list[float]], dtype: str
+) -> dict[str, Any]:
+    """Whether every run has the reference's losses, step by step, within rounding.
+
+    Differences are relative to the reference's loss.
+    """
+    gaps = [
+        abs(x - y) / x
+        for run, losses in expected.items()
+        for x, y in itertools.zip_longest(losses, found.get(run, []), fillvalue=float("inf"))
+    ]
+    worst = max(gaps, default=float("inf"))
+    agree = bool(gaps) and all(gap <= TOLERANCE[dtype] for gap in gaps)  # false for NaN
+    return {"largest_difference": worst, "tolerance": TOLERANCE[dtype], "agree": agree}
+
+
+def ratio(others: list[float], mine: list[float]) -> float:
+    """Median over repeats of how many times faster than the other."""
+    return statistics.median(x / y for x, y in zip(others, mine, strict=True))
+
+
+def rates(row: dict, tokens: int, seconds: float, parameters: int, result: dict) -> None:
+    """Non-pad tokens a second, and the share of the machine's peak at 4 x parameters a token."""
+    row["tokens_per_second"] = tokens / seconds
+    peak = result["peak_matmul_flops_per_second"]
+    row["share_of_peak"] = 4 * parameters * tokens / seconds / peak
+
+
+def all_agree(result: dict[str, Any]) -> bool:
+    """Whether every contender's first losses are those of (a)."""
+    groups = [result.get("contenders", {})]
+    groups += [case.get("packs", {}) for case in result.get("cases", {}).values()]
+    return all(row["losses_as_a"]["agree"] for rows in groups for row in rows.values())

@@ -1,0 +1,232 @@
+"""The contenders of the benchmark: (a), its hand-written loop, (c), each as people write it.
+
+As a command, one Hydra app: python benchmarks/contenders.py NAME OVERRIDES.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from agree import SAME_STEPS
+
+
+def contend(name: str, arguments: list[str]) -> None:
+    """A Hydra app, as people write them: one job is one run of the contender."""
+    import hydra
+
+    from lorabench import cli, config, data, runner
+
+    cli.register()
+    sys.argv = ["contenders.py", *arguments]
+
+    def job(cfg: Any) -> None:
+        import torch
+        from hydra.core.hydra_config import HydraConfig
+
+        typed = config.typed(cfg)
+        torch.set_num_threads(typed.trainer.num_threads)
+        splits, _ = runner.SHARED.splits(typed)  # prepared once: in favour of (a)
+        pad_id = data.pad_id(runner.SHARED.tokenizer(typed))
+        contenders: dict[str, Callable] = {
+            "trainer": run_trainer, "stock": run_stock, "exact": run_exact, "solo": run_solo,
+        }  # fmt: skip
+        run = contenders[name.split("-")[0]]
+        found = run(typed, splits, pad_id, "compiled" in name)
+        found["run"] = f"head={typed.head.policy} lora.r={typed.lora.r} seed={typed.seed}"
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        (folder / "result.json").write_text(json.dumps(found))
+
+    hydra.main(config_path=cli.conf_folder(), config_name="train", version_base="1.3")(job)()
+
+
+def stock_model(config: Any) -> Any:
+    """A freshly loaded base in stock PEFT, its initial A replaced by lorabench's draws."""
+    import warnings
+
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from lorabench import adapters
+    from lorabench import model as base_model
+
+    base = AutoModelForCausalLM.from_pretrained(base_model.location(config.model))
+    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    names += ["lm_head"] * (config.head.policy == "lora")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tied head
+        model = get_peft_model(
+            base,
+            LoraConfig(
+                r=config.lora.r,
+                lora_alpha=2 * config.lora.r,
+                target_modules=names,
+                task_type="CAUSAL_LM",
+            ),
+        )
+    adapters.seed_weights(model, config)
+    return model
+
+
+def batches(tokens: Any, config: Any, pad_id: int, device: str) -> Iterator[dict[str, Any]]:
+    """The batches lorabench would train on, with labels for the whole sequence."""
+    import torch
+
+    from lorabench import data
+
+    trainer = config.trainer
+    length = data.padded_length(tokens, config.data.max_length)
+    for chosen in data.order(len(tokens), trainer.batch_size, config.seeds.data, trainer.steps):
+        ids, labels = (torch.from_numpy(x) for x in data.batch(tokens, chosen, length, pad_id))
+        yield {"input_ids": ids.to(device), "labels": labels.to(device)}
+
+
+def stock_nll(model: Any, splits: Any, pad_id: int, config: Any) -> dict[str, float]:
+    """Teacher-forced nll as lorabench defines it: mean over examples, nats a token."""
+    import torch
+    import torch.nn.functional as F
+
+    from lorabench import data
+
+    model.eval()
+    found = {}
+    for split in ("validation", "test"):
+        tokens, means = splits[split], []
+        length = data.padded_length(tokens, config.data.max_length)
+        for start in range(0, len(tokens), config.trainer.eval_batch_size):
+            chosen = range(start, min(start + config.trainer.eval_batch_size, len(tokens)))
+            ids, labels = map(torch.from_numpy, data.batch(tokens, chosen, length, pad_id))
+            with torch.inference_mode():
+                logits = model(input_ids=ids).logits[:, :-1].transpose(1, 2)
+                nll = F.cross_entropy(logits, labels[:, 1:], reduction="none")
+            means += (nll.sum(1) / (labels[:, 1:] != data.IGNORED).sum(1)).tolist()
+        found[split] = statistics.fmean(means)
+    return found
+
+
+def run_trainer(config: Any, splits: Any, pad_id: int, _: bool) -> dict[str, Any]:
+    """(a): the HF Trainer, silent and saving nothing."""
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    losses = []
+
+    class Recorded(Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            if len(losses) < SAME_STEPS:
+                losses.append(float(loss))
+            return loss
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+    trainer = config.trainer
+    rows = [
+        dict(zip(batch, pair, strict=True))
+        for batch in batches(splits["train"], config, pad_id, "cpu")
+        for pair in zip(*batch.values(), strict=True)
+    ]
+    model = stock_model(config)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            folder, max_steps=trainer.steps, per_device_train_batch_size=trainer.batch_size,
+            learning_rate=trainer.lr, lr_scheduler_type=trainer.schedule,
+            warmup_steps=trainer.warmup_steps, weight_decay=trainer.weight_decay,
+            max_grad_norm=trainer.max_grad_norm, optim="adamw_torch_fused", use_cpu=True,
+            train_sampling_strategy="sequential", remove_unused_columns=False, report_to="none",
+            logging_strategy="no", save_strategy="no", disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )  # fmt: skip
+        Recorded(model, settings, data_collator=collate, train_dataset=rows).train()
+    return {"losses": losses, "nll": stock_nll(model, splits, pad_id, config)}
+
+
+def run_stock(config: Any, splits: Any, pad_id: int, _: bool) -> dict[str, Any]:
+    """The same without the Trainer."""
+    model = stock_model(config)
+    steps = stock_steps(model, batches(splits["train"], config, pad_id, "cpu"), config, "cpu")
+    losses = [loss.tolist()[0] for loss in steps]
+    return {"losses": losses[:SAME_STEPS], "nll": stock_nll(model, splits, pad_id, config)}
+
+
+def run_exact(config: Any, splits: Any, pad_id: int, _: bool) -> dict[str, Any]:
+    """The first steps of the same in float64: what rounding does to (a)."""
+    model = stock_model(config).double()
+    steps = stock_steps(model, batches(splits["train"], config, pad_id, "cpu"), config, "cpu")
+    return {"losses": [loss.item() for loss in itertools.islice(steps, SAME_STEPS)]}
+
+
+def stock_steps(model: Any, source: Iterator[dict], config: Any, device: str) -> Iterator[Any]:
+    """The training loop everybody writes; yields the loss of each step, (1,)."""
+    import torch
+
+    from lorabench.pack.solo import autocast
+    from lorabench.train import learning_rate
+
+    trainer = config.trainer
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=trainer.lr, weight_decay=trainer.weight_decay, fused=True
+    )
+    model.train()
+    for step, batch in enumerate(source):
+        with autocast(config, device):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, trainer.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(trainer, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.detach()[None]
+
+
+def run_solo(config: Any, splits: Any, pad_id: int, compiled: bool) -> dict[str, Any]:
+    """(c): lorabench's own pack of one, bare."""
+    from lorabench import runner
+    from lorabench.evaluate import evaluate
+    from lorabench.train import train
+
+    base, _ = runner.SHARED.base(config, "cpu")
+    pack = make_pack(base, [config], "cpu", alone=True, compiled=compiled)
+    losses, ends = [], [time.perf_counter()]
+    for step in train(pack, splits["train"], pad_id):
+        losses.append(step.loss[0])
+        ends.append(time.perf_counter())
+    tokenizer, nll = runner.SHARED.tokenizer(config), {}
+    for split in ("validation", "test"):
+        (table,) = evaluate(pack, splits[split], tokenizer, pad_id, ["nll"])
+        nll[split] = float(table["nll"].mean())
+    late = [b - a for a, b in itertools.pairwise(ends)][len(losses) // 2 :]
+    return {"losses": losses[:SAME_STEPS], "nll": nll, "step_seconds": statistics.median(late)}
+
+
+def make_pack(base: Any, configs: list[Any], device: str, alone: bool, compiled: bool) -> Any:
+    """A pack of these runs; a compiled one has its decoder layers compiled, one graph for all."""
+    import torch
+
+    from lorabench import adapters, plan
+    from lorabench.pack import ModulePack, StackedPack
+
+    skeleton = plan.skeleton(configs[0].model)
+    modules = [adapters.resolve_modules(skeleton, config) for config in configs]
+    if not alone:
+        return StackedPack(base, skeleton, configs, modules, device)
+    pack = ModulePack(base, configs[0], modules[0], device)
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64
+        for layer in pack.tree.base_model.layers:
+            layer.compile(dynamic=False)
+    return pack
+
+
+if __name__ == "__main__":
+    contend(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,46 @@
+"""LoRA modules on a base: which ones, their seeded weights, their files.
+
+PEFT decides which modules are wrapped, their shapes and scales; this room resolves names before
+PEFT sees them, seeds every module by its name, and reads and writes plain PEFT folders.
+"""
+
+from lorabench.adapters.dropout import Clock, KeyedDropout, key_dropout
+from lorabench.adapters.files import adapter_state, save, state_hash
+from lorabench.adapters.inject import (
+    ADAPTER,
+    CHANGES_BASE,
+    as_plain_lora,
+    attach,
+    attach_skeleton,
+    check_bias,
+    check_init,
+    lora_layers,
+    peft_config,
+    seed_weights,
+    trainable,
+)
+from lorabench.adapters.seeding import initial_a, key
+from lorabench.adapters.targets import resolve_modules
+
+__all__ = [
+    "ADAPTER",
+    "CHANGES_BASE",
+    "Clock",
+    "KeyedDropout",
+    "adapter_state",
+    "as_plain_lora",
+    "attach",
+    "attach_skeleton",
+    "check_bias",
+    "check_init",
+    "initial_a",
+    "key",
+    "key_dropout",
+    "lora_layers",
+    "peft_config",
+    "resolve_modules",
+    "save",
+    "seed_weights",
+    "state_hash",
+    "trainable",
+]

@@ -1,0 +1,55 @@
+"""Plain PEFT folders, and hashes of what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import get_peft_model_state_dict
+
+from lorabench.adapters.inject import ADAPTER
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def state_hash(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes, dtypes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def adapter_state(wrapped: PeftModel) -> dict[str, Tensor]:
+    """What a saved adapter holds, under PEFT's names; never a weight of the base."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False)
+
+
+def save(tensors: Mapping[str, Tensor], settings: LoraConfig, folder: Path) -> str:
+    """Write an adapter in plain PEFT format and return the hash of its tensors."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings.inference_mode = True
+    settings.save_pretrained(str(folder))
+    # PEFT holds names in sets, whose order changes from process to process.
+    path = folder / "adapter_config.json"
+    content = json.loads(path.read_text())
+    for name in ("target_modules", "modules_to_save"):
+        if isinstance(content.get(name), list):
+            content[name] = sorted(content[name])
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    return state_hash(state)

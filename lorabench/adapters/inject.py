@@ -1,0 +1,183 @@
+"""PEFT puts the adapter of a run on a base whose tensors are shared and never written."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from lorabench import model as base_model
+from lorabench.adapters.seeding import initial_a
+from lorabench.config import Config, ConfigErrors, lora_alpha, model_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+CHANGES_BASE = ("pissa", "olora")  # inits that take B A out of the base weight
+ADAPTER = "default"  # a name PEFT's substring filters cannot confuse with a module
+
+
+def peft_config(config: Config, modules: list[str], head_name: str | None) -> LoraConfig:
+    """PEFT's own config for one run, target modules explicit."""
+    lora = config.lora
+    bias: Any = lora.bias
+    alpha: Any = lora_alpha(lora)  # PEFT says int and takes any number
+    init: Any = True if lora.init == "default" else lora.init
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model.location(config.model),
+        revision=config.model.revision,
+        r=lora.r,
+        lora_alpha=alpha,
+        lora_dropout=lora.lora_dropout,
+        bias=bias,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=init,
+        rank_pattern=dict(lora.rank_pattern or {}),
+        alpha_pattern=dict(lora.alpha_pattern or {}),
+        target_modules=list(modules),
+        modules_to_save=[head_name] if config.head.policy == "full" and head_name else None,
+    )
+
+
+def attach(base: PreTrainedModel, config: Config, modules: list[str]) -> PeftModel:
+    """The base with one run's adapter, weights seeded by module name; the base is left as it was.
+
+    Args:
+        base: a frozen base model; its tensors are shared, never written.
+        modules: from `resolve_modules`.
+    """
+    head = base_model.output_head(base)
+    owned = _trained_biases(base, config, modules)
+    if config.lora.init in CHANGES_BASE:
+        owned |= {f"{name}.weight" for name in modules}
+    tree = base_model.share(base, owned=owned.__contains__)
+    # Initialisations that are PEFT's own (pissa, olora) draw from the global stream.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(config.seeds.init)
+        warnings.simplefilter("ignore")  # tied-layer warnings: the plan says it in full
+        wrapped = get_peft_model(
+            tree,
+            peft_config(config, modules, head[0] if head else None),
+            adapter_name=ADAPTER,
+            low_cpu_mem_usage=False,
+        )
+    seed_weights(wrapped, config)
+    dtype = torch.float64 if config.trainer.dtype == "float64" else torch.float32
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return wrapped
+
+
+def attach_skeleton(skeleton: PreTrainedModel, config: Config, modules: list[str]) -> PeftModel:
+    """The adapter on the meta device: names and shapes of everything a run trains."""
+    head = base_model.output_head(skeleton)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        settings = peft_config(config, modules, head[0] if head else None)
+        if settings.init_lora_weights not in (True, "gaussian"):
+            settings.init_lora_weights = True  # pissa and olora need weights; shapes are the same
+        return get_peft_model(
+            base_model.share(skeleton, owned=lambda name: name.endswith("bias")),
+            settings,
+            adapter_name=ADAPTER,
+            low_cpu_mem_usage=True,
+        )
+
+
+def _trained_biases(base: PreTrainedModel, config: Config, modules: list[str]) -> set[str]:
+    """Base parameters that bias=all or lora_only trains: each run needs its own."""
+    names = [name for name, _ in base.named_parameters() if name.rpartition(".")[2] == "bias"]
+    if config.lora.bias == "all":
+        return set(names)
+    if config.lora.bias == "lora_only":
+        return {name for name in names if name.rpartition(".")[0] in set(modules)}
+    return set()
+
+
+def check_bias(base: PreTrainedModel, config: Config, modules: list[str]) -> None:
+    """Refuse a bias policy that trains nothing, which PEFT takes without a word."""
+    policy = config.lora.bias
+    if policy != "none" and not _trained_biases(base, config, modules):
+        there = sum(name.rpartition(".")[2] == "bias" for name, _ in base.named_parameters())
+        raise ConfigErrors(
+            f"lora.bias: {policy} must find a bias to train; base model "
+            f"'{model_name(config.model)}' has {there}, none of them on an adapted module; "
+            f"use lora.bias=none"
+        )
+
+
+def check_init(base: PreTrainedModel, config: Config, modules: list[str]) -> None:
+    """Refuse an init that would change the embeddings through a tied head."""
+    head = base_model.output_head(base)
+    tied = head is not None and head[0] in modules and base_model.is_tied(base)
+    if config.lora.init in CHANGES_BASE and tied:
+        raise ConfigErrors(
+            f"lora.init: {config.lora.init} changes the weight of every adapted module, and the "
+            f"head of '{model_name(config.model)}' is tied to its embeddings; use head=exclude or "
+            f"lora.init=default"
+        )
+
+
+def as_plain_lora(
+    state: Mapping[str, Tensor], initial: Mapping[str, Tensor], settings: LoraConfig
+) -> tuple[dict[str, Tensor], LoraConfig]:
+    """An adapter of an init that changed the base, as one of twice the rank on the base as it was.
+
+    W_res + s B A = W + s (B A - B0 A0), so A' = [A; A0] and B' = [B, -B0] at the same scale.
+    Source: PEFT's `subtract_mutated_init`.
+    """
+    joined = {}
+    for name, tensor in state.items():
+        if "lora_A" in name:
+            joined[name] = torch.cat([tensor, initial[name]], 0)
+        elif "lora_B" in name:
+            joined[name] = torch.cat([tensor, -initial[name]], 1)
+        else:
+            joined[name] = tensor
+    plain: Any = copy.deepcopy(settings)
+    plain.init_lora_weights = True
+    grown: Any = math.sqrt(2) if plain.use_rslora else 2  # so that the scale stays
+    plain.r, plain.lora_alpha = 2 * plain.r, plain.lora_alpha * grown
+    plain.rank_pattern = {name: 2 * r for name, r in (plain.rank_pattern or {}).items()}
+    plain.alpha_pattern = {n: alpha * grown for n, alpha in (plain.alpha_pattern or {}).items()}
+    return joined, plain
+
+
+def seed_weights(wrapped: nn.Module, config: Config) -> None:
+    """Overwrite PEFT's draw from the global stream by draws keyed by (seeds.init, module name)."""
+    if config.lora.init not in ("default", "gaussian"):
+        return
+    layer: Any
+    for name, layer in lora_layers(wrapped).items():
+        seed, init = config.seeds.init, config.lora.init
+        if ADAPTER in layer.lora_A:
+            weight = layer.lora_A[ADAPTER].weight
+            drawn = initial_a(seed, name, weight.shape[0], weight.shape[1], init)
+        else:  # an embedding: A is zero and B is drawn, N(0, 1), shape (out, r)
+            weight = layer.lora_embedding_B[ADAPTER]
+            drawn = initial_a(seed, name, weight.shape[1], weight.shape[0], "gaussian").T
+            drawn = drawn * weight.shape[1]
+        with torch.no_grad():
+            weight.copy_(drawn)
+
+
+def lora_layers(wrapped: nn.Module) -> dict[str, LoraLayer]:
+    """PEFT's LoRA layers by the name their module has in the base."""
+    tree: Any = wrapped.get_base_model() if isinstance(wrapped, PeftModel) else wrapped
+    return {name: m for name, m in tree.named_modules() if isinstance(m, LoraLayer)}
+
+
+def trainable(wrapped: nn.Module) -> dict[str, nn.Parameter]:
+    """Trained parameters by their name in the wrapped model, in model order."""
+    return {name: p for name, p in wrapped.named_parameters() if p.requires_grad}

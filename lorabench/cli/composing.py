@@ -1,0 +1,62 @@
+"""Hydra's part of the command line: where configs are, and every config of a command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def conf_folder() -> str:
+    """conf/ of a checkout, or the copy inside an installed package."""
+    package = Path(__file__).parent.parent
+    inside = package / "conf"
+    return str(inside if inside.is_dir() else package.parent / "conf")
+
+
+def register() -> None:
+    """Make the schema and the run-id resolver known to Hydra."""
+    from omegaconf import DictConfig, OmegaConf
+
+    from lorabench import config
+    from lorabench import plan as planning
+
+    def resolve(*, _root_: DictConfig) -> str:
+        parsed = config.typed(_root_)
+        errors = planning.check(parsed)
+        if errors:
+            raise config.ConfigErrors(errors)
+        return planning.run_id(parsed)
+
+    config.register()
+    OmegaConf.register_new_resolver("run_id", resolve, replace=True)
+
+
+def compose(arguments: list[str]) -> tuple[list[Any], list[str]]:
+    """Every config of a command line with its label, as a multirun would make them.
+
+    Uses Hydra's own parser and its basic sweeper's product, so `plan` shows what `train` does.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    multirun = any(a in ("-m", "--multirun") for a in arguments)
+    overrides = [a for a in arguments if a not in ("-m", "--multirun")]
+    register()
+    with initialize_config_dir(conf_folder(), version_base="1.3", job_name="plan"):
+        if not multirun:
+            return [hydra_compose("train", overrides)], [" ".join(overrides) or "defaults"]
+        fixed = [
+            o
+            for o in OverridesParser.create().parse_overrides(overrides)
+            if not o.is_sweep_override()
+        ]
+        whole = hydra_compose(
+            "train", [o.input_line for o in fixed if o.input_line], return_hydra_config=True
+        )
+        params = whole.hydra.sweeper.params or {}
+        lines = [f"{key}={value}" for key, value in params.items()] + overrides
+        parsed = OverridesParser.create().parse_overrides(lines)
+        (jobs,) = BasicSweeper.split_arguments(parsed, None)
+        return [hydra_compose("train", job) for job in jobs], [" ".join(job) for job in jobs]

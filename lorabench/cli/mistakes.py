@@ -1,0 +1,95 @@
+"""A user's mistake behind an exception, told in a line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+
+def fail(lines: list[str], code: int = 2) -> int:
+    for line in lines:
+        print(line, file=sys.stderr)
+    return code
+
+
+def guarded(act: Callable[[], int]) -> int:
+    """Run a verb; mistakes become lines on stderr, a traceback only with HYDRA_FULL_ERROR=1."""
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises to us instead of printing and exiting
+    try:
+        return act()
+    except KeyboardInterrupt:
+        return fail(["interrupted; the same command continues where it stopped"], 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        if wants_traceback:
+            raise
+        lines = _explain(error)
+        if lines is None:
+            first = (str(error).strip().splitlines() or [""])[0]
+            lines = [
+                f"lorabench: {type(error).__name__}: {first}",
+                "This is a defect of lorabench or of a library; HYDRA_FULL_ERROR=1 shows where.",
+            ]
+        return fail(lines)
+    finally:
+        if not wants_traceback:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+
+
+def _explain(error: BaseException) -> list[str] | None:
+    """The user's mistake behind an exception, one line each; None where there is none."""
+    import re
+
+    from lorabench.config import ConfigErrors, did_you_mean, keys
+
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for link in chain:
+        if isinstance(link, ConfigErrors):
+            return link.errors
+    import hydra.errors
+    import omegaconf.errors
+
+    text = "\n".join(str(link) for link in chain)
+    found = re.search(
+        r"Could not find '([\w\-./]+)/([^'/]+)'\s+Available options in '[^']+':((?:\n\t\S+)+)", text
+    )
+    if found:
+        group, name, options = found[1], found[2], found[3].split()
+        return [f"{group}: must be one of {', '.join(options)}; got {did_you_mean(name, options)}"]
+    found = re.search(
+        r"Could not (?:override|append to config\. An item is already at|delete from config\.)"
+        r" '([^']+)'",
+        text,
+    )
+    if found and "not in" in text:
+        key = found[1]
+        return [
+            f"{key}: no such key; got {did_you_mean(key, keys())}; "
+            "`lorabench train --cfg job` prints all keys"
+        ]
+    found = re.search(r"In '[^']+': Could not find '([^']+)'", text)
+    if found:
+        return [
+            f"{found[1]}: no such group or file; "
+            "`lorabench train --info defaults-tree` shows what there is"
+        ]
+    if isinstance(error, (hydra.errors.HydraException, omegaconf.errors.OmegaConfBaseException)):
+        shown = [line.strip() for line in str(error).splitlines() if line.strip()]
+        cause = error.__cause__
+        if cause is not None and str(cause).strip() and str(cause).splitlines()[0] not in shown:
+            shown.append(str(cause).splitlines()[0].strip())
+        key = re.search(r"full_key: (\S+)", text)
+        if key:
+            shown = [line for line in shown if "full_key" not in line and "object_type" not in line]
+            reason = shown[-1] if len(shown) > 1 else shown[0]
+            return [f"{key[1]}: {reason}"]
+        return [" ".join(shown[:3])]
+    return None

@@ -1,0 +1,16 @@
+"""The words of the command line."""
+
+VERBS = {
+    "train": "train one run, or a sweep with -m",
+    "plan": "show and check what train would do; trains nothing",
+    "runs": "list every run of a sweep and its status",
+    "compare": "table of a sweep: one row a setting, spread over seeds",
+}
+EXAMPLES = """\
+examples:
+  lorabench train                                   one run on the embedded base, seconds
+  lorabench train -m head=exclude,lora lora.r=16,32 four runs
+  lorabench compare outputs/default                 their table
+  lorabench plan -m experiment=lm_head              what a sweep will do
+  lorabench train --cfg job                         every key and its value
+"""

@@ -1,0 +1,44 @@
+"""What a user may write, checked: dataclasses of the groups, their ranges, all errors at once."""
+
+from lorabench.config.build import register, typed
+from lorabench.config.errors import ConfigErrors, did_you_mean, nearest
+from lorabench.config.ranges import range_errors
+from lorabench.config.schema import (
+    Config,
+    DataConfig,
+    HeadConfig,
+    LoraSettings,
+    ModelConfig,
+    SeedsConfig,
+    SourceConfig,
+    TargetModulesConfig,
+    TrackerConfig,
+    TrainerConfig,
+    keys,
+    lora_alpha,
+    model_name,
+    scale,
+)
+
+__all__ = [
+    "Config",
+    "ConfigErrors",
+    "DataConfig",
+    "HeadConfig",
+    "LoraSettings",
+    "ModelConfig",
+    "SeedsConfig",
+    "SourceConfig",
+    "TargetModulesConfig",
+    "TrackerConfig",
+    "TrainerConfig",
+    "did_you_mean",
+    "keys",
+    "lora_alpha",
+    "model_name",
+    "nearest",
+    "range_errors",
+    "register",
+    "scale",
+    "typed",
+]

@@ -1,0 +1,66 @@
+"""From the composed config to checked dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+
+from lorabench.config.errors import ConfigErrors, did_you_mean
+from lorabench.config.ranges import range_errors
+from lorabench.config.schema import Config
+
+
+def register() -> None:
+    """Put the typed schema where `conf/train.yaml` finds it, and the run-id resolver beside it."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def typed(cfg: DictConfig) -> Config:
+    """The composed config as dataclasses, interpolations resolved.
+
+    Raises:
+        ConfigErrors: a required key is missing, or a value is out of its range.
+    """
+    known = [spec.name for spec in fields(Config)]
+    unknown = [
+        f"{key}: no such key; got {did_you_mean(key, known)}"
+        for key in map(str, cfg)
+        if key not in (*known, "hydra")
+    ]
+    if unknown:
+        raise ConfigErrors(unknown)
+    cfg = OmegaConf.masked_copy(cfg, known)
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ConfigErrors(f"{key}: must be given; got nothing; set {key}=..." for key in missing)
+    config = _build(Config, OmegaConf.to_container(cfg, resolve=True))
+    errors = range_errors(config)
+    if errors:
+        raise ConfigErrors(errors)
+    return config
+
+
+def _build(cls: type, values: Any, prefix: str = "") -> Any:
+    """Nested dataclasses from plain containers (types were checked when Hydra composed them)."""
+    if not is_dataclass(cls):
+        return values
+    hints = get_type_hints(cls)
+    # `+lora.foo=1` gets past Hydra
+    errors = [
+        f"{prefix}{key}: no such key; got {did_you_mean(str(key), hints)}"
+        for key in values
+        if key not in hints
+    ]
+    built = {}
+    for key in (key for key in values if key in hints):
+        try:
+            built[key] = _build(hints[key], values[key], f"{prefix}{key}.")
+        except ConfigErrors as inner:
+            errors += inner.errors
+    if errors:
+        raise ConfigErrors(errors)
+    return cls(**built)

@@ -1,0 +1,25 @@
+"""What a user is told of a mistake in a config."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigErrors(ValueError):
+    """Everything wrong with one config or a whole sweep, collected before anything is loaded."""
+
+    def __init__(self, errors: Iterable[str] | str):
+        self.errors = list(dict.fromkeys([errors] if isinstance(errors, str) else errors))
+        super().__init__("\n".join(self.errors))
+
+
+def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
+    """The known names that `name` was probably meant to be, best first."""
+    return difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`'x' (did you mean 'y'?)`, or `'x'` alone."""
+    close = nearest(name, known)
+    return f"'{name}' (did you mean '{close[0]}'?)" if close else f"'{name}'"

@@ -1,0 +1,237 @@
+"""The range of every value: the law, what came, the remedy, one line each."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from lorabench.config.errors import did_you_mean
+from lorabench.config.schema import Config, DataConfig, LoraSettings
+
+TASKS = ("causal_lm",)
+DTYPES = ("float64", "float32", "bfloat16")
+METRICS = ("nll", "exact_match", "answer")
+
+
+class Found:
+    """The errors so far, and the two laws most of them break."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+
+    def must(self, holds: bool, key: str, law: str, got: Any, remedy: str = "") -> None:
+        if not holds:
+            remedy = f"; {remedy}" if remedy else ""
+            self.errors.append(f"{key}: must be {law}; got {got!r}{remedy}")
+
+    def one_of(self, key: str, got: str, allowed: Iterable[str]) -> None:
+        if got not in allowed:
+            self.errors.append(
+                f"{key}: must be one of {', '.join(allowed)}; got {did_you_mean(str(got), allowed)}"
+            )
+
+
+def range_errors(config: Config) -> list[str]:
+    """Every value of a config that is out of its range."""
+    found = Found()
+    _targets(found, config)
+    _lora(found, config.lora)
+    _data(found, config.data)
+    _trainer(found, config)
+    _rest(found, config)
+    return found.errors
+
+
+def _targets(found: Found, config: Config) -> None:
+    must, one_of = found.must, found.one_of
+    one_of("task", config.task, TASKS)
+    one_of("model.dtype", config.model.dtype, DTYPES)
+    one_of(
+        "model.attn_implementation",
+        config.model.attn_implementation,
+        ("sdpa", "eager", "flash_attention_2"),
+    )
+    one_of("head.policy", config.head.policy, ("exclude", "lora", "full"))
+
+    targets = config.target_modules
+    one_of(
+        "target_modules.select",
+        targets.select,
+        ("auto", "attention", "mlp", "all-linear", "custom"),
+    )
+    if targets.select == "custom":
+        valid = isinstance(targets.names, str) or (
+            isinstance(targets.names, list) and all(isinstance(n, str) for n in targets.names)
+        )
+        must(
+            bool(targets.names) and valid,
+            "target_modules.names",
+            "a list of module names or one regex",
+            targets.names,
+            "for example target_modules.names=[q_proj,v_proj]",
+        )
+    else:
+        must(
+            targets.names is None,
+            "target_modules.names",
+            f"left out with target_modules={targets.select}",
+            targets.names,
+            "use target_modules=custom",
+        )
+
+
+def _lora(found: Found, lora: LoraSettings) -> None:
+    must, one_of = found.must, found.one_of
+    must(lora.r >= 1, "lora.r", "at least 1", lora.r)
+    if lora.lora_alpha is not None and lora.alpha_ratio is not None:
+        found.errors.append(
+            "lora: lora_alpha and alpha_ratio both set the scale, give one of them; "
+            f"got lora_alpha={lora.lora_alpha:g} and alpha_ratio={lora.alpha_ratio:g}"
+        )
+    for key in ("lora_alpha", "alpha_ratio"):
+        value = getattr(lora, key)
+        must(value is None or (math.isfinite(value) and value > 0), f"lora.{key}", "above 0", value)
+    must(0 <= lora.lora_dropout < 1, "lora.lora_dropout", "in [0, 1)", lora.lora_dropout)
+    one_of("lora.bias", lora.bias, ("none", "lora_only", "all"))
+    one_of("lora.init", lora.init, ("default", "gaussian", "olora", "pissa"))
+    must(
+        not (lora.use_dora and lora.init in ("olora", "pissa")),
+        "lora.use_dora",
+        f"false with lora.init={lora.init}",
+        True,
+    )
+    for key, least in (
+        ("rank_pattern", "a whole number of at least 1"),
+        ("alpha_pattern", "above 0"),
+    ):
+        pattern = getattr(lora, key)
+        if pattern is not None and not isinstance(pattern, dict):
+            must(False, f"lora.{key}", "a mapping such as {q_proj: 8}", pattern)
+            continue
+        for name, value in (pattern or {}).items():
+            number = isinstance(value, int if key == "rank_pattern" else (int, float))
+            must(number and value > 0, f"lora.{key}.{name}", least, value)
+
+
+def _data(found: Found, data: DataConfig) -> None:
+    must, one_of = found.must, found.one_of
+    one_of("data.source", data.source, ("skills", "jsonl", "hub"))
+    if data.source == "skills":
+        must(bool(data.skills), "data.skills", "at least one skill", data.skills)
+        must(
+            1 <= data.min_word_length <= data.max_word_length,
+            "data.min_word_length",
+            f"in [1, max_word_length={data.max_word_length}]",
+            data.min_word_length,
+        )
+    else:
+        must(
+            data.train.path is not None,
+            "data.train.path",
+            "a file" if data.source == "jsonl" else "a dataset id or folder",
+            None,
+            "set data.train.path=...",
+        )
+    must(bool(data.metric), "data.metric", f"a list out of {', '.join(METRICS)}", data.metric)
+    for metric in data.metric:
+        one_of("data.metric", metric, METRICS)
+    must(
+        "answer" not in data.metric or data.answer_pattern is not None,
+        "data.answer_pattern",
+        "a regular expression where data.metric asks for answer",
+        data.answer_pattern,
+    )
+    if data.answer_pattern is not None:
+        try:
+            re.compile(data.answer_pattern)
+        except re.error as error:
+            found.errors.append(f"data.answer_pattern: must be a regular expression; {error}")
+    must(data.max_length >= 2, "data.max_length", "at least 2 tokens", data.max_length)
+    for key in ("num_train", "num_validation", "num_test"):
+        value = getattr(data, key)
+        must(value is None or value >= 1, f"data.{key}", "at least 1", value)
+    for key in ("answer_examples", "answer_max_new_tokens"):
+        must(getattr(data, key) >= 1, f"data.{key}", "at least 1", getattr(data, key))
+    for key in ("validation_fraction", "test_fraction"):
+        must(0 < getattr(data, key) < 1, f"data.{key}", "in (0, 1)", getattr(data, key))
+    must(
+        data.validation_fraction + data.test_fraction < 1,
+        "data.test_fraction",
+        "such that some examples are left to train on",
+        data.test_fraction,
+    )
+
+
+def _trainer(found: Found, config: Config) -> None:
+    must, one_of, trainer = found.must, found.one_of, config.trainer
+    micro = trainer.micro_batch_size
+    must(
+        micro is None or (micro >= 1 and trainer.batch_size % micro == 0),
+        "trainer.micro_batch_size",
+        f"a divisor of trainer.batch_size={trainer.batch_size}",
+        micro,
+    )
+    for key in ("steps", "batch_size", "eval_batch_size", "log_every"):
+        must(getattr(trainer, key) >= 1, f"trainer.{key}", "at least 1", getattr(trainer, key))
+    for key in ("warmup_steps", "eval_every", "checkpoint_every"):
+        must(getattr(trainer, key) >= 0, f"trainer.{key}", "at least 0", getattr(trainer, key))
+    must(math.isfinite(trainer.lr) and trainer.lr > 0, "trainer.lr", "above 0", trainer.lr)
+    must(trainer.weight_decay >= 0, "trainer.weight_decay", "at least 0", trainer.weight_decay)
+    must(trainer.eps > 0, "trainer.eps", "above 0", trainer.eps)
+    for key in ("beta1", "beta2"):
+        must(0 <= getattr(trainer, key) < 1, f"trainer.{key}", "in [0, 1)", getattr(trainer, key))
+    must(
+        trainer.max_grad_norm is None or trainer.max_grad_norm > 0,
+        "trainer.max_grad_norm",
+        "above 0 or null",
+        trainer.max_grad_norm,
+    )
+    must(
+        trainer.num_threads is None or trainer.num_threads >= 1,
+        "trainer.num_threads",
+        "at least 1 or null",
+        trainer.num_threads,
+    )
+    one_of("trainer.schedule", trainer.schedule, ("constant", "linear", "cosine"))
+    one_of("trainer.dtype", trainer.dtype, DTYPES)
+    must(
+        trainer.dtype == config.model.dtype
+        or (trainer.dtype, config.model.dtype) == ("bfloat16", "float32"),
+        "trainer.dtype",
+        f"model.dtype={config.model.dtype}, or bfloat16 (autocast) over float32",
+        trainer.dtype,
+    )
+    must(
+        re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", trainer.device) is not None,
+        "trainer.device",
+        "auto, cpu, mps, cuda or cuda:N",
+        trainer.device,
+    )
+
+
+def _rest(found: Found, config: Config) -> None:
+    must, one_of, tracker = found.must, found.one_of, config.tracker
+    one_of("tracker.kind", tracker.kind, ("wandb", "none"))
+    one_of("tracker.mode", tracker.mode, ("offline", "online", "disabled"))
+    for key in ("init", "data", "dropout"):
+        must(
+            getattr(config.seeds, key) >= 0,
+            f"seeds.{key}",
+            "at least 0",
+            getattr(config.seeds, key),
+        )
+    must(
+        not config.stages,
+        "stages",
+        "empty: this version trains every module from step 0",
+        config.stages,
+        "use stages=none",
+    )
+    must(
+        re.fullmatch(r"[\w.\-]+", config.sweep) is not None and config.sweep not in (".", ".."),
+        "sweep",
+        "one folder name of letters, digits, '.', '_' and '-'",
+        config.sweep,
+    )

@@ -1,0 +1,200 @@
+"""A run while its pack trains: its record, its logs, its checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from lorabench import checkpoint, record, tracking
+from lorabench.config import ConfigErrors
+from lorabench.progress import Display, clock
+from lorabench.sweep import Job
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Member:
+    """One run while its pack trains."""
+
+    job: Job
+    entry: record.Record
+    tracker: tracking.NoTracker = field(default_factory=tracking.NoTracker)
+    metrics_file: IO[str] | None = None
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+    error: Exception | None = None  # what went wrong with this run alone
+
+    @property
+    def folder(self) -> Path:
+        return self.job.folder
+
+    def log(self, step: int, row: dict[str, float], **more: float) -> None:
+        """One row, in the file and in the tracker."""
+        assert self.metrics_file is not None
+        record.append_line(self.metrics_file, {"step": step, **row, **more})
+        self.tracker.log(row, step)
+
+
+def pack_id(jobs: list[Job]) -> str:
+    """First 12 hex digits of sha256 over the run ids, in order."""
+    ids = " ".join(job.plan.run_id for job in jobs)
+    return hashlib.sha256(ids.encode()).hexdigest()[:12]
+
+
+def log_to(path: Path) -> logging.Handler:
+    """Send this process's log to a run's own file as well."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setLevel(logging.INFO)
+    logging.getLogger().addHandler(handler)
+    return handler
+
+
+def open_member(job: Job, jobs: list[Job]) -> Member:
+    planned = job.plan.model_copy()
+    planned.pack = {
+        "id": pack_id(jobs),
+        "size": len(jobs),
+        "members": [mate.plan.run_id for mate in jobs],
+        "alone": job.plan.alone,
+    }
+    return Member(
+        job,
+        record.Record(
+            run_id=job.plan.run_id,
+            sweep=job.config.sweep,
+            status="running",
+            seeds=dataclasses.asdict(job.config.seeds),
+            config=dataclasses.asdict(job.config),
+            plan=planned.model_dump(),
+            provenance={},
+            process=record.this_process(),
+            started=record.now(),
+        ),
+    )
+
+
+def close(member: Member, seconds: float) -> None:
+    """Write the record's last state."""
+    entry = member.entry
+    if member.error is not None:
+        first = str(member.error).strip().splitlines()
+        entry.status = "failed"
+        entry.error = f"{type(member.error).__name__}: {first[0] if first else ''}".rstrip(": ")
+        if isinstance(member.error, ConfigErrors):
+            entry.error = "; ".join(member.error.errors)
+    entry.cost.total_seconds = round(seconds, 3)
+    entry.ended = record.now()
+    entry.process = {}
+    try:
+        entry.write(member.folder)
+    except OSError as error:
+        entry.status, entry.error = "failed", f"record cannot be written: {error}"
+
+
+def last_line(entry: record.Record) -> str:
+    if entry.status == "failed":
+        return f"failed: {entry.error}"
+    scores = "".join(
+        f"  {name} {'not finite' if m.value is None else format(m.value, '.4f')}"
+        for name, m in entry.metrics.get("test", {}).items()
+    )
+    size = entry.plan["pack"]["size"]
+    packed = f" in a pack of {size}" if size > 1 else ""
+    return f"{entry.status}{scores}  {clock(entry.cost.total_seconds)}{packed}"
+
+
+@contextlib.contextmanager
+def own_failure(member: Member) -> Any:
+    """What fails here is this run's, not its pack's."""
+    try:
+        yield
+    except Exception as error:
+        log.error("run %s failed\n%s", member.entry.run_id, traceback.format_exc())
+        member.error = error
+
+
+def summary(member: Member) -> dict[str, float]:
+    scores = {
+        f"{split}/{name}": metric.value
+        for split, found in member.entry.metrics.items()
+        for name, metric in found.items()
+        if metric.value is not None
+    }
+    return scores | {
+        "trainable_parameters": member.job.plan.trainable_parameters,
+        "train_seconds": member.entry.cost.train_seconds,
+    }
+
+
+def open_logs(members: list[Member], start_step: int, display: Display) -> None:
+    for member in members:
+        path = member.folder / "metrics.jsonl"
+        kept = _kept_rows(path, start_step)
+        member.metrics_file = open(path, "w", encoding="utf-8")  # noqa: SIM115
+        for row in kept:
+            record.append_line(member.metrics_file, row)
+        config = member.job.config
+        member.tracker = tracking.start(
+            config.tracker,
+            run_id=member.entry.run_id,
+            sweep=config.sweep,
+            name=member.job.label,
+            tags=[member.job.plan.model, f"head={config.head.policy}"],
+            config=member.entry.config,
+            folder=member.folder.parent,
+            notify=display.say,
+        )
+
+
+def _kept_rows(path: Path, steps_done: int) -> list[dict[str, Any]]:
+    """Rows of an interrupted run's metrics.jsonl that its checkpoint has behind it."""
+    rows = []
+    if steps_done and path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break  # the line a kill cut short
+            if row["step"] <= steps_done:
+                rows.append(row)
+    return rows
+
+
+def resume(members: list[Member], pack: Any, display: Display) -> int:
+    """Load the latest step that every member has a checkpoint of; 0 where there is none."""
+    steps = [
+        set(checkpoint.steps(member.folder / "checkpoint", member.fingerprint["pack"]))
+        for member in members
+    ]
+    common = set.intersection(*steps)
+    if not common:
+        return 0
+    step = max(common)
+    for run, member in enumerate(members):
+        state = checkpoint.load(member.folder / "checkpoint", step, member.fingerprint)
+        pack.load_state(run, state)
+        member.entry.steps_done = step
+    display.resumed(step * len(members))
+    return step
+
+
+def keep_checkpoint(members: list[Member], pack: Any) -> None:
+    """All members' checkpoints of this step: written first, then put in place together."""
+    for run, member in enumerate(members):
+        checkpoint.write(
+            member.folder / "checkpoint",
+            pack.state(run),
+            members[0].entry.steps_done,
+            member.fingerprint,
+        )
+    for member in members:
+        checkpoint.commit(member.folder / "checkpoint")

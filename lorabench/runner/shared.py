@@ -1,0 +1,61 @@
+"""What runs of one base share: its weights, tokenizer and tokenised data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorabench import data
+from lorabench import model as base_model
+from lorabench.config import Config, ConfigErrors
+
+
+@dataclass
+class Shared:
+    """The base, its tokenizer and the tokenised data of the last runs, kept for the next."""
+
+    bases: dict[str, tuple[Any, str]] = field(default_factory=dict)  # model, checksum
+    tokenizers: dict[str, Any] = field(default_factory=dict)
+    tokens: dict[str, tuple[dict[str, data.Tokens], list[str]]] = field(default_factory=dict)
+
+    def base(self, config: Config, device: str) -> tuple[Any, str]:
+        key = repr((config.model, device))
+        if key not in self.bases:
+            self.bases.clear()  # one frozen base at a time
+            loaded = base_model.load(config.model, device)
+            self.bases[key] = (loaded, base_model.checksum(loaded))
+        return self.bases[key]
+
+    def tokenizer(self, config: Config) -> Any:
+        key = repr((config.model.path, config.model.revision))
+        if key not in self.tokenizers:
+            self.tokenizers[key] = base_model.tokenizer(config.model)
+        return self.tokenizers[key]
+
+    def splits(self, config: Config) -> tuple[dict[str, data.Tokens], list[str]]:
+        """The tokenised splits, and what is to be said about them."""
+        key = repr((config.model.path, config.model.revision, config.data))
+        if key not in self.tokens:
+            self.tokens.clear()
+            tokenizer = self.tokenizer(config)
+            examples = data.load(config.data)
+            found, notes = {}, list(examples.notes)
+            for split in ("train", "validation", "test"):
+                tokens = data.tokenise(getattr(examples, split), tokenizer, config.data)
+                found[split] = tokens
+                if tokens.num_too_long:
+                    notes.append(
+                        f"data.{split}: {tokens.num_too_long} examples of more than "
+                        f"{config.data.max_length} tokens are left out (data.max_length)"
+                    )
+                if not tokens.input_ids:
+                    raise ConfigErrors(
+                        f"data.{split}: must keep an example of at most data.max_length="
+                        f"{config.data.max_length} tokens; all {tokens.num_too_long} are longer; "
+                        f"raise data.max_length"
+                    )
+            self.tokens[key] = (found, notes)
+        return self.tokens[key]
+
+
+SHARED = Shared()
