@@ -95,22 +95,48 @@ def load(folder: Path, step: int, fingerprint: dict[str, Any]) -> dict[str, Tens
 
     place = steps(folder)[step]
     content = json.loads((place / "checkpoint.json").read_text())
-    saved = content["fingerprint"]
-    differences = [
-        f"{key}: {saved.get(key)!r} -> {fingerprint.get(key)!r}"
-        for key in sorted({*saved, *fingerprint})
-        if saved.get(key) != json.loads(json.dumps(fingerprint.get(key)))
-    ]
-    if differences:
-        raise Mismatch(
-            f"checkpoint {place}: must come from the same run; it differs in "
-            + "; ".join(differences)
-            + f"; remove {place} to start the run again"
-        )
+    found = differences(content["fingerprint"], fingerprint)
+    if found:
+        raise Mismatch(_refusal(place, found))
     file = place / "state.safetensors"
     if hashlib.sha256(file.read_bytes()).hexdigest() != content["sha256"]:
         raise Mismatch(f"checkpoint {place}: its tensors are damaged; remove the folder")
     return load_file(file)
+
+
+def check(folder: Path, pack: str, planned: dict[str, Any]) -> list[str]:
+    """What speaks against resuming from `folder`, known from a plan alone, one line a checkpoint.
+
+    Args:
+        pack: checkpoints of another pack are not resumed from, so nothing is said of them.
+        planned: the part of the fingerprint that is there before anything is loaded.
+    """
+    errors = []
+    for place in steps(folder, pack).values():
+        saved = json.loads((place / "checkpoint.json").read_text())["fingerprint"]
+        known = {key: value for key, value in saved.items() if key in planned}
+        if found := differences(known, planned):
+            errors.append(_refusal(place, found))
+    return errors
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Every value that differs, by its dotted key, old and new."""
+    new = json.loads(json.dumps(new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in sorted({*old, *new})
+            for line in differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+        ]
+    return [] if old == new else [f"{name}: {old!r} -> {new!r}"]
+
+
+def _refusal(place: Path, found: list[str]) -> str:
+    return (
+        f"checkpoint {place}: must come from the same run; it differs in {'; '.join(found)}; "
+        f"go back to what it was, or remove {place} to start the run again"
+    )
 
 
 def remove(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,6 +146,44 @@ def test_interruption_is_recorded_and_leaves_a_checkpoint(
     monkeypatch.undo()
     assert cli.main(["train", *FAST, "trainer.steps=9", f"output_dir={tmp_path}"]) == 0
     assert the_record(tmp_path)["status"] == "finished"
+
+
+def test_a_checkpoint_of_other_versions_is_refused_before_anything_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lorabench import model as base_model
+    from lorabench import progress
+
+    def interrupt(self: Any, step: int, *rest: Any) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def never(*arguments: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    arguments = ["train", "-m", *FAST, "seed=0,1", "trainer.steps=9", f"output_dir={tmp_path}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(progress.Display, "step", interrupt)
+        assert cli.main(arguments) == 130
+    paths = sorted(tmp_path.glob("default/*/checkpoint/checkpoint.json"))
+    assert len(paths) == 2
+    for path, version in zip(paths, ("0.1.2", "0.1.3"), strict=True):
+        content = json.loads(path.read_text())
+        content["fingerprint"]["packages"]["peft"] = version
+        content["fingerprint"]["config"]["lora"]["lora_alpha"] = 7.0
+        path.write_text(json.dumps(content))
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(base_model, "load", never)
+        assert cli.main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2, "both checkpoints, before either is resumed"
+    for version in ("0.1.2", "0.1.3"):
+        (line,) = (line for line in lines if version in line)
+        assert "config.lora.lora_alpha: 7.0 -> 32.0; packages.peft: " in line and "remove" in line
+    for path in paths:
+        shutil.rmtree(path.parent)
+    assert cli.main(arguments) == 0
 
 
 @pytest.mark.parametrize("break_it", ["fingerprint", "tensors"])

@@ -36,7 +36,8 @@ class Train:
         """All jobs planned: results kept from earlier commands, and packs of those to train."""
         import dataclasses
 
-        from lorabench import sweep
+        from lorabench import runner, sweep
+        from lorabench.config import ConfigErrors
 
         self.jobs = sweep.plan_jobs(configs, labels)
         kept, todo = {}, []
@@ -54,8 +55,11 @@ class Train:
                     job.plan.run_id, job.label, "finished", job.plan.folder, kept=True
                 )
                 kept[i] = dataclasses.asdict(outcome)
+        packs = self._packs(todo, pack_size)
+        if stale := runner.stale_checkpoints([[self.jobs[i] for i in pack] for pack in packs]):
+            raise ConfigErrors(stale)
         self._display(todo)
-        return kept, self._packs(todo, pack_size)
+        return kept, packs
 
     def _packs(self, todo: list[int], limit: int) -> list[list[int]]:
         """Which of the jobs to train do so together."""

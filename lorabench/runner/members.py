@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from lorabench import checkpoint, record, tracking
+from lorabench import checkpoint, plan, record, tracking
 from lorabench.config import ConfigErrors
 from lorabench.progress import Display, clock
 from lorabench.sweep import Job
@@ -47,6 +47,30 @@ def pack_id(jobs: list[Job]) -> str:
     """First 12 hex digits of sha256 over the run ids, in order."""
     ids = " ".join(job.plan.run_id for job in jobs)
     return hashlib.sha256(ids.encode()).hexdigest()[:12]
+
+
+def planned_fingerprint(job: Job, jobs: list[Job]) -> dict[str, Any]:
+    """What a checkpoint must agree in before anything is loaded."""
+    packages = record.versions()
+    return {
+        "run_id": job.plan.run_id,
+        "pack": pack_id(jobs),
+        "config": plan.deciding(job.config),
+        "modules": job.plan.lora_modules,
+        "packages": {name: packages.get(name) for name in ("torch", "peft", "transformers")},
+    }
+
+
+def stale_checkpoints(packs: list[list[Job]]) -> list[str]:
+    """Checkpoints that the packs would resume from and must not: every difference, old and new."""
+    return [
+        error
+        for jobs in packs
+        for job in jobs
+        for error in checkpoint.check(
+            job.folder / "checkpoint", pack_id(jobs), planned_fingerprint(job, jobs)
+        )
+    ]
 
 
 def log_to(path: Path) -> logging.Handler:

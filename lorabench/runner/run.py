@@ -25,6 +25,7 @@ from lorabench.runner.members import (
     open_member,
     own_failure,
     pack_id,
+    planned_fingerprint,
     resume,
     summary,
 )
@@ -120,15 +121,8 @@ def _train_and_record(members: list[Member], display: Display) -> None:
             "data_order": data.order_hash(*shape, trainer.steps),
             "initial_adapter": adapters.state_hash(pack.adapter_state(run)),
         }
-        member.fingerprint = {
-            "run_id": entry.run_id,
-            "pack": entry.plan["pack"]["id"],
+        member.fingerprint = planned_fingerprint(member.job, jobs) | {
             "parameters": pack.fingerprint(run),
-            "packages": {
-                k: v
-                for k, v in provenance["packages"].items()
-                if k in ("torch", "peft", "transformers")
-            },
             **entry.hashes,
         }
     start_step = resume(members, pack, display)
