@@ -209,7 +209,7 @@ class Stock:
     def load(self, state: dict[str, Tensor]) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = set_peft_model_state_dict(self.wrapped, state)
+            result = set_peft_model_state_dict(self.wrapped, dict(state))  # 0.19 takes keys out
         assert not result.unexpected_keys
 
     def state(self) -> dict[str, Tensor]:
