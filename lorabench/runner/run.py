@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lorabench import checkpoint, data, machine, plan, record
+from lorabench import checkpoint, data, machine, plan, record, stages
 from lorabench import model as base_model
 from lorabench.progress import Display
 from lorabench.runner.members import (
@@ -124,6 +124,7 @@ def _train_and_record(members: list[Member], display: Display) -> None:
             "run_id": entry.run_id,
             "pack": entry.plan["pack"]["id"],
             "parameters": pack.fingerprint(run),
+            "stages": stages.canonical(member.job.config.stages),
             "packages": {
                 k: v
                 for k, v in provenance["packages"].items()
@@ -187,6 +188,8 @@ def _train(
             member.tokens += step.tokens[run]
             if member.entry.error is not None:
                 continue  # stopped before
+            if step.stage is not None:
+                member.enter(step.stage, pack.modules(run))
             stopped = run in step.ended
             if step.step % trainer.log_every == 0 or step.step == trainer.steps or stopped:
                 row = {
