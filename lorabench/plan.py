@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from lorabench import data
+from lorabench import data, stages
 from lorabench import model as base_model
 from lorabench.config import Config, ConfigErrors, ModelConfig, lora_alpha, model_name, scale
 
@@ -68,6 +68,7 @@ def deciding(config: Config) -> dict[str, Any]:
     lora["lora_alpha"] = lora_alpha(config.lora)
     del lora["alpha_ratio"]
     content["model"] |= base_model.identity(config.model)
+    content["stages"] = stages.canonical(config.stages)
     content["data"]["content"] = data.content_hash(config.data)
     for key in ("tracker", "output_dir", "sweep", "seed"):
         del content[key]
@@ -120,11 +121,11 @@ def skeleton(model: ModelConfig) -> Any:
     return _skeleton(json.dumps(dataclasses.asdict(model), sort_keys=True))
 
 
-_RESOLVED: dict[str, tuple[list[str], int, str | None]] = {}
+_RESOLVED: dict[str, tuple[list[str], list[str], int, str | None]] = {}
 
 
-def _modules(config: Config) -> tuple[list[str], int, str | None]:
-    """Adapted modules, trainable parameters, and why the run trains alone if it does.
+def _modules(config: Config) -> tuple[list[str], list[str], int, str | None]:
+    """Adapted modules, all trained ones, trainable parameters, why the run trains alone if it does.
 
     Learnt on a skeleton, once per distinct adapter.
     """
@@ -139,8 +140,10 @@ def _modules(config: Config) -> tuple[list[str], int, str | None]:
         adapters.check_bias(base, config, modules)
         adapters.check_init(base, config, modules)
         wrapped = adapters.attach_skeleton(base, config, modules)
-        count = sum(p.numel() for p in adapters.trainable(wrapped).values())
-        _RESOLVED[key] = (modules, count, why_alone(base, config, modules, wrapped))
+        found = adapters.trainable(wrapped)
+        trained = list(dict.fromkeys(map(adapters.owner, found)))
+        count = sum(p.numel() for p in found.values())
+        _RESOLVED[key] = (modules, trained, count, why_alone(base, config, modules, wrapped))
     return _RESOLVED[key]
 
 
@@ -149,10 +152,13 @@ def make(config: Config) -> Plan:
 
     Raises:
         ConfigErrors: names that match nothing, a base that cannot be had, options that would
-            train nothing.
+            train nothing, modules that no stage trains.
     """
     base = skeleton(config.model)
-    modules, trainable, alone = _modules(config)
+    modules, trained, trainable, alone = _modules(config)
+    wrong = stages.errors(config.stages, trained)
+    if wrong:
+        raise ConfigErrors(wrong)
     head = _head_plan(config, base)
     total = base_model.num_parameters(base)
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)

@@ -61,6 +61,15 @@ class Cost(BaseModel):
     share: float = 1.0
 
 
+class StageStart(BaseModel):
+    """Modules that train from a step on at one learning rate; what has no entry there is frozen."""
+
+    step: int  # steps done before
+    modules: list[str]
+    lr_scale: float
+    lr: float  # of the first of its steps; the schedule times lr_scale
+
+
 class Record(BaseModel):
     """record.json."""
 
@@ -76,6 +85,7 @@ class Record(BaseModel):
     metrics: dict[str, dict[str, Metric]] = Field(default_factory=dict)  # split -> name -> value
     cost: Cost = Field(default_factory=Cost)
     hashes: dict[str, str] = Field(default_factory=dict)
+    stages: list[StageStart] = Field(default_factory=list)  # what trained when, in order
     notes: list[str] = Field(default_factory=list)
     steps_done: int = 0
     process: dict[str, Any] = Field(default_factory=dict)  # pid, host: who writes this record

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lorabench import stages
 from lorabench.compare import HIGHER_IS_BETTER
 
 if TYPE_CHECKING:
@@ -109,6 +110,9 @@ def plan(jobs: list[Job], packs: list[list[int]], as_json: bool) -> None:
         f"training  {config.trainer.steps} steps of {config.trainer.batch_size} examples, "
         f"lr {config.trainer.lr:g} {config.trainer.schedule}, computed in {config.trainer.dtype}"
     )
+    for text in dict.fromkeys(stages.describe(job.config.stages) for job in jobs):
+        if text:
+            out.print(f"stages    {text}")
     for policy in dict.fromkeys(job.plan.head.policy for job in jobs):
         head = next(job.plan.head for job in jobs if job.plan.head.policy == policy)
         out.print(f"head      {policy} ({head.module}): {head.consequence}")
@@ -243,6 +247,8 @@ def _short_keys(keys: list[str]) -> list[str]:
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return stages.describe(value)
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

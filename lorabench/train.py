@@ -11,6 +11,7 @@ import torch
 from lorabench import data
 from lorabench.config import TrainerConfig
 from lorabench.pack import Batch, ModulePack, StackedPack
+from lorabench.stages import Stage, Stages
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Step:
     grad_norm: list[float]  # before clipping
     tokens: list[int]  # non-pad tokens of the batch
     ended: list[int]  # runs whose loss or gradient was not finite for the first time
+    stage: Stage | None  # what trains from this step on, where that changed
 
 
 def learning_rate(trainer: TrainerConfig, step: int) -> float:
@@ -62,7 +64,12 @@ def train(
     width = data.longest_completion(tokens)
     micro = trainer.micro_batch_size or trainer.batch_size
     running = set(range(pack.size))
+    assert all(config.stages == pack.configs[0].stages for config in pack.configs)
+    stages = Stages(pack.configs[0].stages, pack.owners.values())
     for step in range(start_step, trainer.steps):
+        stage = stages.at(step)
+        if step in (start_step, stage.step):
+            _enter(pack, stage)
         chosen = [next(order) for order in orders]
         batches = [data.batch(tokens, indices, length, pad_id) for indices in chosen]
         num_targets = [int((labels != data.IGNORED).sum()) for _, labels in batches]
@@ -94,6 +101,17 @@ def train(
             grad_norm=norm,
             tokens=num_tokens * (pack.size if shared else 1),
             ended=ended,
+            stage=stage if stage.step == step else None,
         )
         if not running:
             return
+
+
+def _enter(pack: ModulePack | StackedPack, stage: Stage) -> None:
+    """Freeze and thaw what a stage says, and make sure that nothing else moves."""
+    pack.train_only(stage.lr_scale)
+    expected = {name for name, module in pack.owners.items() if module in stage.lr_scale}
+    assert expected and pack.trainable() == expected, (
+        f"from step {stage.step} on {sorted(expected)} train, and nothing else; "
+        f"these differ: {sorted(pack.trainable() ^ expected)}"
+    )

@@ -120,7 +120,7 @@ OUT_OF_RANGE = [  # override, how its only error begins, what it must also hold
     ("tracker.kind=wanbd", "tracker.kind: must be one of wandb, none", "'wandb'"),
     ("tracker.mode=of", "tracker.mode: must be one of", "'of'"),
     ("seeds.init=-1", "seeds.init: must be at least 0", "got -1"),
-    ("stages=[late]", "stages: must be empty", "stages=none"),
+    ("stages=[late]", "stages[0]: must be a mapping", "'late'"),
     ("sweep=a/b", "sweep: must be one folder name", "'a/b'"),
     ("sweep=..", "sweep: must be one folder name", "'..'"),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -176,6 +177,14 @@ def lora_layers(wrapped: nn.Module) -> dict[str, LoraLayer]:
     """PEFT's LoRA layers by the name their module has in the base."""
     tree: Any = wrapped.get_base_model() if isinstance(wrapped, PeftModel) else wrapped
     return {name: m for name, m in tree.named_modules() if isinstance(m, LoraLayer)}
+
+
+def owner(name: str) -> str:
+    """The module of the base that a trained parameter of this name belongs to."""
+    inner = name.removeprefix("base_model.model.")
+    # PEFT's own parts of a module; else a bias, which is the module's own parameter.
+    module, *own = re.split(r"\.(?:base_layer|lora_\w+|modules_to_save)\.", inner, maxsplit=1)
+    return module if own else inner.rpartition(".")[0]
 
 
 def trainable(wrapped: nn.Module) -> dict[str, nn.Parameter]:

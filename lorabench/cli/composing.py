@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,22 @@ def register() -> None:
     OmegaConf.register_new_resolver("run_id", resolve, replace=True)
 
 
+def refuse_values(arguments: list[str]) -> None:
+    """Refuse a list of mappings where a group takes names of its files: Hydra breaks on one."""
+    from lorabench.config import ConfigErrors
+
+    for word in arguments:
+        group, _, value = word.partition("=")
+        folder = Path(conf_folder()) / group.lstrip("+")
+        if group and re.match(r"\s*\[\s*\{", value) and folder.is_dir():
+            names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+            raise ConfigErrors(
+                f"{folder.name}: must name a file of its group ({names}) on the command line; got "
+                f"'{value}'; write it into DIR/{folder.name}/NAME.yaml and give "
+                f"hydra.searchpath=[file://DIR] {folder.name}=NAME"
+            )
+
+
 def compose(arguments: list[str]) -> tuple[list[Any], list[str]]:
     """Every config of a command line with its label, as a multirun would make them.
 
@@ -41,6 +58,7 @@ def compose(arguments: list[str]) -> tuple[list[Any], list[str]]:
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
+    refuse_values(arguments)
     multirun = any(a in ("-m", "--multirun") for a in arguments)
     overrides = [a for a in arguments if a not in ("-m", "--multirun")]
     register()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorabench.cli.composing import compose, conf_folder, register
+from lorabench.cli.composing import compose, conf_folder, refuse_values, register
 from lorabench.cli.mistakes import fail
 
 
@@ -102,6 +102,7 @@ def train(arguments: list[str]) -> int:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
+    refuse_values(arguments)
     register()
     task = Train()
     function = _function(task)

@@ -13,6 +13,7 @@ from lorabench.config.schema import Config, DataConfig, LoraSettings
 TASKS = ("causal_lm",)
 DTYPES = ("float64", "float32", "bfloat16")
 METRICS = ("nll", "exact_match", "answer")
+STAGE_KEYS = ("from_step", "train", "lr_scale")
 
 
 class Found:
@@ -40,6 +41,7 @@ def range_errors(config: Config) -> list[str]:
     _lora(found, config.lora)
     _data(found, config.data)
     _trainer(found, config)
+    _stages(found, config)
     _rest(found, config)
     return found.errors
 
@@ -211,6 +213,42 @@ def _trainer(found: Found, config: Config) -> None:
     )
 
 
+def _stages(found: Found, config: Config) -> None:
+    must, steps, before = found.must, config.trainer.steps, 0
+    for i, entry in enumerate(config.stages):
+        key, example = f"stages[{i}]", "{from_step: 0, train: [layer.11], lr_scale: 0.5}"
+        if not isinstance(entry, dict):
+            must(False, key, f"a mapping such as {example}", entry)
+            continue
+        found.errors += [
+            f"{key}.{name}: no such key; got {did_you_mean(str(name), STAGE_KEYS)}"
+            for name in entry
+            if name not in STAGE_KEYS
+        ]
+        start: Any = entry.get("from_step")
+        names, scale = entry.get("train"), entry.get("lr_scale", 1.0)
+        whole = isinstance(start, int) and not isinstance(start, bool)
+        if i == 0:
+            must(whole and start == 0, f"{key}.from_step", "0 in the first stage", start)
+        else:
+            must(
+                whole and before <= start < steps,
+                f"{key}.from_step",
+                f"a whole number from {before} (the stage before) to below trainer.steps={steps}",
+                start,
+            )
+        before = max(before, start) if whole else before
+        must(
+            isinstance(names, list) and bool(names) and all(isinstance(n, str) for n in names),
+            f"{key}.train",
+            "a list of module names, at least one",
+            names,
+            "for example train: [layer.11]",
+        )
+        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        must(number and 0 < scale < math.inf, f"{key}.lr_scale", "above 0", scale)
+
+
 def _rest(found: Found, config: Config) -> None:
     must, one_of, tracker = found.must, found.one_of, config.tracker
     one_of("tracker.kind", tracker.kind, ("wandb", "none"))
@@ -222,13 +260,6 @@ def _rest(found: Found, config: Config) -> None:
             "at least 0",
             getattr(config.seeds, key),
         )
-    must(
-        not config.stages,
-        "stages",
-        "empty: this version trains every module from step 0",
-        config.stages,
-        "use stages=none",
-    )
     must(
         re.fullmatch(r"[\w.\-]+", config.sweep) is not None and config.sweep not in (".", ".."),
         "sweep",

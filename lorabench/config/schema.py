@@ -163,6 +163,7 @@ class Config:
     lora: LoraSettings = field(default_factory=LoraSettings)
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    # {from_step, train: [parts of module names, or all], lr_scale: 1.0}; empty: all from step 0
     stages: list[Any] = field(default_factory=list)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     seed: int = 0

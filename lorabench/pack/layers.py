@@ -58,6 +58,8 @@ class Stacked:
         self.exp_avg_sq = torch.zeros_like(self.value)
         self.shadow = None if low is None else torch.zeros_like(self.value, dtype=low)
         self.cleared = True  # nothing of this step in `grad` yet, whatever it holds
+        self.active, self.lr_scale = True, 1.0  # whether it trains, at which part of a run's rate
+        self.steps = 0  # times it was updated: what its bias correction counts
 
     def for_compute(self) -> Tensor:
         """The tensor the products are taken with: a low-precision copy under autocast."""
@@ -129,7 +131,9 @@ class PackedLinear(nn.Module):
             x_RND, weight = x_RND.to(dtype), weight.to(dtype)
             bias = bias if bias is None else bias.to(dtype)
         dropped = self._dropped(x_RND)
-        y_RNO = _PackedLora.apply(x_RND, dropped, self.anchor, weight, bias, self)
+        # Without its anchor a frozen layer runs no backward that nobody below it asks for.
+        anchor = self.anchor if self.lora_a.active else None
+        y_RNO = _PackedLora.apply(x_RND, dropped, anchor, weight, bias, self)
         if self.bias_of_runs is not None:
             y_RNO = self.bias_of_runs(y_RNO)
         return y_RNO.reshape(*shape[:-1], y_RNO.shape[-1])
@@ -158,7 +162,7 @@ class _PackedLora(torch.autograd.Function):
         ctx: Any,
         x_RND: Tensor,
         mask_MND: Tensor | None,
-        anchor: Tensor,
+        anchor: Tensor | None,
         weight_OD: Tensor,
         bias_O: Tensor | None,
         layer: PackedLinear,
@@ -189,8 +193,9 @@ class _PackedLora(torch.autograd.Function):
         a_MKD, b_MKO = layer.lora_a.for_compute(), layer.lora_b.for_compute()
         g_MNO = members.take(g_RNO)
         gh_MNK = torch.bmm(g_MNO, b_MKO.transpose(1, 2)).mul_(layer.scale_M11.to(g_MNO.dtype))
-        layer.lora_b.add_product(h_MNK.transpose(1, 2), g_MNO)
-        layer.lora_a.add_product(gh_MNK.transpose(1, 2), x_MND)
+        if layer.lora_a.active:
+            layer.lora_b.add_product(h_MNK.transpose(1, 2), g_MNO)
+            layer.lora_a.add_product(gh_MNK.transpose(1, 2), x_MND)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None, None
         gx_RND = g_RNO @ weight_OD
@@ -219,7 +224,8 @@ class PackedHead(nn.Module):
         x_RND = x.reshape(self.members.size, -1, shape[-1])
         if torch.is_autocast_enabled(x.device.type):
             x_RND = x_RND.to(torch.get_autocast_dtype(x.device.type))
-        own = _PackedCopies.apply(self.members.take(x_RND), self.anchor, self)
+        anchor = self.anchor if self.copies.active else None
+        own = _PackedCopies.apply(self.members.take(x_RND), anchor, self)
         if self.members.is_all:
             y_RNO = own
         else:
@@ -235,7 +241,7 @@ class _PackedCopies(torch.autograd.Function):
     """y = x W^T with one W a member."""
 
     @staticmethod
-    def forward(ctx: Any, x_MND: Tensor, anchor: Tensor, layer: PackedHead) -> Tensor:
+    def forward(ctx: Any, x_MND: Tensor, anchor: Tensor | None, layer: PackedHead) -> Tensor:
         ctx.save_for_backward(x_MND)
         ctx.layer = layer
         return torch.bmm(x_MND, layer.copies.for_compute().transpose(1, 2))
@@ -244,7 +250,8 @@ class _PackedCopies(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g_MNO,) = grads
         (x_MND,) = ctx.saved_tensors
-        ctx.layer.copies.add_product(g_MNO.transpose(1, 2), x_MND)
+        if ctx.layer.copies.active:
+            ctx.layer.copies.add_product(g_MNO.transpose(1, 2), x_MND)
         gx = torch.bmm(g_MNO, ctx.layer.copies.for_compute()) if ctx.needs_input_grad[0] else None
         return gx, None, None
 
@@ -258,12 +265,12 @@ class PackedBias(nn.Module):
         self.members = trained_MO.members
 
     def forward(self, y_RNO: Tensor) -> Tensor:
-        return _PackedBiases.apply(y_RNO, self.anchor, self)
+        return _PackedBiases.apply(y_RNO, self.anchor if self.trained.active else None, self)
 
 
 class _PackedBiases(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_RNO: Tensor, anchor: Tensor, layer: PackedBias) -> Tensor:
+    def forward(ctx: Any, y_RNO: Tensor, anchor: Tensor | None, layer: PackedBias) -> Tensor:
         ctx.layer = layer
         bias_RO = layer.base.to(y_RNO.dtype).repeat(layer.members.size, 1)
         bias_RO[layer.members.where] = layer.trained.value.to(y_RNO.dtype)
@@ -272,7 +279,8 @@ class _PackedBiases(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g_RNO,) = grads
-        ctx.layer.trained.add(ctx.layer.members.take(g_RNO).sum(1))
+        if ctx.layer.trained.active:
+            ctx.layer.trained.add(ctx.layer.members.take(g_RNO).sum(1))
         return g_RNO, None, None
 
 

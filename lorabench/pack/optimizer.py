@@ -17,11 +17,13 @@ class StackedAdamW:
 
     def __init__(self, stacked: list[Stacked], trainers: list[TrainerConfig]):
         self.stacked, self.trainers = stacked, trainers
-        self.steps = 0
 
     @torch.no_grad()
     def step(self, lr: list[float], alive: list[bool]) -> Tensor:
         """Clip each run by its own norm, take one step, clear the gradients.
+
+        Frozen tensors are as torch.optim's parameters without a gradient: not in the norm, not
+        moved or decayed, their moments and their count of steps kept.
 
         Args:
             lr: one a run.
@@ -29,16 +31,17 @@ class StackedAdamW:
         Returns:
             Norm of each run's gradient before clipping, (R,).
         """
-        for one in self.stacked:
+        active = [one for one in self.stacked if one.active]
+        for one in active:
             if one.cleared:
                 one.grad.zero_()
-        norm_R = self._norms()
+            one.steps += 1
+        norm_R = self._norms(active)
         finite = norm_R.isfinite().tolist()
-        self._clip(norm_R)
-        self.steps += 1
+        self._clip(active, norm_R)
         alike: dict[tuple[float, ...], list[tuple[Stacked, slice]]] = {}
-        for one in self.stacked:
-            keys = [self._key(run, lr) if alive[run] and finite[run] else None
+        for one in active:
+            keys = [self._key(run, lr[run] * one.lr_scale) if alive[run] and finite[run] else None
                     for run in one.members.runs]  # fmt: skip
             first = 0
             for row, key in enumerate(keys):
@@ -46,15 +49,18 @@ class StackedAdamW:
                     if key is not None:
                         alike.setdefault(key, []).append((one, slice(first, row + 1)))
                     first = row + 1
+        counts = {
+            steps: torch.tensor(float(steps), device=norm_R.device)
+            for steps in {one.steps for one in active}
+        }
         for (rate, beta1, beta2, decay, eps), rows in alike.items():
-            count = torch.tensor(float(self.steps), device=norm_R.device)
             torch._fused_adamw_(
                 [one.value[where] for one, where in rows],
                 [one.grad[where] for one, where in rows],
                 [one.exp_avg[where] for one, where in rows],
                 [one.exp_avg_sq[where] for one, where in rows],
                 [],
-                [count] * len(rows),
+                [counts[one.steps] for one, _ in rows],
                 lr=rate, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps,
                 amsgrad=False, maximize=False,
             )  # fmt: skip
@@ -62,14 +68,14 @@ class StackedAdamW:
             one.clear()
         return norm_R
 
-    def _key(self, run: int, lr: list[float]) -> tuple[float, ...]:
+    def _key(self, run: int, rate: float) -> tuple[float, ...]:
         trainer = self.trainers[run]
-        return lr[run], trainer.beta1, trainer.beta2, trainer.weight_decay, trainer.eps
+        return rate, trainer.beta1, trainer.beta2, trainer.weight_decay, trainer.eps
 
-    def _norms(self) -> Tensor:
+    def _norms(self, active: list[Stacked]) -> Tensor:
         """Norm of each run's whole gradient, (R,)."""
         found: dict[tuple[int, ...], list[Tensor]] = {}
-        for one in self.stacked:
+        for one in active:
             # Along the last dimension first: one float32 sum over a million numbers would be off
             # in its fifth digit, and so would the clipping.
             norm_M = torch.linalg.vector_norm(one.grad, dim=-1)
@@ -82,7 +88,7 @@ class StackedAdamW:
             squared_R[list(runs)] += torch.stack(norms).square().sum(0)
         return squared_R.sqrt()
 
-    def _clip(self, norm_R: Tensor) -> None:
+    def _clip(self, active: list[Stacked], norm_R: Tensor) -> None:
         """Scale the gradients of runs above their limit, as torch's clip_grad_norm_ does."""
         limits = [t.max_grad_norm for t in self.trainers]
         limit_R = torch.tensor(
@@ -92,5 +98,5 @@ class StackedAdamW:
         clip_R = (limit_R / (norm_R + 1e-6)).clamp(max=1.0)
         if bool((clip_R == 1).all()):
             return
-        for one in self.stacked:
+        for one in active:
             one.grad.mul_(clip_R[one.members.where].view(-1, *[1] * (one.grad.dim() - 1)))

@@ -46,6 +46,7 @@ class ModulePack:
         self.clock = adapters.Clock(config.seeds.dropout)
         adapters.key_dropout(self.wrapped, self.clock)
         self.parameters = adapters.trainable(self.wrapped)
+        self.owners = {name: adapters.owner(name) for name in self.parameters}
         self.alive = True
         self.tree = cast(Any, self.wrapped.get_base_model())
         self.tree.train()  # base dropouts are zero; checkpointing asks for training mode
@@ -56,7 +57,7 @@ class ModulePack:
         )
         trainer = config.trainer
         self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
+            [{"params": list(self.parameters.values()), "lr_scale": 1.0}],
             lr=trainer.lr,
             betas=(trainer.beta1, trainer.beta2),
             eps=trainer.eps,
@@ -67,6 +68,29 @@ class ModulePack:
     @property
     def size(self) -> int:
         return 1
+
+    def trainable(self) -> set[str]:
+        """What a step would move now: any parameter, the base's too, that takes a gradient."""
+        return {name for name, p in self.wrapped.named_parameters() if p.requires_grad}
+
+    def train_only(self, lr_scale: dict[str, float]) -> None:
+        """Freeze every module that is not here; the others train at this part of the run's rate.
+
+        Frozen parameters are in no group and get no gradient; their optimizer state stays.
+        """
+        groups: dict[float, list[Tensor]] = {}
+        for name, parameter in self.parameters.items():  # never a module: that thaws its base
+            scale = lr_scale.get(self.owners[name])
+            parameter.requires_grad_(scale is not None)
+            if scale is not None:
+                groups.setdefault(scale, []).append(parameter)
+        self.optimizer.param_groups.clear()
+        for scale, parameters in groups.items():
+            self.optimizer.add_param_group({"params": parameters, "lr_scale": scale})
+
+    def modules(self, run: int) -> list[str]:
+        """Modules the run trains."""
+        return list(dict.fromkeys(self.owners.values()))
 
     def forward_backward(
         self, step: int, micro_step: int, batch: Batch, num_targets: list[int]
@@ -91,7 +115,7 @@ class ModulePack:
             self.parameters.values(), float("inf") if limit is None else limit, foreach=True
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = lr[0]
+            group["lr"] = lr[0] * group["lr_scale"]
         if self.alive and norm.isfinite():
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

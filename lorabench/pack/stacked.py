@@ -256,6 +256,29 @@ class StackedPack:
 
         return spread(tuple(args)), {key: spread(value) for key, value in kwargs.items()}
 
+    # --- what trains ---------------------------------------------------------------------
+
+    @property
+    def owners(self) -> dict[str, str]:
+        """The module of everything these runs train, by the name of the stacked tensor."""
+        return {f"{module}.{kind}": module for kind, module in self.stacked}
+
+    def trainable(self) -> set[str]:
+        """What a step would move now: stacked tensors, and parameters of the tree, if any."""
+        stray = {name for name, p in self.tree.named_parameters() if p.requires_grad}
+        return stray | {
+            f"{module}.{kind}" for (kind, module), one in self.stacked.items() if one.active
+        }
+
+    def train_only(self, lr_scale: dict[str, float]) -> None:
+        """Freeze every module that is not here; the others train at this part of a run's rate."""
+        for (_, module), one in self.stacked.items():
+            one.active, one.lr_scale = module in lr_scale, lr_scale.get(module, 1.0)
+
+    def modules(self, run: int) -> list[str]:
+        """Modules this run trains."""
+        return list(dict.fromkeys(place.module for place in self.places[run]))
+
     # --- what the loop calls -------------------------------------------------------------
 
     def _hidden(self, batch: Batch) -> Tensor:
@@ -341,16 +364,19 @@ class StackedPack:
             found[place.state_name] = self._view(run, place)
             for moment in ("exp_avg", "exp_avg_sq"):
                 found[f"{place.state_name}|{moment}"] = self._view(run, place, moment)
-        found["|step"] = torch.tensor(float(self.optimizer.steps))
+            steps = self.stacked[place.kind, place.module].steps
+            found[f"{place.state_name}|step"] = torch.tensor(float(steps))
         return {name: tensor.detach() for name, tensor in found.items()}
 
     @torch.no_grad()
     def load_state(self, run: int, state: dict[str, Tensor]) -> None:
         """Continue a run from what `state` returned."""
         for name, tensor in self.state(run).items():
-            if name != "|step":
+            if not name.endswith("|step"):
                 tensor.copy_(state[name])
-        self.optimizer.steps = int(state["|step"])
+        for place in self.places[run]:
+            steps = int(state[f"{place.state_name}|step"])
+            self.stacked[place.kind, place.module].steps = steps
 
     def fingerprint(self, run: int) -> list[Any]:
         """Names and shapes of what this run trains."""

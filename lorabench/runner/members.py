@@ -15,6 +15,7 @@ from typing import IO, Any
 from lorabench import checkpoint, plan, record, tracking
 from lorabench.config import ConfigErrors
 from lorabench.progress import Display, clock
+from lorabench.stages import Stage, Stages
 from lorabench.sweep import Job
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,23 @@ class Member:
     @property
     def folder(self) -> Path:
         return self.job.folder
+
+    def enter(self, stage: Stage, modules: list[str]) -> None:
+        """Note what trains from now on: one entry a learning rate.
+
+        Args:
+            modules: what this run trains in any stage.
+        """
+        from lorabench.train import learning_rate
+
+        rate = learning_rate(self.job.config.trainer, stage.step)
+        for scale in dict.fromkeys(stage.lr_scale.values()):
+            mine = [module for module in modules if stage.lr_scale.get(module) == scale]
+            if mine:
+                entry = record.StageStart(
+                    step=stage.step, modules=mine, lr_scale=scale, lr=rate * scale
+                )
+                self.entry.stages.append(entry)
 
     def log(self, step: int, row: dict[str, float], **more: float) -> None:
         """One row, in the file and in the tracker."""
@@ -207,6 +225,10 @@ def resume(members: list[Member], pack: Any, display: Display) -> int:
         state = checkpoint.load(member.folder / "checkpoint", step, member.fingerprint)
         pack.load_state(run, state)
         member.entry.steps_done = step
+        modules = pack.modules(run)
+        for stage in Stages(member.job.config.stages, modules).all:
+            if stage.step < step:
+                member.enter(stage, modules)
     display.resumed(step * len(members))
     return step
 

@@ -181,6 +181,8 @@ def _train(
             member.tokens += step.tokens[run]
             if member.entry.error is not None:
                 continue  # stopped before
+            if step.stage is not None:
+                member.enter(step.stage, pack.modules(run))
             stopped = run in step.ended
             if step.step % trainer.log_every == 0 or step.step == trainer.steps or stopped:
                 row = {
