@@ -497,7 +497,7 @@ def test_a_killed_sweep_ends_with_the_same_bits_and_the_whole_history(
     assert cli.main([*command, f"output_dir={killed}"]) == 130
     monkeypatch.undo()
     saved = next(iter(killed.glob("*/*/checkpoint/checkpoint.json")))
-    assert json.loads(saved.read_text())["fingerprint"]["stages"][2]["lr_scale"] == 0.5
+    assert json.loads(saved.read_text())["fingerprint"]["config"]["stages"][2]["lr_scale"] == 0.5
     assert cli.main([*command, f"output_dir={killed}"]) == 0
     found, expected = records(killed), records(whole)
     assert len(found) == 2 and set(found) == set(expected)
