@@ -120,11 +120,11 @@ def skeleton(model: ModelConfig) -> Any:
     return _skeleton(json.dumps(dataclasses.asdict(model), sort_keys=True))
 
 
-_RESOLVED: dict[str, tuple[list[str], int, str | None]] = {}
+_RESOLVED: dict[str, tuple[list[str], int, str | None, list[str]]] = {}
 
 
-def _modules(config: Config) -> tuple[list[str], int, str | None]:
-    """Adapted modules, trainable parameters, and why the run trains alone if it does.
+def _modules(config: Config) -> tuple[list[str], int, str | None, list[str]]:
+    """Adapted modules, trainable parameters, why the run trains alone if it does, what is left out.
 
     Learnt on a skeleton, once per distinct adapter.
     """
@@ -140,7 +140,8 @@ def _modules(config: Config) -> tuple[list[str], int, str | None]:
         adapters.check_init(base, config, modules)
         wrapped = adapters.attach_skeleton(base, config, modules)
         count = sum(p.numel() for p in adapters.trainable(wrapped).values())
-        _RESOLVED[key] = (modules, count, why_alone(base, config, modules, wrapped))
+        alone = why_alone(base, config, modules, wrapped)
+        _RESOLVED[key] = (modules, count, alone, adapters.notes(base, modules))
     return _RESOLVED[key]
 
 
@@ -152,7 +153,7 @@ def make(config: Config) -> Plan:
             train nothing.
     """
     base = skeleton(config.model)
-    modules, trainable, alone = _modules(config)
+    modules, trainable, alone, left_out = _modules(config)
     head = _head_plan(config, base)
     total = base_model.num_parameters(base)
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
@@ -169,7 +170,7 @@ def make(config: Config) -> Plan:
     activations = tokens * text.hidden_size * layers * 34 * activation
     logits = tokens * text.vocab_size * 4 * 3
     base_bytes = sum(p.numel() * p.element_size() for p in base.parameters())
-    warnings = _warnings(config, base)
+    warnings = [*_warnings(config), *left_out]
     return Plan(
         run_id=run_id(config),
         folder=str(folder(config)),
@@ -225,18 +226,12 @@ def _head_plan(config: Config, base: Any) -> HeadPlan:
     return HeadPlan(policy=config.head.policy, module=name, tied=tied, consequence=consequence)
 
 
-def _warnings(config: Config, base: Any) -> list[str]:
+def _warnings(config: Config) -> list[str]:
     from transformers import AutoConfig
 
     found = []
     if config.trainer.warmup_steps >= config.trainer.steps:
         found.append("trainer.warmup_steps: the whole run is warm-up, lr never reaches its peak")
-    experts = [name for name, p in base.named_parameters() if p.dim() == 3]
-    if experts:
-        found.append(
-            f"{len(experts)} expert parameters (such as {experts[0]}) are no linear layers: "
-            f"they get no adapter"
-        )
     where = base_model.location(config.model)
     if Path(where).is_dir():
         original = AutoConfig.from_pretrained(where)
