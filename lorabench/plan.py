@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from lorabench import data
+from lorabench import data, machine, versions
 from lorabench import model as base_model
 from lorabench.config import Config, ConfigErrors, ModelConfig, lora_alpha, model_name, scale
 
@@ -86,8 +86,9 @@ def folder(config: Config) -> Path:
 
 
 def check(config: Config) -> list[str]:
-    """Errors found without torch: where base and data are, whether the folder can be written."""
-    errors = base_model.check(config.model) + data.check(config.data)
+    """Errors found without loading anything: versions, device, where base, data and output are."""
+    errors = versions.check(config) + machine.check_device(config.trainer.device)
+    errors += base_model.check(config.model) + data.check(config.data)
     place = Path(config.output_dir)
     while not place.exists() and place != place.parent:
         place = place.parent

@@ -51,7 +51,7 @@ def command(kind: str, folder: Path, jsonl: Path, *more: str) -> list[str]:
 
 
 def nll_by_plain_peft(adapter: Path, words: list[str]) -> list[float]:
-    """Each test example's nll a token, from transformers' model and PEFT's reading of the folder."""
+    """Each test example's nll a token, from transformers and PEFT alone."""
     from peft import AutoPeftModelForCausalLM
 
     config = composed(*words)

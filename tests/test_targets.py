@@ -270,7 +270,7 @@ def test_a_multimodal_base_trains_its_text_side(tmp_path: Path, jsonl: Path) -> 
         (["lora.rank_pattern={q_porj:4}"], "lora.rank_pattern", "(did you mean 'q_proj'?)"),
         (["lora.alpha_pattern={q_porj:4}"], "lora.alpha_pattern", "(did you mean 'q_proj'?)"),
         (["lora.alpha_pattern={lm_head:4}"], "lora.alpha_pattern", "unmatched: 'lm_head'"),
-        (["lora.rank_pattern={'q_proj(':4}"], "lora.rank_pattern", "must be a regular expression"),
+        (["lora.rank_pattern={*q_proj:4}"], "lora.rank_pattern", "must be a regular expression"),
         (
             ["lora.rank_pattern={q_proj:4,layers.0.self_attn.q_proj:8}"],
             "lora.rank_pattern",
@@ -305,7 +305,7 @@ def test_patterns_are_refused_exactly_where_peft_uses_none_of_their_ranks(
     pattern: dict[str, int],
 ) -> None:
     config = composed("lora.r=16")
-    config.lora.rank_pattern = pattern
+    config.lora.rank_pattern = pattern  # in this order
     base = plan.skeleton(config.model)
     modules = adapters.resolve_modules(base, composed("lora.r=16"))
     wrapped = peft_wraps(base, r=16, target_modules=modules, rank_pattern=pattern)

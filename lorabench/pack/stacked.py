@@ -309,6 +309,13 @@ class StackedPack:
             return self.head.scored(self._hidden(batch), batch.targets_SN.expand(self.size, -1))
 
     @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits of every row, (R, N, V)."""
+        self._refresh()
+        with autocast(self.configs[0], self.device):
+            return self.head.logits(self._hidden(batch))
+
+    @torch.no_grad()
     def generate(self, input_ids_BL: Tensor, mask_BL: Tensor, **settings: Any) -> Tensor:
         """Greedy continuations of the same prompts by every run, (R, B, L')."""
         self._refresh()
