@@ -18,12 +18,25 @@ def choose_device(wanted: str) -> str:
         if torch.cuda.is_available():
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(wanted.partition(":")[0], True):
-        raise ConfigErrors(
-            f"trainer.device: must be on this machine; got {wanted}; use auto or cpu"
-        )
+    if errors := check_device(wanted):
+        raise ConfigErrors(errors)
     return wanted
+
+
+def check_device(wanted: str) -> list[str]:
+    """What is wrong with trainer.device; imports torch only to look for an accelerator."""
+    if wanted in ("auto", "cpu"):
+        return []
+    import torch
+
+    kind, _, index = wanted.partition(":")
+    if kind == "mps":
+        there, count = torch.backends.mps.is_available(), 1
+    else:
+        there, count = torch.cuda.is_available(), torch.cuda.device_count()
+    if there and int(index or 0) < count:
+        return []
+    return [f"trainer.device: must be on this machine; got {wanted}; use auto or cpu"]
 
 
 def configure_torch(config: Config) -> None:

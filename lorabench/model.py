@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorabench import versions
 from lorabench.config import ConfigErrors, ModelConfig, nearest
 
 if TYPE_CHECKING:
@@ -218,7 +219,9 @@ def _call(model: ModelConfig, load: Callable[..., Any], **options: Any) -> Any:
         raise ConfigErrors(
             f"model.path: '{model.path}' does not load: {str(error).splitlines()[0]}"
         ) from error
-    except ValueError as error:  # an architecture or file this transformers does not know
+    except ConfigErrors:
+        raise
+    except ValueError as error:  # a file this transformers does not know
         first = str(error).strip().splitlines()[0]
         raise ConfigErrors(f"model.path: '{model.path}' does not load: {first}") from error
 
@@ -250,9 +253,15 @@ def architecture(model: ModelConfig) -> Any:
     Only lora_dropout is an experiment's business: masks inside the base would tie a run's
     randomness to what else is computed.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-    config = _call(model, AutoConfig.from_pretrained)
+    def load(where: str, **options: Any) -> Any:
+        content, _ = PreTrainedConfig.get_config_dict(where, **options)
+        if unknown := versions.unknown_architecture(content, CONFIG_MAPPING):
+            raise ConfigErrors(f"model.path: '{model.path}' cannot be built: {unknown}")
+        return AutoConfig.from_pretrained(where, **options)
+
+    config = _call(model, load)
     for part in {
         id(config): config,
         id(config.get_text_config()): config.get_text_config(),

@@ -11,11 +11,11 @@ import hashlib
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from lorabench import data, stages
+from lorabench import data, machine, stages, versions
 from lorabench import model as base_model
 from lorabench.config import Config, ConfigErrors, ModelConfig, lora_alpha, model_name, scale
 
@@ -87,8 +87,9 @@ def folder(config: Config) -> Path:
 
 
 def check(config: Config) -> list[str]:
-    """Errors found without torch: where base and data are, whether the folder can be written."""
-    errors = base_model.check(config.model) + data.check(config.data)
+    """Errors found without loading anything: versions, device, where base, data and output are."""
+    errors = versions.check(config) + machine.check_device(config.trainer.device)
+    errors += base_model.check(config.model) + data.check(config.data)
     place = Path(config.output_dir)
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -121,11 +122,21 @@ def skeleton(model: ModelConfig) -> Any:
     return _skeleton(json.dumps(dataclasses.asdict(model), sort_keys=True))
 
 
-_RESOLVED: dict[str, tuple[list[str], list[str], int, str | None]] = {}
+class Resolved(NamedTuple):
+    """What PEFT makes of a run's settings, learnt on a skeleton."""
+
+    modules: list[str]  # that get an adapter
+    trained: list[str]  # these, and modules that train a copy or a bias
+    count: int  # trainable parameters
+    alone: str | None  # why the run cannot share a base forward
+    left_out: list[str]  # what all-linear and the like do not adapt
 
 
-def _modules(config: Config) -> tuple[list[str], list[str], int, str | None]:
-    """Adapted modules, all trained ones, trainable parameters, why the run trains alone if it does.
+_RESOLVED: dict[str, Resolved] = {}
+
+
+def _resolve(config: Config) -> Resolved:
+    """Names, counts and reasons of a run.
 
     Learnt on a skeleton, once per distinct adapter.
     """
@@ -143,7 +154,8 @@ def _modules(config: Config) -> tuple[list[str], list[str], int, str | None]:
         found = adapters.trainable(wrapped)
         trained = list(dict.fromkeys(map(adapters.owner, found)))
         count = sum(p.numel() for p in found.values())
-        _RESOLVED[key] = (modules, trained, count, why_alone(base, config, modules, wrapped))
+        alone = why_alone(base, config, modules, wrapped)
+        _RESOLVED[key] = Resolved(modules, trained, count, alone, adapters.notes(base, modules))
     return _RESOLVED[key]
 
 
@@ -155,8 +167,8 @@ def make(config: Config) -> Plan:
             train nothing, modules that no stage trains.
     """
     base = skeleton(config.model)
-    modules, trained, trainable, alone = _modules(config)
-    wrong = stages.errors(config.stages, trained)
+    resolved = _resolve(config)
+    wrong = stages.errors(config.stages, resolved.trained)
     if wrong:
         raise ConfigErrors(wrong)
     head = _head_plan(config, base)
@@ -175,24 +187,24 @@ def make(config: Config) -> Plan:
     activations = tokens * text.hidden_size * layers * 34 * activation
     logits = tokens * text.vocab_size * 4 * 3
     base_bytes = sum(p.numel() * p.element_size() for p in base.parameters())
-    warnings = _warnings(config, base)
+    warnings = [*_warnings(config), *resolved.left_out]
     return Plan(
         run_id=run_id(config),
         folder=str(folder(config)),
         model=model_name(config.model),
-        lora_modules=list(modules),
+        lora_modules=list(resolved.modules),
         saved_modules=[head.module] if head.policy == "full" and head.module else [],
-        trainable_parameters=trainable,
+        trainable_parameters=resolved.count,
         total_parameters=total,
         scale=scale(config.lora),
         head=head,
         base_bytes=RUNTIME_BYTES + base_bytes,
         memory_bytes=RUNTIME_BYTES
         + base_bytes
-        + 4 * weight_bytes * trainable
+        + 4 * weight_bytes * resolved.count
         + activations
         + logits,
-        disk_bytes=weight_bytes * trainable * (4 if config.trainer.checkpoint_every else 1)
+        disk_bytes=weight_bytes * resolved.count * (4 if config.trainer.checkpoint_every else 1)
         + 300_000,
         train_flops=4.0
         * total
@@ -201,7 +213,7 @@ def make(config: Config) -> Plan:
         * config.data.max_length,
         tracker=tracker_address(config),
         warnings=warnings,
-        alone=alone,
+        alone=resolved.alone,
     )
 
 
@@ -231,18 +243,12 @@ def _head_plan(config: Config, base: Any) -> HeadPlan:
     return HeadPlan(policy=config.head.policy, module=name, tied=tied, consequence=consequence)
 
 
-def _warnings(config: Config, base: Any) -> list[str]:
+def _warnings(config: Config) -> list[str]:
     from transformers import AutoConfig
 
     found = []
     if config.trainer.warmup_steps >= config.trainer.steps:
         found.append("trainer.warmup_steps: the whole run is warm-up, lr never reaches its peak")
-    experts = [name for name, p in base.named_parameters() if p.dim() == 3]
-    if experts:
-        found.append(
-            f"{len(experts)} expert parameters (such as {experts[0]}) are no linear layers: "
-            f"they get no adapter"
-        )
     where = base_model.location(config.model)
     if Path(where).is_dir():
         original = AutoConfig.from_pretrained(where)

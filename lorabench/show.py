@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lorabench import stages
+from lorabench import stages, versions
 from lorabench.compare import HIGHER_IS_BETTER
 
 if TYPE_CHECKING:
     from lorabench.record import Record
+    from lorabench.smoke import Attempt
     from lorabench.sweep import Job
 
 
@@ -69,15 +72,24 @@ def with_spread(spread: dict[str, Any], digits: int = 4) -> str:
 # --- plan ------------------------------------------------------------------------------------
 
 
-def plan(jobs: list[Job], packs: list[list[int]], as_json: bool) -> None:
-    """What a command will do."""
+def plan(
+    jobs: list[Job], packs: list[list[int]], as_json: bool, attempts: Iterable[Attempt] = ()
+) -> None:
+    """What a command will do.
+
+    Args:
+        attempts: of --smoke, one a pack, made while they are shown.
+    """
     peak = matmul_flops()
     plans = [
         job.plan.model_dump() | {"label": job.label, "seconds": seconds(job, peak)} for job in jobs
     ]
     if as_json:
         named = [[jobs[i].plan.run_id for i in members] for members in packs]
-        dump({"runs": plans, "packs": named, "seconds": sum(p["seconds"] for p in plans)})
+        content = {"runs": plans, "packs": named, "seconds": sum(p["seconds"] for p in plans)}
+        content |= {"versions": versions.shown()}
+        tried = [dataclasses.asdict(attempt) for attempt in attempts]
+        dump(content | ({"smoke": tried} if tried else {}))
         return
     out = console()
     first = jobs[0]
@@ -129,6 +141,8 @@ def plan(jobs: list[Job], packs: list[list[int]], as_json: bool) -> None:
         f"~{size(sum(j.plan.disk_bytes for j in jobs))} in all"
     )
     out.print(f"tracker   {first.plan.tracker}")
+    installed = ", ".join(f"{name} {version}" for name, version in versions.shown().items())
+    out.print(f"versions  {installed}")
     total_seconds = sum(p["seconds"] for p in plans)
     out.print(
         f"time      ~{total_seconds:.0f} s for all runs, from a short measurement of this machine"
@@ -137,6 +151,8 @@ def plan(jobs: list[Job], packs: list[list[int]], as_json: bool) -> None:
         out.print(f"warning   {warning}", style="yellow")
     if len(jobs) > 1 or first.plan.lora_modules:
         out.print("`--json` lists every adapted module.", style="dim")
+    for attempt in attempts:
+        out.print(f"smoke     {attempt}", style="red" if attempt.error else None, soft_wrap=True)
 
 
 def _module_sets(jobs: list[Job]) -> list[tuple[list[str], str]]:

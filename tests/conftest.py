@@ -69,11 +69,28 @@ def tiny_config(kind: str, vocab_size: int) -> Any:
             max_position_embeddings=128,
             is_decoder=True,
         )
+    if kind == "opt":
+        return t.OPTConfig(
+            vocab_size=vocab_size,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+        )
+    if kind == "qwen3_moe":
+        common |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    if kind in ("gemma2", "gemma3"):  # shorter than an example: some layers see less than others
+        common |= {"sliding_window": 8}
     makers = {
         "gemma": t.GemmaConfig,
+        "gemma2": t.Gemma2Config,
+        "gemma3": t.Gemma3TextConfig,
         "llama": t.LlamaConfig,
         "qwen2": t.Qwen2Config,
         "qwen3": t.Qwen3Config,
+        "qwen3_moe": t.Qwen3MoeConfig,
     }
     return makers[kind](**common)
 

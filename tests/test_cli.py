@@ -173,6 +173,9 @@ MISTAKES = [  # override, how the one line begins, what it must also hold
     ("model.path=lorabench:tiny-gema", "model.path: ", "'tiny-gema'"),
     ("data.skills=[greeek]", "data.skills: every name must be one of", "(did you mean 'greek'?)"),
     ("lora.r", "Error parsing override 'lora.r'", ""),
+    ("lora.rank_pattern.q_proj=8", "lora.rank_pattern: must be", "'lora.rank_pattern={q_proj:8}'"),
+    ("lora.alpha_pattern.0.mlp=3", "lora.alpha_pattern: must be", "alpha_pattern={0.mlp:3}'"),
+    ("trainer.device=cuda:99", "trainer.device: must be on this machine", "use auto or cpu"),
 ]
 
 
@@ -189,6 +192,37 @@ def test_a_mistake_is_one_line_before_anything_is_loaded(
     assert len(said.lines) == 1
     assert said.err.startswith(begins) and holds in said.err
     assert untouched(tmp_path)
+
+
+def test_a_device_that_is_not_there_is_shown_with_all_other_errors(tmp_path, no_model):
+    words = ["trainer.device=cuda:99", "data=jsonl", f"data.train.path={tmp_path / 'none.jsonl'}"]
+    said = say("train", "-m", *words, "tracker=none", "seed=0,1", f"output_dir={tmp_path}")
+    assert said.code == 2
+    assert [line.partition(":")[0] for line in said.lines] == ["trainer.device", "data.train.path"]
+
+
+def test_the_mapping_that_a_pattern_key_is_told_to_be_is_one():
+    said = say("plan", *TINY, "lora.rank_pattern.q_proj=8")
+    remedy = said.err.rpartition("write '")[2].rstrip("'\n")
+    planned = json.loads(say("plan", "--json", *TINY, remedy, "lora.r=4").out)["runs"]
+    plain = json.loads(say("plan", "--json", *TINY, "lora.r=4").out)["runs"]
+    assert planned[0]["trainable_parameters"] > plain[0]["trainable_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "holds"),
+    [
+        (["-x"], "got '-x'"),
+        (["--jsno"], "got '--jsno' (did you mean '--json'?)"),
+        (["--cfg", "job"], "`lorabench train --cfg job` prints the config"),
+        (["-m", "--smok", "seed=0,1"], "(did you mean '--smoke'?)"),
+    ],
+)
+def test_an_unknown_flag_of_plan_names_the_valid_ones(flags, holds, no_model):
+    said = say("plan", *TINY, *flags)
+    assert said.code == 2 and said.out == "" and len(said.lines) == 1
+    assert said.err.startswith("plan: a flag must be one of -m, --multirun, --json, --smoke, ")
+    assert holds in said.err
 
 
 def test_a_traceback_only_when_asked_for():
@@ -445,6 +479,34 @@ def test_a_failing_run_does_not_end_the_sweep_and_is_tried_again(tmp_path, monke
     found = {record["config"]["lora"]["r"]: record for record in records(tmp_path).values()}
     assert found[4]["status"] == "finished" and found[4]["error"] is None
     assert adapter_files(tmp_path)[found[8]["run_id"]] == finished
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_grid_point_that_is_another_run_becomes_what_that_became(tmp_path, monkeypatch, fails):
+    """Two spellings of the default scale: one run, told twice and only once it has ended."""
+    if fails:
+        monkeypatch.setattr(adapters, "save", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    command = [*TINY, "lora.alpha_ratio=null,2", f"output_dir={tmp_path}"]
+    task = cli.Train()
+    kept, packs = task.plan(*cli.compose(["-m", *command]), 16)
+    assert packs == [[0]] and kept == {}
+    (first,) = task.run([0])
+    assert set(kept) == {1} and kept[1]["label"] == "lora.alpha_ratio=2"
+    for key in ("run_id", "status", "folder", "error"):
+        assert kept[1][key] == first[key]
+    assert first["status"] == ("failed" if fails else "finished")
+
+
+def test_the_line_about_the_same_run_comes_behind_that_run(tmp_path):
+    said = say("train", "-m", *TINY, "lora.alpha_ratio=null,2", f"output_dir={tmp_path}")
+    assert said.code == 0 and len(records(tmp_path)) == 1
+    assert said.lines[0] == "0 of 2 runs are kept from before, 1 to train, 1 the same as another"
+    trained, same, last = said.lines[-3:]
+    assert trained.startswith("run 1/1  lora.alpha_ratio=null  finished")
+    assert same == "lora.alpha_ratio=2  finished: the same run as lora.alpha_ratio=null"
+    assert "1 of 1 runs done" in last
+    said = say("train", "-m", *TINY, "lora.alpha_ratio=null,2", f"output_dir={tmp_path}")
+    assert said.lines[0] == "2 of 2 runs are kept from before, 0 to train"
 
 
 def test_asking_hydra_for_the_config_trains_nothing(tmp_path):

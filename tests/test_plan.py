@@ -91,7 +91,7 @@ def test_regex_list_and_exclude(tiny_folder: Callable[[str], Path]) -> None:
     ("overrides", "message"),
     [
         (["target_modules.names=[q_porj,v_proj]"], "unmatched: 'q_porj' (did you mean 'q_proj'?)"),
-        (["target_modules.names=q_proj"], "PEFT refuses 'q_proj'"),
+        (["target_modules.names=q_proj"], "matches none (did you mean '.*\\.q_proj', or a list"),
         (
             ["target_modules.names=[q_proj]", "target_modules.exclude=[v_proj]"],
             "unmatched: 'v_proj'",

@@ -52,12 +52,14 @@ def launch(
         return results
 
     labels = [" ".join(filter_overrides(overrides)) for overrides in job_overrides]
-    # `kept` are results of an earlier command by job; `packs` lists the jobs that train together.
+    # `packs` lists the jobs that train together; `kept` are results by job of all others, some of
+    # them known only when a pack has run.
     kept, packs = plan([_task_config(job) for job in jobs], labels, pack_size)
-    returns: dict[int, JobReturn] = {i: _kept_return(jobs[i], result) for i, result in kept.items()}
+    returns: dict[int, JobReturn] = {}
     for members in packs:
         returns |= _run_pack(context, task_function, jobs, members)
         configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+    returns |= {i: _kept_return(jobs[i], result) for i, result in kept.items()}
     return [returns[i] for i in range(len(jobs))]
 
 

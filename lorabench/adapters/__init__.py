@@ -4,6 +4,7 @@ PEFT decides which modules are wrapped, their shapes and scales; this room resol
 PEFT sees them, seeds every module by its name, and reads and writes plain PEFT folders.
 """
 
+from lorabench.adapters.anatomy import experts
 from lorabench.adapters.dropout import Clock, KeyedDropout, key_dropout
 from lorabench.adapters.files import adapter_state, save, state_hash
 from lorabench.adapters.inject import (
@@ -21,7 +22,7 @@ from lorabench.adapters.inject import (
     trainable,
 )
 from lorabench.adapters.seeding import initial_a, key
-from lorabench.adapters.targets import resolve_modules
+from lorabench.adapters.targets import notes, resolve_modules
 
 __all__ = [
     "ADAPTER",
@@ -34,10 +35,12 @@ __all__ = [
     "attach_skeleton",
     "check_bias",
     "check_init",
+    "experts",
     "initial_a",
     "key",
     "key_dropout",
     "lora_layers",
+    "notes",
     "owner",
     "peft_config",
     "resolve_modules",

@@ -71,6 +71,14 @@ def _explain(error: BaseException) -> list[str] | None:
     )
     if found and "not in" in text:
         key = found[1]
+        whole = re.match(r"(lora\.(?:rank|alpha)_pattern)\.(.+)", key)
+        if whole:
+            value = re.search(rf"\+{re.escape(key)}=(\S+)", text)
+            one = f"{whole[2]}:{value[1] if value else 8}"
+            return [
+                f"{whole[1]}: must be given as one mapping; got the key '{whole[2]}' alone; "
+                f"write '{whole[1]}={{{one}}}'"
+            ]
         return [
             f"{key}: no such key; got {did_you_mean(key, keys())}; "
             "`lorabench train --cfg job` prints all keys"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lorabench.cli.composing import compose, conf_folder, refuse_values, register
 from lorabench.cli.mistakes import fail
+
+PLAN_FLAGS = ("-m", "--multirun", "--json", "--smoke", "-h", "--help")
 
 
 class Train:
@@ -21,6 +23,8 @@ class Train:
     def __init__(self) -> None:
         self.outcomes: list[Any] = []
         self.jobs: list[Any] = []
+        self.kept: dict[int, dict[str, Any]] = {}  # results of jobs that are not trained, by job
+        self.twins: dict[int, list[int]] = {}  # grid points that are the same run, by the first
 
     def __call__(self, cfg: Any) -> dict[str, Any]:
         """One run by itself, or under another launcher than packed."""
@@ -33,33 +37,33 @@ class Train:
     def plan(
         self, configs: list[Any], labels: list[str], pack_size: int = 1
     ) -> tuple[dict[int, dict[str, Any]], list[list[int]]]:
-        """All jobs planned: results kept from earlier commands, and packs of those to train."""
+        """All jobs planned: results that need no training, and packs of those that do.
+
+        A grid point that is the same run as another gets its result in `run`, after its twin.
+        """
         import dataclasses
 
         from lorabench import runner, sweep
         from lorabench.config import ConfigErrors
 
         self.jobs = sweep.plan_jobs(configs, labels)
-        kept, todo = {}, []
-        first: dict[str, int] = {}
+        self.kept, self.twins = {}, {}
+        todo, first = [], {}
         for i, job in enumerate(self.jobs):
             outcome = sweep.earlier(job)
             if outcome is not None:
-                kept[i] = dataclasses.asdict(outcome)
+                self.kept[i] = dataclasses.asdict(outcome)
                 self.outcomes.append(outcome)
             elif job.plan.run_id not in first:
                 first[job.plan.run_id] = i
                 todo.append(i)
-            else:  # two grid points that are the same run
-                outcome = sweep.Outcome(
-                    job.plan.run_id, job.label, "finished", job.plan.folder, kept=True
-                )
-                kept[i] = dataclasses.asdict(outcome)
+            else:
+                self.twins.setdefault(first[job.plan.run_id], []).append(i)
         packs = self._packs(todo, pack_size)
         if stale := runner.stale_checkpoints([[self.jobs[i] for i in pack] for pack in packs]):
             raise ConfigErrors(stale)
         self._display(todo)
-        return kept, packs
+        return self.kept, packs
 
     def _packs(self, todo: list[int], limit: int) -> list[list[int]]:
         """Which of the jobs to train do so together."""
@@ -76,9 +80,10 @@ class Train:
 
         self.display = Display(len(todo), sum(self.jobs[i].config.trainer.steps for i in todo))
         if len(self.jobs) > len(todo):
+            same = len(self.jobs) - len(todo) - len(self.kept)
             self.display.say(
-                f"{len(self.jobs) - len(todo)} of {len(self.jobs)} runs are kept from before, "
-                f"{len(todo)} to train"
+                f"{len(self.kept)} of {len(self.jobs)} runs are kept from before, "
+                f"{len(todo)} to train" + (f", {same} the same as another" if same else "")
             )
 
     def run(self, members: list[int]) -> list[dict[str, Any]]:
@@ -89,6 +94,12 @@ class Train:
 
         with self.display:
             outcomes = runner.run_pack([self.jobs[i] for i in members], self.display)
+            for i, outcome in zip(members, outcomes, strict=True):
+                for twin in self.twins.get(i, ()):
+                    label = self.jobs[twin].label
+                    again = dataclasses.replace(outcome, label=label, kept=True)
+                    self.kept[twin] = dataclasses.asdict(again)
+                    self.display.say(f"{label}  {outcome.status}: the same run as {outcome.label}")
         self.outcomes += outcomes
         return [dataclasses.asdict(outcome) for outcome in outcomes]
 
@@ -146,19 +157,42 @@ def _closing(outcomes: list[Any]) -> int:
 
 
 def plan(arguments: list[str]) -> int:
-    """lorabench plan [-m] [--json] OVERRIDES"""
+    """lorabench plan [-m] [--json] [--smoke] OVERRIDES"""
+    unknown = [a for a in arguments if a.startswith("-") and a not in PLAN_FLAGS]
+    if unknown:
+        from lorabench.config import did_you_mean
+
+        config = "; `lorabench train --cfg job` prints the config" if "--cfg" in unknown else ""
+        return fail(
+            [
+                f"plan: a flag must be one of {', '.join(PLAN_FLAGS)}; "
+                f"got {did_you_mean(unknown[0], PLAN_FLAGS)}{config}"
+            ]
+        )
     from hydra_plugins.lorabench_launcher.packed_launcher import PackedLauncherConf
     from lorabench import machine, show, sweep
 
     as_json = "--json" in arguments
     if "-h" in arguments or "--help" in arguments:
         print(
-            "lorabench plan [-m] [--json] KEY=VALUE ...\n\n"
-            "what `lorabench train` with the same words would do"
+            "lorabench plan [-m] [--json] [--smoke] KEY=VALUE ...\n\n"
+            "what `lorabench train` with the same words would do\n\n"
+            "--json   the same for programs, with every adapted module\n"
+            "--smoke  also two steps of every pack on two examples, and its adapters reloaded;\n"
+            "         exit code 1 where that fails"
         )
         return 0
-    jobs = sweep.plan_jobs(*compose([a for a in arguments if a != "--json"]))
+    jobs = sweep.plan_jobs(*compose([a for a in arguments if a not in ("--json", "--smoke")]))
     memory = machine.free_memory(machine.choose_device(jobs[0].config.trainer.device))
     packs = sweep.form_packs(jobs, PackedLauncherConf.pack_size, memory)
-    show.plan(jobs, packs, as_json)
-    return 0
+    attempts: list[Any] = []
+
+    def tried() -> Iterator[Any]:
+        from lorabench import smoke
+
+        for members in packs:
+            attempts.append(smoke.attempt([jobs[i] for i in members]))
+            yield attempts[-1]
+
+    show.plan(jobs, packs, as_json, tried() if "--smoke" in arguments else ())
+    return 1 if any(attempt.error is not None for attempt in attempts) else 0

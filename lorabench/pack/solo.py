@@ -133,6 +133,12 @@ class ModulePack:
             return self.head.scored(hidden, batch.targets_SN)
 
     @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits of every row, (R, N, V)."""
+        with autocast(self.configs[0], self.device):
+            return self.head.logits(self.head.hidden(batch.input_ids_SBT[0], batch))
+
+    @torch.no_grad()
     def generate(self, input_ids_BL: Tensor, mask_BL: Tensor, **settings: Any) -> Tensor:
         """Greedy continuations, (R, B, L')."""
         self.tree.eval()

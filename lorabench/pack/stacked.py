@@ -78,7 +78,7 @@ def why_alone(
         return "DoRA rescales the base weight"
     if config.lora.init not in ("default", "gaussian"):
         return f"init={config.lora.init} changes the base weight"
-    if any(p.dim() == 3 for p in skeleton.parameters()):
+    if adapters.experts(skeleton):
         return "experts route tokens of all runs together"
     tree = dict(skeleton.named_modules())
     for name in modules:
@@ -239,7 +239,9 @@ class StackedPack:
         if below and all(found) and len({match[1] for match in found if match}) == 1:
             first = min(int(match[2]) for match in found if match)
             layers = self.tree.get_submodule(cast(Any, found[0])[1])
-            layers[first].register_forward_pre_hook(self._repeat, with_kwargs=True)
+            # Hidden states are repeated once, before the first; masks are handed to every layer.
+            for layer in layers[first:]:
+                layer.register_forward_pre_hook(self._repeat, with_kwargs=True)
             self.repeats_inside = True
         self.repeat_size: int | None = None  # B while a shared batch runs
 
@@ -248,7 +250,7 @@ class StackedPack:
             return None
 
         def spread(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.dim() and value.shape[0] == self.repeat_size:
+            if isinstance(value, Tensor) and value.dim() > 1 and len(value) == self.repeat_size:
                 return value.repeat(self.size, *[1] * (value.dim() - 1))
             if isinstance(value, tuple):
                 return tuple(map(spread, value))
@@ -328,6 +330,13 @@ class StackedPack:
         self._refresh()
         with autocast(self.configs[0], self.device):
             return self.head.scored(self._hidden(batch), batch.targets_SN.expand(self.size, -1))
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits of every row, (R, N, V)."""
+        self._refresh()
+        with autocast(self.configs[0], self.device):
+            return self.head.logits(self._hidden(batch))
 
     @torch.no_grad()
     def generate(self, input_ids_BL: Tensor, mask_BL: Tensor, **settings: Any) -> Tensor:

@@ -1,7 +1,7 @@
 """One pack from its plan to its finished records."""
 
 from lorabench.runner.members import pack_id, stale_checkpoints
-from lorabench.runner.run import run_pack
+from lorabench.runner.run import make_pack, run_pack
 from lorabench.runner.shared import SHARED, Shared
 
-__all__ = ["SHARED", "Shared", "pack_id", "run_pack", "stale_checkpoints"]
+__all__ = ["SHARED", "Shared", "make_pack", "pack_id", "run_pack", "stale_checkpoints"]

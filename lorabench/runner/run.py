@@ -86,7 +86,8 @@ def run_pack(jobs: list[Job], display: Display) -> list[Outcome]:
     return outcomes
 
 
-def _make_pack(base: Any, jobs: list[Job], device: str) -> Any:
+def make_pack(base: Any, jobs: list[Job], device: str) -> Any:
+    """The runs of these jobs on one base, ready to train."""
     from lorabench.pack import ModulePack, StackedPack
 
     configs = [job.config for job in jobs]
@@ -109,7 +110,7 @@ def _train_and_record(members: list[Member], display: Display) -> None:
     tokenizer = SHARED.tokenizer(config)
     splits, notes = SHARED.splits(config)
     base, checksum = SHARED.base(config, device)
-    pack = _make_pack(base, jobs, device)
+    pack = make_pack(base, jobs, device)
     for run, member in enumerate(members):
         entry, trainer = member.entry, member.job.config.trainer
         entry.provenance = provenance

@@ -1,0 +1,151 @@
+"""A pack tried before its day of GPU: two steps on two examples, then back by plain PEFT.
+
+Uses the runs' own model, tokenizer, data and settings, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from lorabench import adapters, data, machine
+from lorabench import model as base_model
+from lorabench.config import ConfigErrors
+from lorabench.pack import Batch
+from lorabench.pack.solo import autocast
+from lorabench.runner import SHARED, make_pack
+from lorabench.sweep import Job
+from lorabench.train import train
+
+log = logging.getLogger(__name__)
+
+STEPS = 2  # B moves in the first, A in the second
+EXAMPLES = 2
+ROWS = 8  # of each example's completion whose logits are compared: a vocabulary is large
+# Largest relative difference of logits: roundings (6e-8; 4e-3 in bfloat16) of products of other
+# shapes, layer upon layer. Some architectures compute parts of a float64 forward in float32.
+BOUNDS = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 5e-2}
+
+
+@dataclass
+class Attempt:
+    """How a pack fared."""
+
+    runs: list[str]  # run ids
+    error: str | None  # None: all went well
+    logits_difference: float | None  # largest of the reloaded adapters, relative
+    seconds: float
+
+    def __str__(self) -> str:
+        size = f"{len(self.runs)} run{'s' if len(self.runs) > 1 else ''}"
+        if self.error is not None:
+            return f"{size}: failed: {self.error}"
+        return (
+            f"{size}: {STEPS} steps on {EXAMPLES} examples, adapters reloaded by plain PEFT, "
+            f"logits within {self.logits_difference:.1e}, {self.seconds:.0f} s"
+        )
+
+
+def attempt(jobs: list[Job]) -> Attempt:
+    """Try the runs of a pack; whatever goes wrong is told, never raised."""
+    begun, error, difference = time.perf_counter(), None, None
+    try:
+        difference = _there_and_back([_shortened(job) for job in jobs])
+    except ConfigErrors as refused:
+        error = "; ".join(refused.errors)
+    except Exception as failure:
+        log.info("smoke failed", exc_info=True)
+        first = (str(failure).strip().splitlines() or [""])[0]
+        error = f"{type(failure).__name__}: {first}"
+    ids = [job.plan.run_id for job in jobs]
+    return Attempt(ids, error, difference, time.perf_counter() - begun)
+
+
+def _shortened(job: Job) -> Job:
+    """The same run, a few steps long, at its full learning rate from the first."""
+    trainer = dataclasses.replace(
+        job.config.trainer,
+        steps=STEPS, batch_size=EXAMPLES, micro_batch_size=None, warmup_steps=0,
+    )  # fmt: skip
+    return dataclasses.replace(job, config=dataclasses.replace(job.config, trainer=trainer))
+
+
+def _there_and_back(jobs: list[Job]) -> float:
+    """Train, save, reload; the largest relative difference of logits."""
+    config = jobs[0].config  # what runs of a pack share: base, data, precision
+    machine.configure_torch(config)
+    device = machine.choose_device(config.trainer.device)
+    splits, _ = SHARED.splits(config)
+    base, checksum = SHARED.base(config, device)
+    tokens, pad_id = splits["train"].first(EXAMPLES), data.pad_id(SHARED.tokenizer(config))
+
+    pack = make_pack(base, jobs, device)
+    initial = [adapters.state_hash(pack.adapter_state(run)) for run in range(pack.size)]
+    for step in train(pack, tokens, pad_id):
+        for run in step.ended:
+            raise RuntimeError(
+                f"{jobs[run].label}: loss or gradient is not finite at step {step.step}"
+            )
+    length = data.padded_length(tokens, config.data.max_length)
+    input_ids, labels = data.batch(tokens, range(len(tokens)), length, pad_id)
+    batch = Batch.make([input_ids], [labels], ROWS, device)
+    logits_RNV = pack.logits(batch)
+
+    differences = []
+    with tempfile.TemporaryDirectory(prefix="lorabench-smoke-") as place:
+        for run, job in enumerate(jobs):
+            tensors, folder = pack.adapter_state(run), Path(place) / job.plan.run_id
+            if adapters.state_hash(tensors) == initial[run]:
+                raise RuntimeError(f"{job.label}: no weight of the adapter moved")
+            adapters.save(tensors, pack.settings(run), folder)
+            wrapped = _reloaded(base, folder)
+            _must_be_equal(job.label, adapters.adapter_state(wrapped), tensors)
+            difference = _difference(wrapped, batch, logits_RNV[run], job)
+            if not difference <= BOUNDS[config.trainer.dtype]:
+                raise RuntimeError(
+                    f"{job.label}: logits of the reloaded adapter are off by {difference:.1e}, "
+                    f"more than rounding"
+                )
+            differences.append(difference)
+    if base_model.checksum(base) != checksum:
+        SHARED.bases.clear()
+        raise RuntimeError("the frozen base changed")
+    return max(differences)
+
+
+def _reloaded(base: Any, folder: Path) -> PeftModel:
+    # An adapter with trained biases writes them into the modules it is loaded on.
+    tree = base_model.share(base, owned=lambda name: name.endswith("bias"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tied-layer warnings: the plan says it in full
+        return PeftModel.from_pretrained(tree, str(folder)).eval()
+
+
+def _must_be_equal(label: str, read: dict[str, Tensor], written: dict[str, Tensor]) -> None:
+    if set(read) != set(written):
+        differing = sorted(set(read) ^ set(written))
+        raise RuntimeError(f"{label}: PEFT does not read what was saved, such as {differing[0]}")
+    for name, tensor in written.items():
+        if not torch.equal(read[name].cpu(), tensor.detach().cpu().to(read[name].dtype)):
+            raise RuntimeError(f"{label}: {name} comes back with other values")
+
+
+@torch.no_grad()
+def _difference(wrapped: PeftModel, batch: Batch, logits_NV: Tensor, job: Job) -> float:
+    """|logits - PEFT's| / |PEFT's| over the rows that carry a loss."""
+    device = str(logits_NV.device)
+    with autocast(job.config, device):
+        theirs_BTV = wrapped(input_ids=batch.input_ids_SBT[0], use_cache=False).logits
+    there_N = batch.targets_SN[0] != data.IGNORED
+    theirs = theirs_BTV.flatten(0, 1)[batch.rows_SN[0][there_N]].double()
+    return float((logits_NV[there_N].double() - theirs).norm() / theirs.norm())

@@ -1,0 +1,126 @@
+"""Which PEFT, transformers and torch are installed, and what would need newer ones.
+
+Reads the metadata of installed packages, so that nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from importlib import metadata
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.version import InvalidVersion, Version
+
+from lorabench.config import Config
+
+SHOWN = ("peft", "transformers", "torch")
+# What some options need besides: key, value, package, least version, and what does without it.
+# None: the least version is the one lorabench itself requires.
+OPTIONS = (
+    (
+        "model.attn_implementation",
+        "flash_attention_2",
+        "flash-attn",
+        "2.3.3",  # transformers.utils.is_flash_attn_2_available
+        "model.attn_implementation=sdpa",
+    ),
+    ("data.source", "hub", "datasets", None, "data=jsonl"),
+    ("tracker.kind", "wandb", "wandb", None, "tracker=none"),
+)
+# The first transformers with an architecture, for checkpoints that do not say who saved them.
+ARCHITECTURES = {
+    "llama": "4.28", "mistral": "4.34", "mixtral": "4.36", "qwen2": "4.37", "gemma": "4.38",
+    "qwen2_moe": "4.40", "phi3": "4.41", "gemma2": "4.42", "granite": "4.45", "olmo2": "4.47",
+    "gemma3": "4.50", "gemma3_text": "4.50", "llama4": "4.51", "qwen3": "4.51",
+    "qwen3_moe": "4.51", "gemma3n": "4.53", "smollm3": "4.53", "gpt_oss": "4.55",
+    "qwen3_next": "4.57",
+}  # fmt: skip
+
+
+def installed(package: str) -> str | None:
+    """Its version, or None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def shown() -> dict[str, str | None]:
+    """The versions a plan names."""
+    return {package: installed(package) for package in SHOWN}
+
+
+@lru_cache
+def _required() -> dict[str, Requirement]:
+    """What lorabench's own metadata (pyproject.toml) asks for; empty where it is not installed."""
+    try:
+        lines = metadata.requires("lorabench") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    found = [Requirement(line) for line in lines]
+    return {one.name: one for one in found if one.marker is None}
+
+
+def check(config: Config) -> list[str]:
+    """What the installed packages are too old for: every run, and this run's options."""
+    errors = []
+    for package in SHOWN:
+        wanted, have = _required().get(package), installed(package)
+        if wanted is not None and not _fits(have, wanted):
+            errors.append(
+                f"versions: lorabench needs {wanted}; {_has(package, have)}; pip install '{wanted}'"
+            )
+    for key, value, package, least, instead in OPTIONS:
+        group, _, name = key.partition(".")
+        if getattr(getattr(config, group), name) != value:
+            continue
+        wanted = Requirement(f"{package}>={least}") if least else _required().get(package)
+        have = installed(package)
+        if wanted is not None and not _fits(have, wanted):
+            errors.append(
+                f"{key}: {value} needs {wanted}; {_has(package, have)}; pip install '{wanted}', "
+                f"or use {instead}"
+            )
+    return errors
+
+
+def _fits(have: str | None, wanted: Requirement) -> bool:
+    return have is not None and wanted.specifier.contains(have, prereleases=True)
+
+
+def _has(package: str, have: str | None) -> str:
+    return f"{have} is installed" if have else f"{package} is not installed"
+
+
+def unknown_architecture(content: dict[str, Any], known: Any) -> str | None:
+    """Why the installed transformers cannot build a checkpoint; None where it can.
+
+    Args:
+        content: the checkpoint's config.json.
+        known: the model types of the installed transformers.
+    """
+    model_type, have = content.get("model_type"), installed("transformers")
+    if model_type is None or model_type in known:
+        return None
+    law = f"transformers {have} does not know model_type '{model_type}'"
+    if content.get("auto_map"):
+        return (
+            f"{law}, and lorabench runs no code that a checkpoint brings along; use a version of "
+            f"transformers that has it, or another base"
+        )
+    least, saved = ARCHITECTURES.get(model_type), content.get("transformers_version")
+    if least is None and saved and have and _newer(saved, have):
+        least = saved
+        law += f" (the checkpoint was saved with {saved})"
+    if least is None:
+        return f"{law}, nor does any version known here; correct model_type in its config.json"
+    return f"{law}; it needs at least {least}; pip install -U 'transformers>={least}'"
+
+
+def _newer(one: str, other: str) -> bool:
+    try:
+        return Version(one) > Version(re.sub(r"\+.*", "", other))
+    except InvalidVersion:
+        return False
