@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from lorabench import data
+from lorabench import data, formats
 from lorabench import model as base_model
 from lorabench.config import Config, ConfigErrors, ModelConfig, lora_alpha, model_name, scale
 
@@ -56,6 +56,7 @@ class Plan(BaseModel):
     tracker: str
     warnings: list[str]
     alone: str | None  # why the run cannot share a base forward; None: it packs
+    exports: dict[str, str]  # adapter, merged, gguf: yes, or why not
     pack: dict[str, Any] = {}  # once it is formed: id, size, members
 
 
@@ -170,12 +171,13 @@ def make(config: Config) -> Plan:
     logits = tokens * text.vocab_size * 4 * 3
     base_bytes = sum(p.numel() * p.element_size() for p in base.parameters())
     warnings = _warnings(config, base)
+    saved = [head.module] if head.policy == "full" and head.module else []
     return Plan(
         run_id=run_id(config),
         folder=str(folder(config)),
         model=model_name(config.model),
         lora_modules=list(modules),
-        saved_modules=[head.module] if head.policy == "full" and head.module else [],
+        saved_modules=saved,
         trainable_parameters=trainable,
         total_parameters=total,
         scale=scale(config.lora),
@@ -196,6 +198,7 @@ def make(config: Config) -> Plan:
         tracker=tracker_address(config),
         warnings=warnings,
         alone=alone,
+        exports=formats.predict(base.config, modules, saved, config.lora, head.module, head.tied),
     )
 
 
@@ -209,10 +212,10 @@ def _head_plan(config: Config, base: Any) -> HeadPlan:
             f"'{model_name(config.model)}' has none; got {config.head.policy}"
         )
     consequence = {
-        "exclude": "frozen; the adapter merges and converts like any other",
+        "exclude": "frozen; the adapter merges like any other",
         "lora": (
-            "an adapter on a tied head: training and reloading are exact; merging needs the head "
-            "untied first (plain merge_and_unload also changes the embeddings), GGUF drops it"
+            "an adapter on a tied head: training and reloading are exact; `lorabench export` "
+            "unties it to merge (plain merge_and_unload also changes the embeddings)"
             if tied
             else "an adapter on an untied head: merges like any other module"
         ),

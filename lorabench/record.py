@@ -30,6 +30,7 @@ PACKAGES = (
     "tokenizers",
     "datasets",
     "safetensors",
+    "gguf",
     "hydra-core",
     "omegaconf",
     "wandb",
@@ -61,6 +62,18 @@ class Cost(BaseModel):
     share: float = 1.0
 
 
+class Exports(BaseModel):
+    """What the run's adapter can be written as (`lorabench export`): yes, or why not."""
+
+    adapter: str
+    merged: str
+    gguf: str  # a prediction: see lorabench/formats.py
+
+    @classmethod
+    def none(cls, reason: str) -> Exports:
+        return cls(adapter=reason, merged=reason, gguf=reason)
+
+
 class Record(BaseModel):
     """record.json."""
 
@@ -76,6 +89,7 @@ class Record(BaseModel):
     metrics: dict[str, dict[str, Metric]] = Field(default_factory=dict)  # split -> name -> value
     cost: Cost = Field(default_factory=Cost)
     hashes: dict[str, str] = Field(default_factory=dict)
+    exports: Exports | None = None  # None: written before exports were recorded
     notes: list[str] = Field(default_factory=list)
     steps_done: int = 0
     process: dict[str, Any] = Field(default_factory=dict)  # pid, host: who writes this record
