@@ -304,6 +304,11 @@ def load(model: ModelConfig, device: str) -> PreTrainedModel:
     return base.to(device).eval()
 
 
+def plain(model: ModelConfig, auto: Any, dtype_name: str) -> Any:
+    """The base as `auto`, an Auto class, loads it: its own config, nothing switched off, CPU."""
+    return _call(model, auto.from_pretrained, dtype=dtype(dtype_name)).eval()
+
+
 def tokenizer(model: ModelConfig) -> Any:
     """The base's own tokenizer."""
     from transformers import AutoTokenizer

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from lorabench import data, machine, stages, versions
+from lorabench import data, formats, machine, stages, versions
 from lorabench import model as base_model
 from lorabench.config import Config, ConfigErrors, ModelConfig, lora_alpha, model_name, scale
 
@@ -56,6 +56,7 @@ class Plan(BaseModel):
     tracker: str
     warnings: list[str]
     alone: str | None  # why the run cannot share a base forward; None: it packs
+    exports: dict[str, str]  # adapter, merged, gguf: yes, or why not
     pack: dict[str, Any] = {}  # once it is formed: id, size, members
 
 
@@ -127,7 +128,7 @@ class Resolved(NamedTuple):
 
     modules: list[str]  # that get an adapter
     trained: list[str]  # these, and modules that train a copy or a bias
-    count: int  # trainable parameters
+    num_trainable: int  # parameters
     alone: str | None  # why the run cannot share a base forward
     left_out: list[str]  # what all-linear and the like do not adapt
 
@@ -188,23 +189,26 @@ def make(config: Config) -> Plan:
     logits = tokens * text.vocab_size * 4 * 3
     base_bytes = sum(p.numel() * p.element_size() for p in base.parameters())
     warnings = [*_warnings(config), *resolved.left_out]
+    saved = [head.module] if head.policy == "full" and head.module else []
     return Plan(
         run_id=run_id(config),
         folder=str(folder(config)),
         model=model_name(config.model),
         lora_modules=list(resolved.modules),
-        saved_modules=[head.module] if head.policy == "full" and head.module else [],
-        trainable_parameters=resolved.count,
+        saved_modules=saved,
+        trainable_parameters=resolved.num_trainable,
         total_parameters=total,
         scale=scale(config.lora),
         head=head,
         base_bytes=RUNTIME_BYTES + base_bytes,
         memory_bytes=RUNTIME_BYTES
         + base_bytes
-        + 4 * weight_bytes * resolved.count
+        + 4 * weight_bytes * resolved.num_trainable
         + activations
         + logits,
-        disk_bytes=weight_bytes * resolved.count * (4 if config.trainer.checkpoint_every else 1)
+        disk_bytes=weight_bytes
+        * resolved.num_trainable
+        * (4 if config.trainer.checkpoint_every else 1)
         + 300_000,
         train_flops=4.0
         * total
@@ -214,6 +218,9 @@ def make(config: Config) -> Plan:
         tracker=tracker_address(config),
         warnings=warnings,
         alone=resolved.alone,
+        exports=formats.predict(
+            base.config, resolved.modules, saved, config.lora, head.module, head.tied
+        ),
     )
 
 
@@ -227,10 +234,10 @@ def _head_plan(config: Config, base: Any) -> HeadPlan:
             f"'{model_name(config.model)}' has none; got {config.head.policy}"
         )
     consequence = {
-        "exclude": "frozen; the adapter merges and converts like any other",
+        "exclude": "frozen; the adapter merges like any other",
         "lora": (
-            "an adapter on a tied head: training and reloading are exact; merging needs the head "
-            "untied first (plain merge_and_unload also changes the embeddings), GGUF drops it"
+            "an adapter on a tied head: training and reloading are exact; `lorabench export` "
+            "unties it to merge (plain merge_and_unload also changes the embeddings)"
             if tied
             else "an adapter on an untied head: merges like any other module"
         ),

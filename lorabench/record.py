@@ -30,6 +30,7 @@ PACKAGES = (
     "tokenizers",
     "datasets",
     "safetensors",
+    "gguf",
     "hydra-core",
     "omegaconf",
     "wandb",
@@ -70,6 +71,18 @@ class StageStart(BaseModel):
     lr: float  # of the first of its steps; the schedule times lr_scale
 
 
+class Exports(BaseModel):
+    """What the run's adapter can be written as (`lorabench export`): yes, or why not."""
+
+    adapter: str
+    merged: str
+    gguf: str  # a prediction: see lorabench/formats.py
+
+    @classmethod
+    def none(cls, reason: str) -> Exports:
+        return cls(adapter=reason, merged=reason, gguf=reason)
+
+
 class Record(BaseModel):
     """record.json."""
 
@@ -86,6 +99,7 @@ class Record(BaseModel):
     cost: Cost = Field(default_factory=Cost)
     hashes: dict[str, str] = Field(default_factory=dict)
     stages: list[StageStart] = Field(default_factory=list)  # what trained when, in order
+    exports: Exports | None = None  # None: written before exports were recorded
     notes: list[str] = Field(default_factory=list)
     steps_done: int = 0
     process: dict[str, Any] = Field(default_factory=dict)  # pid, host: who writes this record

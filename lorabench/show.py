@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,6 +135,10 @@ def plan(
     for reason in dict.fromkeys(job.plan.alone for job in jobs if job.plan.alone):
         who = next(job.label for job in jobs if job.plan.alone == reason)
         out.print(f"alone     {who}: {reason}")
+    answers = Counter(answer for job in jobs for answer in job.plan.exports.items())
+    for (kind, reason), number in answers.items():
+        if reason != "yes":
+            out.print(f"export    {number} run{'s' if number > 1 else ''}, no {kind}: {reason}")
     for modules, count in _module_sets(jobs):
         out.print(f"modules   {count}: {_shorten(modules)}")
     out.print(

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 from lorabench.cli.composing import compose, conf_folder, register
+from lorabench.cli.exporting import export
 from lorabench.cli.mistakes import fail, guarded
 from lorabench.cli.reading import compare, runs
 from lorabench.cli.training import Train, plan, train
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         "plan": plan,
         "runs": runs,
         "compare": compare,
+        "export": export,
     }
     if verb not in handlers:
         from lorabench.config import did_you_mean

@@ -5,6 +5,7 @@ VERBS = {
     "plan": "show and check what train would do; trains nothing",
     "runs": "list every run of a sweep and its status",
     "compare": "table of a sweep: one row a setting, spread over seeds",
+    "export": "a run's adapter, or base and adapter merged, checked against the run",
 }
 EXAMPLES = """\
 examples:
@@ -12,5 +13,6 @@ examples:
   lorabench train -m head=exclude,lora lora.r=16,32 four runs
   lorabench compare outputs/default                 their table
   lorabench plan -m experiment=lm_head              what a sweep will do
+  lorabench export outputs/default/ID --to merged PATH  a transformers folder, checked
   lorabench train --cfg job                         every key and its value
 """

@@ -118,6 +118,7 @@ def open_member(job: Job, jobs: list[Job]) -> Member:
             config=dataclasses.asdict(job.config),
             plan=planned.model_dump(),
             provenance={},
+            exports=record.Exports.none("the run has not finished"),
             process=record.this_process(),
             started=record.now(),
         ),
@@ -133,6 +134,8 @@ def close(member: Member, seconds: float) -> None:
         entry.error = f"{type(member.error).__name__}: {first[0] if first else ''}".rstrip(": ")
         if isinstance(member.error, ConfigErrors):
             entry.error = "; ".join(member.error.errors)
+    if entry.status == "finished":
+        entry.exports = record.Exports(**entry.plan["exports"])
     entry.cost.total_seconds = round(seconds, 3)
     entry.ended = record.now()
     entry.process = {}

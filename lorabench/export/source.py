@@ -1,0 +1,124 @@
+"""The run an export starts from: finished, on the base it was trained on.
+
+Imports without torch: what is wrong with a command shows at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorabench import model as base_model
+from lorabench import record
+from lorabench.config import Config, ConfigErrors, ModelConfig, nearest, typed
+
+DTYPES = ("float32", "bfloat16", "float16")
+AUTO_CLASSES = {"causal_lm": "AutoModelForCausalLM"}  # task -> transformers class
+
+
+@dataclass
+class Run:
+    """A finished run."""
+
+    folder: Path
+    entry: record.Record
+    config: Config
+
+    @property
+    def model(self) -> ModelConfig:
+        """Where the base is; a hub base at the very commit the run had."""
+        commit = self.entry.provenance["revision"]
+        return dataclasses.replace(self.config.model, revision=commit or None)
+
+    @property
+    def auto_class(self) -> Any:
+        """The transformers class that loads base and merged folder."""
+        import transformers
+
+        return getattr(transformers, AUTO_CLASSES[self.config.task])
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype of the base's weights, as far as a folder is written in it."""
+        name = self.config.model.dtype
+        return name if name in DTYPES else "float32"
+
+
+def open_run(folder: Path) -> Run:
+    """The run in a folder.
+
+    Raises:
+        ConfigErrors: no run there, or one that has not finished; names the nearest.
+    """
+    from omegaconf import OmegaConf
+
+    entry = record.read(folder)
+    if entry is None:
+        raise ConfigErrors(
+            f"RUN: must be the folder of a run (with record.json); {_what_is(folder)}"
+            f"{_finished_near(folder)}"
+        )
+    if entry.status != "finished":
+        why = f" ({entry.error})" if entry.error else ""
+        raise ConfigErrors(
+            f"RUN: must have finished; '{folder}' is {entry.status}{why}{_finished_near(folder)}"
+        )
+    return Run(folder, entry, typed(OmegaConf.create(entry.config)))
+
+
+def _what_is(folder: Path) -> str:
+    if not folder.exists():
+        return f"'{folder}' does not exist"
+    if (folder / "record.json").exists():
+        return f"'{folder / 'record.json'}' is no record"
+    return f"'{folder}' has none"
+
+
+def _finished_near(folder: Path) -> str:
+    """The finished runs in a sweep's folder, or beside a run's, nearest name first."""
+    place = folder
+    while not place.is_dir() and place != place.parent:
+        place = place.parent
+    for level in (place, place.parent):
+        names = [
+            path.name
+            for path, entry in record.find(level)
+            if entry.status == "finished" and path != folder
+        ]
+        if names:
+            close = nearest(folder.name, names, 3)
+            shown = [*close, *(name for name in names if name not in close)][:3]
+            more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+            return f"; finished in {level}: {', '.join(shown)}{more}"
+    return ""
+
+
+def check_base(run: Run) -> None:
+    """Refuse a base that is not, byte for byte, the one the run was trained on."""
+    errors = base_model.check(run.model)
+    if errors:
+        raise ConfigErrors(errors)
+    now = base_model.identity(run.model)
+    for key in ("hub", "revision", "weights"):
+        then = run.entry.provenance[key]
+        if now[key] != then:
+            raise ConfigErrors(
+                f"model.path: must be the base run {run.entry.run_id} was trained on, {key} "
+                f"{then or 'none'}; '{run.model.path}' has {now[key] or 'none'}; put that base "
+                f"back in its place"
+            )
+
+
+def check_path(path: Path) -> None:
+    """Refuse a place where something is: an export never overwrites."""
+    if path.is_dir() and any(path.iterdir()):
+        raise ConfigErrors(
+            f"PATH: must not exist or be an empty folder; '{path}' holds "
+            f"{len(list(path.iterdir()))} files; give another"
+        )
+    if path.exists() and not path.is_dir():
+        raise ConfigErrors(
+            f"PATH: must not exist or be an empty folder; '{path}' is a file; give another"
+        )
