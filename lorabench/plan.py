@@ -55,6 +55,7 @@ class Plan(BaseModel):
     train_flops: float  # estimate: 4 x parameters FLOPs a token, for all steps
     tracker: str
     warnings: list[str]
+    labels: list[str] = []  # of a classification: its classes, in the order of their numbers
     alone: str | None  # why the run cannot share a base forward; None: it packs
     pack: dict[str, Any] = {}  # once it is formed: id, size, members
 
@@ -111,19 +112,23 @@ def _writable(place: Path) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _skeleton(key: str) -> Any:
-    return base_model.skeleton(ModelConfig(**json.loads(key)))
+def _skeleton(key: str, classes: int) -> Any:
+    return base_model.skeleton(ModelConfig(**json.loads(key)), classes)
 
 
-def skeleton(model: ModelConfig) -> Any:
-    """The base on the meta device, built once for all runs of a process."""
-    return _skeleton(json.dumps(dataclasses.asdict(model), sort_keys=True))
+def skeleton(model: ModelConfig, classes: int = 0) -> Any:
+    """The base on the meta device, built once for all runs of a process.
+
+    Args:
+        classes: of a classification; 0: a language model.
+    """
+    return _skeleton(json.dumps(dataclasses.asdict(model), sort_keys=True), classes)
 
 
 _RESOLVED: dict[str, tuple[list[str], int, str | None]] = {}
 
 
-def _modules(config: Config) -> tuple[list[str], int, str | None]:
+def _modules(config: Config, base: Any) -> tuple[list[str], int, str | None]:
     """Adapted modules, trainable parameters, and why the run trains alone if it does.
 
     Learnt on a skeleton, once per distinct adapter.
@@ -133,8 +138,8 @@ def _modules(config: Config) -> tuple[list[str], int, str | None]:
 
     groups = (config.model, config.target_modules, config.head, config.lora)
     key = json.dumps([dataclasses.asdict(group) for group in groups], sort_keys=True)
+    key += f" {config.task} {base.config.num_labels}"
     if key not in _RESOLVED:
-        base = skeleton(config.model)
         modules = adapters.resolve_modules(base, config)
         adapters.check_bias(base, config, modules)
         adapters.check_init(base, config, modules)
@@ -151,8 +156,11 @@ def make(config: Config) -> Plan:
         ConfigErrors: names that match nothing, a base that cannot be had, options that would
             train nothing.
     """
-    base = skeleton(config.model)
-    modules, trainable, alone = _modules(config)
+    labels: list[str] = []
+    if config.task == "seq_cls":
+        labels = data.labels_of(config.data, data.content_hash(config.data))
+    base = skeleton(config.model, len(labels))
+    modules, trainable, alone = _modules(config, base)
     head = _head_plan(config, base)
     total = base_model.num_parameters(base)
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
@@ -167,7 +175,7 @@ def make(config: Config) -> Plan:
     activation = 2 if config.trainer.dtype == "bfloat16" else weight_bytes
     layers = 1 if config.trainer.gradient_checkpointing else text.num_hidden_layers
     activations = tokens * text.hidden_size * layers * 34 * activation
-    logits = tokens * text.vocab_size * 4 * 3
+    logits = tokens * (len(labels) or text.vocab_size) * 4 * 3
     base_bytes = sum(p.numel() * p.element_size() for p in base.parameters())
     warnings = _warnings(config, base)
     return Plan(
@@ -195,6 +203,7 @@ def make(config: Config) -> Plan:
         * config.data.max_length,
         tracker=tracker_address(config),
         warnings=warnings,
+        labels=labels,
         alone=alone,
     )
 
@@ -222,6 +231,8 @@ def _head_plan(config: Config, base: Any) -> HeadPlan:
             else "a trained copy of the head, saved with the adapter"
         ),
     }[config.head.policy]
+    if config.task == "seq_cls":
+        consequence = "trained from a draw of seeds.init, saved with the adapter"
     return HeadPlan(policy=config.head.policy, module=name, tied=tied, consequence=consequence)
 
 
@@ -237,6 +248,9 @@ def _warnings(config: Config, base: Any) -> list[str]:
             f"{len(experts)} expert parameters (such as {experts[0]}) are no linear layers: "
             f"they get no adapter"
         )
+    was = [name for name in base.config.architectures or () if "SequenceClassification" in name]
+    if config.task == "seq_cls" and was:
+        found.append(f"the checkpoint is a classifier itself ({was[0]}): its head is replaced")
     where = base_model.location(config.model)
     if Path(where).is_dir():
         original = AutoConfig.from_pretrained(where)

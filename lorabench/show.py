@@ -109,6 +109,8 @@ def plan(jobs: list[Job], packs: list[list[int]], as_json: bool) -> None:
         f"training  {config.trainer.steps} steps of {config.trainer.batch_size} examples, "
         f"lr {config.trainer.lr:g} {config.trainer.schedule}, computed in {config.trainer.dtype}"
     )
+    if first.plan.labels:
+        out.print(f"classes   {len(first.plan.labels)}: {', '.join(first.plan.labels[:12])}")
     for policy in dict.fromkeys(job.plan.head.policy for job in jobs):
         head = next(job.plan.head for job in jobs if job.plan.head.policy == policy)
         out.print(f"head      {policy} ({head.module}): {head.consequence}")

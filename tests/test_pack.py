@@ -1,7 +1,7 @@
 """Packed = solo: packs of several runs against stock PEFT, autograd and torch.optim.
 
 The reference is `get_peft_model` on a freshly loaded base and a hand-written loop, never another
-pack. BERT is a decoder here: its classification task is not in this version.
+pack. BERT is a decoder here, with a bias on its head; tests/test_classify.py has the encoder.
 """
 
 from __future__ import annotations
@@ -85,8 +85,7 @@ def mixture(kind: str, folder: Path, dropout: float, *common: str) -> list[Confi
             *common,
             "model=local",
             f"model.path={folder}",
-            # A copy of BERT's head would train its bias too, which a pack does not do.
-            *(w.format(one=one, two=two) for w in words if (kind, w) != ("bert", "head=full")),
+            *(w.format(one=one, two=two) for w in words),
             f"lora.bias={bias}",
             f"lora.lora_dropout={dropout if i % 2 else 0}",
             f"seeds.init={i}",
@@ -158,7 +157,7 @@ class Stock:
                     rank_pattern=dict(lora.rank_pattern or {}),
                     alpha_pattern=dict(lora.alpha_pattern or {}),
                     target_modules=plan.make(config).lora_modules,
-                    modules_to_save=["lm_head"] if config.head.policy == "full" else None,
+                    modules_to_save=plan.make(config).saved_modules or None,
                     bias=lora.bias,  # type: ignore[arg-type]
                 ),
             )

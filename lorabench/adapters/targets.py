@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorabench import model as base_model
+from lorabench import tasks
 from lorabench.config import Config, ConfigErrors, did_you_mean, model_name
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def resolve_modules(skeleton: PreTrainedModel, config: Config) -> list[str]:
         chosen = targets.names
         if isinstance(chosen, list):
             _must_match("target_modules.names", chosen, skeleton)
+        if config.task == "seq_cls":
+            _must_spare(head_name or "", targets.names)
     if not chosen:
         raise ConfigErrors(
             f"target_modules: '{targets.select}' must match a linear layer of base model "
@@ -102,6 +105,19 @@ def _ends_with(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
 
 
+def _must_spare(head: str, names: str | list[str]) -> None:
+    """Refuse names that hold a classifier's head, which PEFT would leave out without a word."""
+    if isinstance(names, str):
+        found = re.fullmatch(names, head) is not None
+    else:
+        found = any(_ends_with(head, name) for name in names)
+    if found:
+        raise ConfigErrors(
+            f"target_modules.names: must leave out the head ({head}), which task=seq_cls trains in "
+            f"full; got {names!r}"
+        )
+
+
 def _must_match(
     key: str, names: Iterable[str], skeleton: PreTrainedModel, among: list[str] | None = None
 ) -> None:
@@ -126,7 +142,7 @@ def _wrapped_by_peft(
             warnings.simplefilter("ignore")
             wrapped = get_peft_model(
                 base_model.share(skeleton),
-                LoraConfig(r=1, target_modules=chosen, task_type="CAUSAL_LM"),
+                LoraConfig(r=1, target_modules=chosen, task_type=tasks.PEFT_TYPES[config.task]),
                 low_cpu_mem_usage=True,
             )
     except (ValueError, TypeError) as error:

@@ -92,7 +92,8 @@ def _make_pack(base: Any, jobs: list[Job], device: str) -> Any:
     modules = [job.plan.lora_modules for job in jobs]
     if jobs[0].plan.alone is not None:
         return ModulePack(base, configs[0], modules[0], device)
-    return StackedPack(base, plan.skeleton(configs[0].model), configs, modules, device)
+    skeleton = plan.skeleton(configs[0].model, len(jobs[0].plan.labels))
+    return StackedPack(base, skeleton, configs, modules, device)
 
 
 def _train_and_record(members: list[Member], display: Display) -> None:
@@ -106,8 +107,9 @@ def _train_and_record(members: list[Member], display: Display) -> None:
     memory = machine.PeakMemory(device)
     provenance = record.provenance(device) | base_model.identity(config.model)
     tokenizer = SHARED.tokenizer(config)
-    splits, notes = SHARED.splits(config)
-    base, checksum = SHARED.base(config, device)
+    labels = jobs[0].plan.labels
+    splits, notes = SHARED.splits(config, labels)
+    base, checksum = SHARED.base(config, device, len(labels))
     pack = _make_pack(base, jobs, device)
     for run, member in enumerate(members):
         entry, trainer = member.entry, member.job.config.trainer
