@@ -134,7 +134,7 @@ class Stock:
             bias=lora.bias,  # type: ignore[arg-type]
         )
         self.wrapped = get_peft_model(stock_model(config), settings)
-        assert not set_peft_model_state_dict(self.wrapped, initial).unexpected_keys
+        assert not set_peft_model_state_dict(self.wrapped, dict(initial)).unexpected_keys
         self.wrapped.eval()  # the base's own dropouts are off, as in lorabench
         self.clock = adapters.Clock(config.seeds.dropout, training=True)
         adapters.key_dropout(self.wrapped, self.clock)
@@ -349,7 +349,8 @@ def test_adapters_reload_in_plain_peft_to_the_recorded_scores(
     from safetensors.torch import load_file
 
     words = [*words_of(folders.get(kind, kind), texts), "trainer.steps=40", "trainer.lr=3e-3"]
-    command = ["train", "-m", *words, "lora.r=2,4", f"output_dir={tmp_path}"]
+    sweep = "lora.bias=none,all" if kind == "bert" else "lora.r=2,4"
+    command = ["train", "-m", *words, sweep, f"output_dir={tmp_path}"]
     assert cli.main([*command, "trainer.num_threads=1"]) == 0
     config = composed(*words)
     tokenizer = t.AutoTokenizer.from_pretrained(base_model.location(config.model))
@@ -365,7 +366,13 @@ def test_adapters_reload_in_plain_peft_to_the_recorded_scores(
         parts = ["weight", "bias"] if kind == "bert" else ["weight"]
         modules = record["plan"]["lora_modules"]
         keys = {f"base_model.model.{m}.lora_{x}.weight" for m in modules for x in "AB"}
-        assert set(state) == keys | {f"base_model.model.{head}.{part}" for part in parts}
+        keys |= {f"base_model.model.{head}.{part}" for part in parts}
+        if record["config"]["lora"]["bias"] == "all":
+            owners = [n.removesuffix(".bias") for n, _ in stock_model(config).named_parameters()
+                      if n.endswith(".bias") and not n.startswith(head)]  # fmt: skip
+            keys |= {f"base_model.model.{m}.base_layer.bias" for m in owners if m in modules}
+            keys |= {f"base_model.model.{m}.bias" for m in owners if m not in modules}
+        assert set(state) == keys
         assert sum(p.numel() for p in state.values()) == record["plan"]["trainable_parameters"]
 
         model = PeftModel.from_pretrained(stock_model(config), folder / "adapter").eval()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -723,12 +724,18 @@ def moe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["lora.init=pissa"], "pissa"),
         (["target_modules=custom", "target_modules.names=[embed_tokens,q_proj]"], "Embedding"),
         (["model=local", "model.path=MOE", "target_modules=attention"], "experts"),
+        (["model=local", "model.path=BERT", "head=full", "lora.bias=all"], "saves untrained"),
     ],
 )
 def test_what_does_not_pack_trains_alone_and_says_why(
-    words: list[str], reason: str, moe_folder: Path, tmp_path: Path
+    words: list[str],
+    reason: str,
+    moe_folder: Path,
+    tiny_folder: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
-    words = [word.replace("MOE", str(moe_folder)) for word in words]
+    folders = {"MOE": moe_folder, "BERT": tiny_folder("bert")}
+    words = [re.sub("MOE|BERT", lambda found: str(folders[found[0]]), word) for word in words]
     arguments = [*FAST, *words, "trainer.steps=3", "lora.r=4"]
     alone = plan.make(composed(*arguments)).alone
     assert alone is not None and reason in alone

@@ -92,15 +92,17 @@ def why_alone(
     head = base_model.output_head(skeleton)
     if head is None or not isinstance(head[1], nn.Linear):
         return "the head is no linear layer"
-    for place in places(wrapped):
+    found = places(wrapped)
+    for place in found:
         if place.kind == "other":
             return f"{place.state_name} is trained"
         if place.kind == "copy" and place.module != head[0]:
             return f"{place.module} is trained in full"
-        if place.kind == "copy_bias" and config.lora.bias == "all":
-            return "PEFT saves the bias of a trained head under three names with bias=all"
         if place.kind == "bias" and not isinstance(tree[place.module], BIAS_OWNERS):
             return f"{place.module} is a {type(tree[place.module]).__name__}"
+    trained = {place.state_name for place in found}
+    for name in sorted(trained ^ set(adapters.adapter_state(wrapped))):
+        return f"PEFT {'trains but does not save' if name in trained else 'saves untrained'} {name}"
     return None
 
 
