@@ -20,7 +20,7 @@ NOT_A_SETTING = (
     "trainer.log_every",
 )
 # Metrics where more is better; of the others less is.
-HIGHER_IS_BETTER = {"exact_match", "answer"}
+HIGHER_IS_BETTER = {"exact_match", "answer", "accuracy"}
 
 
 def flatten(content: Any, prefix: str = "") -> dict[str, Any]:

@@ -8,6 +8,7 @@ Definitions (the number after the slash goes up when one changes):
                    which is when greedy decoding writes exactly the completion
     answer/1       1 where the last match of data.answer_pattern in a greedy generation equals the
                    last match in the reference completion, spaces, commas, '$' and a final '.' aside
+    accuracy/1     1 where the likeliest class is the example's; `nll` is then that of its class
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ from lorabench import data
 from lorabench.config import DataConfig
 from lorabench.pack import Batch, ModulePack, StackedPack
 
-DEFINITIONS = {"nll": "nll/1", "exact_match": "exact_match/1", "answer": "answer/1"}
+DEFINITIONS = {
+    "nll": "nll/1",
+    "exact_match": "exact_match/1",
+    "answer": "answer/1",
+    "accuracy": "accuracy/1",
+}
 
 
 def evaluate(
@@ -39,6 +45,8 @@ def evaluate(
         tokens: the tokenised split, already cut to the examples to score.
         metrics: out of DEFINITIONS.
     """
+    is_classes = bool(tokens.labels)
+    right = "accuracy" if is_classes else "exact_match"
     settings = pack.configs[0]
     size = settings.trainer.eval_batch_size
     count = len(tokens)
@@ -54,7 +62,7 @@ def evaluate(
         input_ids, labels = data.batch(tokens, indices, length, pad_id)
         batch = Batch.make([input_ids], [labels], width, pack.device)
         nll_RN, argmax_RN = (part.cpu().numpy() for part in pack.score(batch))
-        targets_BW = batch.targets_SN[0].cpu().numpy().reshape(len(indices), width)
+        targets_BW = batch.targets_SN[0].cpu().numpy().reshape(len(indices), -1)
         there_BW = targets_BW != data.IGNORED
         for run in range(pack.size):
             nll_BW = np.where(there_BW, nll_RN[run].reshape(there_BW.shape).astype(np.float64), 0)
@@ -62,7 +70,10 @@ def evaluate(
             nll[run, indices] = nll_BW.sum(1) / there_BW.sum(1)
             exact[run, indices] = ((argmax_BW == targets_BW) | ~there_BW).all(1)
             rows = [ids[there] for ids, there in zip(argmax_BW, there_BW, strict=True)]
-            written = tokenizer.batch_decode(rows, skip_special_tokens=True)
+            if is_classes:
+                written = [tokens.labels[int(ids[0])] for ids in rows]
+            else:
+                written = tokenizer.batch_decode(rows, skip_special_tokens=True)
             for i, text in zip(indices, written, strict=True):
                 texts[run][i] = text
     tables = []
@@ -70,9 +81,9 @@ def evaluate(
         table = pd.DataFrame({"example": tokens.ids})
         if "nll" in metrics:
             table["nll"] = nll[run]
-        if "exact_match" in metrics:
-            table["exact_match"] = exact[run]
-        table["teacher_forced"] = texts[run]
+        if right in metrics:
+            table[right] = exact[run]
+        table["predicted" if is_classes else "teacher_forced"] = texts[run]
         tables.append(table)
     return tables
 

@@ -12,13 +12,14 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench import versions
-from lorabench.config import ConfigErrors, ModelConfig, nearest
+from lorabench import tasks, versions
+from lorabench.config import ConfigErrors, ModelConfig, model_name, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -247,11 +248,14 @@ def _must_be_reachable(model: ModelConfig) -> None:
         ) from error
 
 
-def architecture(model: ModelConfig) -> Any:
+def architecture(model: ModelConfig, classes: int = 0) -> Any:
     """The transformers config, base dropouts at zero.
 
     Only lora_dropout is an experiment's business: masks inside the base would tie a run's
     randomness to what else is computed.
+
+    Args:
+        classes: of a classification; 0: a language model.
     """
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -269,36 +273,51 @@ def architecture(model: ModelConfig) -> Any:
         for key, value in list(vars(part).items()):
             if isinstance(value, float) and re.search(r"dropout|pdrop", key) and value:
                 setattr(part, key, 0.0)
+    if classes:
+        config.num_labels = classes
     return config
 
 
-def skeleton(model: ModelConfig) -> PreTrainedModel:
+def skeleton(model: ModelConfig, classes: int = 0) -> PreTrainedModel:
     """The model on the meta device: every name and shape, no weights."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    config = architecture(model)
+    config = architecture(model, classes)
+    loader = tasks.model_class(config, classes, model_name(model))
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            built = loader.from_config(
                 config, attn_implementation=model.attn_implementation, dtype=dtype(model.dtype)
             )
     except (ValueError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigErrors(f"model.path: '{model.path}' cannot be built: {first}") from error
+    tasks.check(built, classes, model_name(model))
+    return built
 
 
-def load(model: ModelConfig, device: str) -> PreTrainedModel:
-    """The frozen base on its device, in evaluation mode, no parameter trainable."""
-    from transformers import AutoModelForCausalLM
+def load(model: ModelConfig, device: str, classes: int = 0) -> PreTrainedModel:
+    """The frozen base on its device, in evaluation mode, no parameter trainable.
 
-    base = _call(
-        model,
-        AutoModelForCausalLM.from_pretrained,
-        config=architecture(model),
-        attn_implementation=model.attn_implementation,
-        dtype=dtype(model.dtype),
-    )
+    Args:
+        classes: of a classification, whose head is zero here; 0: a language model.
+    """
+    config = architecture(model, classes)
+    options: dict[str, Any] = {}
+    if classes:  # a checkpoint that is a classifier itself may have another number of classes
+        options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    with _quiet_loading(bool(classes)):
+        base = _call(
+            model,
+            tasks.model_class(config, classes, model_name(model)).from_pretrained,
+            config=config,
+            attn_implementation=model.attn_implementation,
+            dtype=dtype(model.dtype),
+            **options,
+        )
+    if classes:
+        base, loaded = base
+        tasks.blank_head(base, loaded, model_name(model))
     base.requires_grad_(False)
     base.config.use_cache = False
     return base.to(device).eval()
@@ -307,6 +326,20 @@ def load(model: ModelConfig, device: str) -> PreTrainedModel:
 def plain(model: ModelConfig, auto: Any, dtype_name: str) -> Any:
     """The base as `auto`, an Auto class, loads it: its own config, nothing switched off, CPU."""
     return _call(model, auto.from_pretrained, dtype=dtype(dtype_name)).eval()
+
+
+@contextmanager
+def _quiet_loading(quiet: bool) -> Iterator[None]:
+    """Keep transformers' report of a head that is new, as it must be, off the screen."""
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    if quiet:
+        transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def tokenizer(model: ModelConfig) -> Any:
@@ -331,6 +364,8 @@ def share(
 
 def output_head(base: PreTrainedModel) -> tuple[str, nn.Module] | None:
     """Name and module of the output layer; None where the model has none."""
+    if tasks.is_classifier(base):
+        return tasks.classifier(base)
     head = base.get_output_embeddings()
     if head is None:
         return None

@@ -55,6 +55,7 @@ class Plan(BaseModel):
     train_flops: float  # estimate: 4 x parameters FLOPs a token, for all steps
     tracker: str
     warnings: list[str]
+    labels: list[str] = []  # of a classification: its classes, in the order of their numbers
     alone: str | None  # why the run cannot share a base forward; None: it packs
     exports: dict[str, str]  # adapter, merged, gguf: yes, or why not
     pack: dict[str, Any] = {}  # once it is formed: id, size, members
@@ -114,13 +115,17 @@ def _writable(place: Path) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _skeleton(key: str) -> Any:
-    return base_model.skeleton(ModelConfig(**json.loads(key)))
+def _skeleton(key: str, classes: int) -> Any:
+    return base_model.skeleton(ModelConfig(**json.loads(key)), classes)
 
 
-def skeleton(model: ModelConfig) -> Any:
-    """The base on the meta device, built once for all runs of a process."""
-    return _skeleton(json.dumps(dataclasses.asdict(model), sort_keys=True))
+def skeleton(model: ModelConfig, classes: int = 0) -> Any:
+    """The base on the meta device, built once for all runs of a process.
+
+    Args:
+        classes: of a classification; 0: a language model.
+    """
+    return _skeleton(json.dumps(dataclasses.asdict(model), sort_keys=True), classes)
 
 
 class Resolved(NamedTuple):
@@ -136,7 +141,7 @@ class Resolved(NamedTuple):
 _RESOLVED: dict[str, Resolved] = {}
 
 
-def _resolve(config: Config) -> Resolved:
+def _resolve(config: Config, base: Any) -> Resolved:
     """Names, counts and reasons of a run.
 
     Learnt on a skeleton, once per distinct adapter.
@@ -146,8 +151,8 @@ def _resolve(config: Config) -> Resolved:
 
     groups = (config.model, config.target_modules, config.head, config.lora)
     key = json.dumps([dataclasses.asdict(group) for group in groups], sort_keys=True)
+    key += f" {config.task} {base.config.num_labels}"
     if key not in _RESOLVED:
-        base = skeleton(config.model)
         modules = adapters.resolve_modules(base, config)
         adapters.check_bias(base, config, modules)
         adapters.check_init(base, config, modules)
@@ -167,8 +172,11 @@ def make(config: Config) -> Plan:
         ConfigErrors: names that match nothing, a base that cannot be had, options that would
             train nothing, modules that no stage trains.
     """
-    base = skeleton(config.model)
-    resolved = _resolve(config)
+    labels: list[str] = []
+    if config.task == "seq_cls":
+        labels = data.labels_of(config.data, data.content_hash(config.data))
+    base = skeleton(config.model, len(labels))
+    resolved = _resolve(config, base)
     wrong = stages.errors(config.stages, resolved.trained)
     if wrong:
         raise ConfigErrors(wrong)
@@ -186,9 +194,9 @@ def make(config: Config) -> Plan:
     activation = 2 if config.trainer.dtype == "bfloat16" else weight_bytes
     layers = 1 if config.trainer.gradient_checkpointing else text.num_hidden_layers
     activations = tokens * text.hidden_size * layers * 34 * activation
-    logits = tokens * text.vocab_size * 4 * 3
+    logits = tokens * (len(labels) or text.vocab_size) * 4 * 3
     base_bytes = sum(p.numel() * p.element_size() for p in base.parameters())
-    warnings = [*_warnings(config), *resolved.left_out]
+    warnings = [*_warnings(config, base), *resolved.left_out]
     saved = [head.module] if head.policy == "full" and head.module else []
     return Plan(
         run_id=run_id(config),
@@ -217,6 +225,7 @@ def make(config: Config) -> Plan:
         * config.data.max_length,
         tracker=tracker_address(config),
         warnings=warnings,
+        labels=labels,
         alone=resolved.alone,
         exports=formats.predict(
             base.config, resolved.modules, saved, config.lora, head.module, head.tied
@@ -247,15 +256,20 @@ def _head_plan(config: Config, base: Any) -> HeadPlan:
             else "a trained copy of the head, saved with the adapter"
         ),
     }[config.head.policy]
+    if config.task == "seq_cls":
+        consequence = "trained from a draw of seeds.init, saved with the adapter"
     return HeadPlan(policy=config.head.policy, module=name, tied=tied, consequence=consequence)
 
 
-def _warnings(config: Config) -> list[str]:
+def _warnings(config: Config, base: Any) -> list[str]:
     from transformers import AutoConfig
 
     found = []
     if config.trainer.warmup_steps >= config.trainer.steps:
         found.append("trainer.warmup_steps: the whole run is warm-up, lr never reaches its peak")
+    was = [name for name in base.config.architectures or () if "SequenceClassification" in name]
+    if config.task == "seq_cls" and was:
+        found.append(f"the checkpoint is a classifier itself ({was[0]}): its head is replaced")
     where = base_model.location(config.model)
     if Path(where).is_dir():
         original = AutoConfig.from_pretrained(where)

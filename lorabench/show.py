@@ -126,6 +126,8 @@ def plan(
     for text in dict.fromkeys(stages.describe(job.config.stages) for job in jobs):
         if text:
             out.print(f"stages    {text}")
+    if first.plan.labels:
+        out.print(f"classes   {len(first.plan.labels)}: {', '.join(first.plan.labels[:12])}")
     for policy in dict.fromkeys(job.plan.head.policy for job in jobs):
         head = next(job.plan.head for job in jobs if job.plan.head.policy == policy)
         out.print(f"head      {policy} ({head.module}): {head.consequence}")

@@ -85,8 +85,9 @@ def _there_and_back(jobs: list[Job]) -> float:
     config = jobs[0].config  # what runs of a pack share: base, data, precision
     machine.configure_torch(config)
     device = machine.choose_device(config.trainer.device)
-    splits, _ = SHARED.splits(config)
-    base, checksum = SHARED.base(config, device)
+    labels = jobs[0].plan.labels
+    splits, _ = SHARED.splits(config, labels)
+    base, checksum = SHARED.base(config, device, len(labels))
     tokens, pad_id = splits["train"].first(EXAMPLES), data.pad_id(SHARED.tokenizer(config))
 
     pack = make_pack(base, jobs, device)
@@ -97,8 +98,8 @@ def _there_and_back(jobs: list[Job]) -> float:
                 f"{jobs[run].label}: loss or gradient is not finite at step {step.step}"
             )
     length = data.padded_length(tokens, config.data.max_length)
-    input_ids, labels = data.batch(tokens, range(len(tokens)), length, pad_id)
-    batch = Batch.make([input_ids], [labels], ROWS, device)
+    input_ids, targets = data.batch(tokens, range(len(tokens)), length, pad_id)
+    batch = Batch.make([input_ids], [targets], 0 if labels else ROWS, device)
     logits_RNV = pack.logits(batch)
 
     differences = []
@@ -144,8 +145,17 @@ def _must_be_equal(label: str, read: dict[str, Tensor], written: dict[str, Tenso
 def _difference(wrapped: PeftModel, batch: Batch, logits_NV: Tensor, job: Job) -> float:
     """|logits - PEFT's| / |PEFT's| over the rows that carry a loss."""
     device = str(logits_NV.device)
+    inputs = {"input_ids": batch.input_ids_SBT[0]}
+    if batch.there_SNT is not None:  # a classification: one row an example
+        inputs["attention_mask"] = batch.there_SNT[0].long()
+        inner: Any = wrapped.get_base_model()
+        pad_id = data.pad_id(SHARED.tokenizer(job.config))
+        inner.config.get_text_config().pad_token_id = pad_id
+        with autocast(job.config, device):
+            theirs = wrapped(**inputs).logits.double()
+        return float((logits_NV.double() - theirs).norm() / theirs.norm())
     with autocast(job.config, device):
-        theirs_BTV = wrapped(input_ids=batch.input_ids_SBT[0], use_cache=False).logits
+        theirs_BTV = wrapped(**inputs, use_cache=False).logits
     there_N = batch.targets_SN[0] != data.IGNORED
     theirs = theirs_BTV.flatten(0, 1)[batch.rows_SN[0][there_N]].double()
     return float((logits_NV[there_N].double() - theirs).norm() / theirs.norm())

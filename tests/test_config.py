@@ -57,7 +57,7 @@ def refused_values(*overrides: str) -> list[str]:
 
 
 OUT_OF_RANGE = [  # override, how its only error begins, what it must also hold
-    ("task=seq_cls", "task: must be one of causal_lm", "'seq_cls'"),
+    ("task=seq_clas", "task: must be one of causal_lm, seq_cls", "(did you mean 'seq_cls'?)"),
     ("trainer.dtype=float33", "trainer.dtype: must be one of", "(did you mean 'float32'?)"),
     ("model.attn_implementation=sdap", "model.attn_implementation: must be one of", "'sdpa'"),
     ("head.policy=loar", "head.policy: must be one of exclude, lora, full", "'lora'"),

@@ -1,13 +1,14 @@
 """Packed = solo: packs of several runs against stock PEFT, autograd and torch.optim.
 
 The reference is `get_peft_model` on a freshly loaded base and a hand-written loop, never another
-pack. BERT is a decoder here: its classification task is not in this version.
+pack. BERT is a decoder here, with a bias on its head; tests/test_classify.py has the encoder.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -94,8 +95,7 @@ def mixture(kind: str, folder: Path, dropout: float, *common: str) -> list[Confi
             "model=local",
             f"model.path={folder}",
             *(["model.attn_implementation=eager"] if kind == "gemma2" else []),
-            # A copy of BERT's head would train its bias too, which a pack does not do.
-            *(w.format(one=one, two=two) for w in words if (kind, w) != ("bert", "head=full")),
+            *(w.format(one=one, two=two) for w in words),
             f"lora.bias={bias}",
             f"lora.lora_dropout={dropout if i % 2 else 0}",
             f"seeds.init={i}",
@@ -169,7 +169,7 @@ class Stock:
                     rank_pattern=dict(lora.rank_pattern or {}),
                     alpha_pattern=dict(lora.alpha_pattern or {}),
                     target_modules=plan.make(config).lora_modules,
-                    modules_to_save=["lm_head"] if config.head.policy == "full" else None,
+                    modules_to_save=plan.make(config).saved_modules or None,
                     bias=lora.bias,  # type: ignore[arg-type]
                 ),
             )
@@ -739,12 +739,18 @@ def moe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["lora.init=pissa"], "pissa"),
         (["target_modules=custom", "target_modules.names=[embed_tokens,q_proj]"], "Embedding"),
         (["model=local", "model.path=MOE", "target_modules=attention"], "experts"),
+        (["model=local", "model.path=BERT", "head=full", "lora.bias=all"], "saves untrained"),
     ],
 )
 def test_what_does_not_pack_trains_alone_and_says_why(
-    words: list[str], reason: str, moe_folder: Path, tmp_path: Path
+    words: list[str],
+    reason: str,
+    moe_folder: Path,
+    tiny_folder: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
-    words = [word.replace("MOE", str(moe_folder)) for word in words]
+    folders = {"MOE": moe_folder, "BERT": tiny_folder("bert")}
+    words = [re.sub("MOE|BERT", lambda found: str(folders[found[0]]), word) for word in words]
     arguments = [*FAST, *words, "trainer.steps=3", "lora.r=4"]
     alone = plan.make(composed(*arguments)).alone
     assert alone is not None and reason in alone

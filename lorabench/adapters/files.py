@@ -33,7 +33,12 @@ def adapter_state(wrapped: PeftModel) -> dict[str, Tensor]:
     """What a saved adapter holds, under PEFT's names; never a weight of the base."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False)
+        state = get_peft_model_state_dict(
+            wrapped, adapter_name=ADAPTER, save_embedding_layers=False
+        )
+    # With bias=all PEFT lists the bias of a trained head three times.
+    again = (".modules_to_save.", ".original_module.")
+    return {name: tensor for name, tensor in state.items() if not any(a in name for a in again)}
 
 
 def save(tensors: Mapping[str, Tensor], settings: LoraConfig, folder: Path) -> str:

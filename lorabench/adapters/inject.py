@@ -15,7 +15,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lorabench import model as base_model
-from lorabench.adapters.seeding import initial_a
+from lorabench import tasks
+from lorabench.adapters.seeding import drawn_head, initial_a
 from lorabench.config import Config, ConfigErrors, lora_alpha, model_name
 
 if TYPE_CHECKING:
@@ -32,8 +33,10 @@ def peft_config(config: Config, modules: list[str], head_name: str | None) -> Lo
     bias: Any = lora.bias
     alpha: Any = lora_alpha(lora)  # PEFT says int and takes any number
     init: Any = True if lora.init == "default" else lora.init
+    # Of a classifier PEFT itself names the head to save.
+    copied = config.head.policy == "full" and config.task != "seq_cls"
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=tasks.PEFT_TYPES[config.task],
         base_model_name_or_path=base_model.location(config.model),
         revision=config.model.revision,
         r=lora.r,
@@ -46,7 +49,7 @@ def peft_config(config: Config, modules: list[str], head_name: str | None) -> Lo
         rank_pattern=dict(lora.rank_pattern or {}),
         alpha_pattern=dict(lora.alpha_pattern or {}),
         target_modules=list(modules),
-        modules_to_save=[head_name] if config.head.policy == "full" and head_name else None,
+        modules_to_save=[head_name] if copied and head_name else None,
     )
 
 
@@ -77,6 +80,11 @@ def attach(base: PreTrainedModel, config: Config, modules: list[str]) -> PeftMod
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
+    if config.task == "seq_cls" and head:
+        copy_of_head: Any = wrapped.get_base_model().get_submodule(head[0])
+        with torch.no_grad():
+            for part, parameter in copy_of_head.modules_to_save[ADAPTER].named_parameters():
+                parameter.copy_(initial_head(base, config, part))
     return wrapped
 
 
@@ -171,6 +179,22 @@ def seed_weights(wrapped: nn.Module, config: Config) -> None:
             drawn = drawn * weight.shape[1]
         with torch.no_grad():
             weight.copy_(drawn)
+
+
+def initial_head(base: PreTrainedModel, config: Config, part: str) -> Tensor:
+    """What a run's copy of the head starts from: the base's, or of a classifier, a draw.
+
+    Args:
+        part: weight or bias.
+    """
+    head = base_model.output_head(base)
+    assert head is not None
+    name, module = head
+    own: Tensor = getattr(module, part)
+    if config.task != "seq_cls" or part == "bias":
+        return own  # a classifier's is zero
+    std = getattr(base.config.get_text_config(), "initializer_range", 0.02)  # as transformers does
+    return drawn_head(config.seeds.init, name, own.shape[0], own.shape[1], std)
 
 
 def lora_layers(wrapped: nn.Module) -> dict[str, LoraLayer]:

@@ -35,3 +35,10 @@ def initial_a(seed: int, name: str, r: int, in_features: int, init: str = "defau
             bound = math.sqrt(6 / ((1 + 5) * in_features))
             rows.append(row.uniform_(-bound, bound, generator=generator))
     return torch.stack(rows)
+
+
+def drawn_head(seed: int, name: str, classes: int, in_features: int, std: float) -> Tensor:
+    """The initial weight of a classification head, N(0, std^2), float32, on the CPU."""
+    generator = torch.Generator().manual_seed(key("head", seed, name))
+    rows = [torch.empty(in_features).normal_(0, std, generator=generator) for _ in range(classes)]
+    return torch.stack(rows)

@@ -14,6 +14,7 @@ from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
 from lorabench import model as base_model
+from lorabench import tasks
 from lorabench.adapters import anatomy
 from lorabench.config import Config, ConfigErrors, did_you_mean, model_name, nearest
 
@@ -79,6 +80,11 @@ def resolve_modules(skeleton: PreTrainedModel, config: Config) -> list[str]:
             f"target_modules.names out of: {worth_naming}"
         )
     if head_name in chosen and targets.select == "custom":
+        if config.task == "seq_cls":
+            raise ConfigErrors(
+                f"target_modules.names: must leave out the head ({head_name}), which task=seq_cls "
+                f"trains in full; got {targets.names!r}"
+            )
         raise ConfigErrors(
             f"target_modules.names: the head ({head_name}) belongs to the head policy; got "
             f"{targets.names!r}; leave it out and use head=lora"
@@ -267,7 +273,7 @@ def _must_wrap(skeleton: PreTrainedModel, chosen: list[str], config: Config) -> 
             warnings.simplefilter("ignore")
             wrapped = get_peft_model(
                 base_model.share(skeleton),
-                LoraConfig(r=1, target_modules=chosen, task_type="CAUSAL_LM"),
+                LoraConfig(r=1, target_modules=chosen, task_type=tasks.PEFT_TYPES[config.task]),
                 low_cpu_mem_usage=True,
             )
     except (ValueError, TypeError) as error:

@@ -10,9 +10,10 @@ from typing import Any
 from lorabench.config.errors import did_you_mean
 from lorabench.config.schema import Config, DataConfig, LoraSettings
 
-TASKS = ("causal_lm",)
+TASKS = ("causal_lm", "seq_cls")
 DTYPES = ("float64", "float32", "bfloat16")
-METRICS = ("nll", "exact_match", "answer")
+METRICS = ("nll", "exact_match", "answer", "accuracy")
+METRICS_OF = {"causal_lm": ("nll", "exact_match", "answer"), "seq_cls": ("nll", "accuracy")}
 STAGE_KEYS = ("from_step", "train", "lr_scale")
 
 
@@ -37,6 +38,7 @@ class Found:
 def range_errors(config: Config) -> list[str]:
     """Every value of a config that is out of its range."""
     found = Found()
+    _task(found, config)
     _targets(found, config)
     _lora(found, config.lora)
     _data(found, config.data)
@@ -46,9 +48,37 @@ def range_errors(config: Config) -> list[str]:
     return found.errors
 
 
+def _task(found: Found, config: Config) -> None:
+    """What the task asks of the other groups."""
+    must, task, data = found.must, config.task, config.data
+    found.one_of("task", task, TASKS)
+    if task not in TASKS:
+        return
+    for metric in set(data.metric).intersection(METRICS).difference(METRICS_OF[task]):
+        remedy = f"use data.metric=[{','.join(METRICS_OF[task][:2])}]"
+        law = f"out of {', '.join(METRICS_OF[task])} with task={task}"
+        must(False, "data.metric", law, metric, remedy)
+    if task == "causal_lm":
+        remedy = "use task=seq_cls"
+        must(data.labels is None, "data.labels", f"null with task={task}", data.labels, remedy)
+        return
+    # A head that starts at random means nothing frozen, and an adapter on it nothing reloaded.
+    must(config.head.policy == "full", "head", f"full with task={task}, whose head starts anew",
+         config.head.policy, "use head=full")  # fmt: skip
+    labels = data.labels
+    must(
+        labels is None or len(set(labels)) == len(labels) >= 2,
+        "data.labels",
+        "at least two different labels, or null for those of the training set",
+        labels,
+    )
+    for key, value in (("chat_template", False), ("add_bos", True), ("add_eos", True)):
+        law = f"left out with task={task}, which takes the tokenizer's own special tokens"
+        must(getattr(data, key) == value, f"data.{key}", law, not value)
+
+
 def _targets(found: Found, config: Config) -> None:
     must, one_of = found.must, found.one_of
-    one_of("task", config.task, TASKS)
     one_of("model.dtype", config.model.dtype, DTYPES)
     one_of(
         "model.attn_implementation",

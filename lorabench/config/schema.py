@@ -85,6 +85,7 @@ class DataConfig:
     test: SourceConfig = field(default_factory=SourceConfig)
     prompt: str = "{prompt}"  # template over columns
     completion: str = "{completion}"  # template over columns
+    labels: list[str] | None = None  # task=seq_cls: the classes; None: train's completions, sorted
     split_by: str | None = None  # column whose hash splits; None: the prompt
     validation_fraction: float = 0.05  # taken from train where validation has no path
     test_fraction: float = 0.05  # taken from train where test has no path
@@ -156,7 +157,7 @@ class SeedsConfig:
 class Config:
     """One run."""
 
-    task: str = "causal_lm"
+    task: str = "causal_lm"  # causal_lm | seq_cls: the completion is a label of the prompt
     model: ModelConfig = field(default_factory=ModelConfig)
     target_modules: TargetModulesConfig = field(default_factory=TargetModulesConfig)
     head: HeadConfig = field(default_factory=HeadConfig)

@@ -6,6 +6,7 @@ sources   reading and checking: skills, jsonl files, datasets of the hub
 templates columns -> the text of prompt and completion
 splits    which example is in train, validation and test; the hash of them all
 tokens    prompt and completion as token ids
+labels    of a classification: the classes, and prompts as token ids
 batches   padding, labels, and the order of the training examples
 """
 
@@ -18,6 +19,7 @@ from lorabench.data.batches import (
     pad_id,
     padded_length,
 )
+from lorabench.data.labels import classify, labels_of
 from lorabench.data.sources import check
 from lorabench.data.splits import Example, Splits, content_hash, load
 from lorabench.data.tokens import Tokens, tokenise
@@ -29,7 +31,9 @@ __all__ = [
     "Tokens",
     "batch",
     "check",
+    "classify",
     "content_hash",
+    "labels_of",
     "load",
     "longest_completion",
     "order",

@@ -27,7 +27,7 @@ def padded_length(tokens: Tokens, max_length: int, multiple: int = 8) -> int:
 
 
 def longest_completion(tokens: Tokens) -> int:
-    """Tokens of the longest completion of a set, EOS included."""
+    """Tokens of the longest completion of a set, EOS included; 0 where labels take their place."""
     pairs = zip(tokens.input_ids, tokens.completion_start, strict=True)
     return max(len(ids) - start for ids, start in pairs)
 
@@ -45,6 +45,7 @@ def batch(
 
     Labels are the completion's ids at their own places, `IGNORED` on prompt and padding. They are
     not shifted (Hugging Face's convention): the loss compares logits at t with labels at t + 1.
+    Of a classification, the number of the example's class stands at its last token.
     """
     input_ids_BT = np.full((len(indices), length), pad_id, dtype=np.int64)
     labels_BT = np.full((len(indices), length), IGNORED, dtype=np.int64)
@@ -53,6 +54,8 @@ def batch(
         assert len(ids) <= length, f"example {index} has {len(ids)} tokens, the batch {length}"
         input_ids_BT[row, : len(ids)] = ids
         labels_BT[row, start : len(ids)] = ids[start:]
+        if tokens.label_ids:
+            labels_BT[row, len(ids) - 1] = tokens.label_ids[index]
     return input_ids_BT, labels_BT
 
 

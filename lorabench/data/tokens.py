@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorabench.config import ConfigErrors, DataConfig
@@ -20,6 +20,9 @@ class Tokens:
     indices: list[int]  # places in the list of examples
     num_too_long: int  # left out: longer than data.max_length tokens
     num_empty: int  # left out: the completion gave no token
+    # Of a classification, whose completions are no tokens but labels; else empty:
+    labels: list[str] = field(default_factory=list)  # the classes
+    label_ids: list[int] = field(default_factory=list)  # place in `labels`, one an example
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -32,6 +35,7 @@ class Tokens:
             completion_start=self.completion_start[:count],
             ids=self.ids[:count],
             indices=self.indices[:count],
+            label_ids=self.label_ids[:count],
         )
 
 

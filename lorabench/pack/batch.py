@@ -15,12 +15,13 @@ from lorabench.data import IGNORED
 class Batch:
     """Inputs of every run of a pack; one slab for all where the runs see the same examples.
 
-    Shapes: S = 1 where shared, else R.
+    Shapes: S = 1 where shared, else R; N = B in a classification, whose rows are its examples.
     """
 
     input_ids_SBT: Tensor
     rows_SN: Tensor  # rows of the flattened (B, T) that predict a completion token
     targets_SN: Tensor  # that token, IGNORED where the example has fewer than the widest
+    there_SNT: Tensor | None = None  # of a classification: which places hold a token
 
     @property
     def shared(self) -> bool:
@@ -34,14 +35,27 @@ class Batch:
 
         Args:
             width: completion tokens of the longest example there can be, so that shapes do not
-                depend on which examples a batch holds.
+                depend on which examples a batch holds; 0: a classification, whose labels stand at
+                each example's last token.
         """
+        if width == 0:
+            return cls._classification(np.stack(input_ids), np.stack(labels), device)
         chosen = [target_rows(one, width) for one in labels]
         return cls(
             torch.from_numpy(np.stack(input_ids)).to(device),
             torch.from_numpy(np.stack([rows for rows, _ in chosen])).to(device),
             torch.from_numpy(np.stack([targets for _, targets in chosen])).to(device),
         )
+
+    @classmethod
+    def _classification(cls, ids_SBT: np.ndarray, labels_SBT: np.ndarray, device: str) -> Batch:
+        last_SB1 = (labels_SBT != IGNORED).argmax(-1)[..., None]
+        targets_SB = np.take_along_axis(labels_SBT, last_SB1, -1)[..., 0]
+        slabs, size, length = ids_SBT.shape
+        rows_SB = np.tile(np.arange(size), (slabs, 1))
+        there_SBT = np.arange(length) <= last_SB1
+        arrays = (ids_SBT, rows_SB, targets_SB, there_SBT)
+        return cls(*(torch.from_numpy(array).to(device) for array in arrays))
 
 
 def target_rows(labels_BT: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:

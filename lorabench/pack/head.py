@@ -24,7 +24,7 @@ from lorabench.pack.rows import choose_rows
 CHUNK_BYTES = 1 << 28  # of float32 logits that exist at a time
 
 
-class _Result(nn.Module):
+class Result(nn.Module):
     """Stands where the body was and returns what it had computed."""
 
     def __init__(self, output: Any):
@@ -78,7 +78,7 @@ class RowHead:
     def logits(self, hidden_RND: Tensor) -> Tensor:
         """Logits, (R, N, V), at least float32."""
         body = self.parent._modules[self.name]
-        self.parent._modules[self.name] = _Result(self.output_class(last_hidden_state=hidden_RND))
+        self.parent._modules[self.name] = Result(self.output_class(last_hidden_state=hidden_RND))
         try:
             ids = torch.zeros(1, 1, dtype=torch.long, device=hidden_RND.device)
             logits = self.tree(input_ids=ids, use_cache=False).logits
@@ -93,7 +93,7 @@ class RowHead:
         """
         chunks = self._chunks(hidden_RND.shape[1])
         if len(chunks) == 1:
-            return self._cross_entropy(self.logits(hidden_RND), targets_RN)
+            return cross_entropy(self.logits(hidden_RND), targets_RN)
         parts = [
             checkpoint(self._nll_of, hidden_RND, targets_RN, chunk, use_reentrant=False)
             for chunk in chunks
@@ -105,7 +105,7 @@ class RowHead:
         nll, best = [], []
         for chunk in self._chunks(hidden_RND.shape[1]):
             logits = self.logits(hidden_RND[:, chunk])
-            nll.append(self._cross_entropy(logits, targets_RN[:, chunk]))
+            nll.append(cross_entropy(logits, targets_RN[:, chunk]))
             best.append(logits.argmax(-1))
         return torch.cat(nll, 1), torch.cat(best, 1)
 
@@ -118,17 +118,18 @@ class RowHead:
         for clock in self.clocks:
             clock.window = (chunk, hidden_RND.shape[1])
         try:
-            return self._cross_entropy(self.logits(hidden_RND[:, chunk]), targets_RN[:, chunk])
+            return cross_entropy(self.logits(hidden_RND[:, chunk]), targets_RN[:, chunk])
         finally:
             for clock in self.clocks:
                 clock.window = None
 
-    @staticmethod
-    def _cross_entropy(logits_RNV: Tensor, targets_RN: Tensor) -> Tensor:
-        nll = F.cross_entropy(
-            logits_RNV.flatten(0, 1),
-            targets_RN.reshape(-1),
-            reduction="none",
-            ignore_index=IGNORED,
-        )
-        return nll.reshape(targets_RN.shape)
+
+def cross_entropy(logits_RNV: Tensor, targets_RN: Tensor) -> Tensor:
+    """nll of every row, (R, N), zero where the target is ignored."""
+    nll = F.cross_entropy(
+        logits_RNV.flatten(0, 1),
+        targets_RN.reshape(-1),
+        reduction="none",
+        ignore_index=IGNORED,
+    )
+    return nll.reshape(targets_RN.shape)

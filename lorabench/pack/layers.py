@@ -210,9 +210,11 @@ class _PackedLora(torch.autograd.Function):
 class PackedHead(nn.Module):
     """The output layer where some runs train a full copy of it (head=full)."""
 
-    def __init__(self, base: nn.Module, weight_MOD: Stacked, anchor: Tensor):
+    def __init__(
+        self, base: nn.Module, weight_MOD: Stacked, bias_MO: Stacked | None, anchor: Tensor
+    ):
         super().__init__()
-        self.base, self.copies, self.anchor = base, weight_MOD, anchor
+        self.base, self.copies, self.biases, self.anchor = base, weight_MOD, bias_MO, anchor
         self.members = weight_MOD.members
 
     @property
@@ -231,20 +233,20 @@ class PackedHead(nn.Module):
         else:
             y_RNO = self.base(x).reshape(self.members.size, -1, own.shape[-1]).to(own.dtype)
             y_RNO = y_RNO.index_copy(0, torch.tensor(self.members.runs, device=x.device), own)
-        bias = getattr(self.base, "bias", None)
-        if bias is not None and self.members.is_all:
-            y_RNO = y_RNO + bias
         return y_RNO.reshape(*shape[:-1], y_RNO.shape[-1])
 
 
 class _PackedCopies(torch.autograd.Function):
-    """y = x W^T with one W a member."""
+    """y = x W^T + b with one W, and one b where the head has any, a member."""
 
     @staticmethod
     def forward(ctx: Any, x_MND: Tensor, anchor: Tensor | None, layer: PackedHead) -> Tensor:
         ctx.save_for_backward(x_MND)
         ctx.layer = layer
-        return torch.bmm(x_MND, layer.copies.for_compute().transpose(1, 2))
+        y_MNO = torch.bmm(x_MND, layer.copies.for_compute().transpose(1, 2))
+        if layer.biases is not None:
+            y_MNO += layer.biases.value.to(y_MNO.dtype)[:, None]
+        return y_MNO
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -252,6 +254,8 @@ class _PackedCopies(torch.autograd.Function):
         (x_MND,) = ctx.saved_tensors
         if ctx.layer.copies.active:
             ctx.layer.copies.add_product(g_MNO.transpose(1, 2), x_MND)
+            if ctx.layer.biases is not None:
+                ctx.layer.biases.add(g_MNO.sum(1))
         gx = torch.bmm(g_MNO, ctx.layer.copies.for_compute()) if ctx.needs_input_grad[0] else None
         return gx, None, None
 

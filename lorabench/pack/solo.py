@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lorabench import adapters
 from lorabench.config import Config
 from lorabench.pack.batch import Batch
+from lorabench.pack.classes import ClassHead
 from lorabench.pack.head import RowHead
 
 
@@ -31,6 +32,13 @@ def enable_checkpointing(tree: Any) -> None:
         tree, "activation_checkpointing_enable", tree.gradient_checkpointing_enable
     )
     enable({"use_reentrant": False})
+
+
+def make_head(tree: Any, clocks: list[adapters.Clock], config: Config) -> RowHead | ClassHead:
+    """What turns the body's result into losses, by task."""
+    if config.task == "seq_cls":
+        return ClassHead(tree, clocks)
+    return RowHead(tree, clocks, recomputed=config.trainer.gradient_checkpointing)
 
 
 class ModulePack:
@@ -52,9 +60,7 @@ class ModulePack:
         self.tree.train()  # base dropouts are zero; checkpointing asks for training mode
         if config.trainer.gradient_checkpointing:
             enable_checkpointing(self.tree)
-        self.head = RowHead(
-            self.tree, [self.clock], recomputed=config.trainer.gradient_checkpointing
-        )
+        self.head = make_head(self.tree, [self.clock], config)
         trainer = config.trainer
         self.optimizer = torch.optim.AdamW(
             [{"params": list(self.parameters.values()), "lr_scale": 1.0}],

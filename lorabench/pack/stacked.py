@@ -22,7 +22,6 @@ from lorabench import adapters
 from lorabench import model as base_model
 from lorabench.config import Config
 from lorabench.pack.batch import Batch
-from lorabench.pack.head import RowHead
 from lorabench.pack.layers import (
     BIAS_OWNERS,
     Members,
@@ -33,9 +32,15 @@ from lorabench.pack.layers import (
     Stacked,
 )
 from lorabench.pack.optimizer import StackedAdamW
-from lorabench.pack.solo import autocast, enable_checkpointing
+from lorabench.pack.solo import autocast, enable_checkpointing, make_head
 
 PREFIX = "base_model.model."
+KINDS = {
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "modules_to_save.weight": "copy",
+    "modules_to_save.bias": "copy_bias",
+}
 
 
 @dataclass
@@ -43,7 +48,7 @@ class Place:
     """One trained tensor of one run: what it is, and where it lies."""
 
     state_name: str  # its name in a saved adapter
-    kind: str  # lora_A | lora_B | copy | bias
+    kind: str  # lora_A | lora_B | copy | copy_bias | bias
     module: str  # its module's name in the base
     shape: tuple[int, ...]  # as PEFT saves it
 
@@ -56,11 +61,11 @@ def places(wrapped: PeftModel) -> list[Place]:
         state_name = name.replace(f".{adapters.ADAPTER}.", ".").replace(".modules_to_save.", ".")
         match = re.fullmatch(
             rf"(.*?)(?:\.base_layer)?\.(lora_A|lora_B|modules_to_save)"
-            rf"\.{adapters.ADAPTER}\.weight",
+            rf"\.{adapters.ADAPTER}\.(weight|bias)",
             inner,
         )
-        if match:
-            kind = "copy" if match[2] == "modules_to_save" else match[2]
+        kind = KINDS.get(f"{match[2]}.{match[3]}") if match else None
+        if match and kind:
             found.append(Place(state_name, kind, match[1], tuple(parameter.shape)))
         elif inner.endswith(".bias") and "modules_to_save" not in inner:
             module = inner.removesuffix(".bias").removesuffix(".base_layer")
@@ -87,15 +92,17 @@ def why_alone(
     head = base_model.output_head(skeleton)
     if head is None or not isinstance(head[1], nn.Linear):
         return "the head is no linear layer"
-    for place in places(wrapped):
+    found = places(wrapped)
+    for place in found:
         if place.kind == "other":
             return f"{place.state_name} is trained"
         if place.kind == "copy" and place.module != head[0]:
             return f"{place.module} is trained in full"
-        if place.kind == "copy" and getattr(head[1], "bias", None) is not None:
-            return "the head has a bias"
         if place.kind == "bias" and not isinstance(tree[place.module], BIAS_OWNERS):
             return f"{place.module} is a {type(tree[place.module]).__name__}"
+    trained = {place.state_name for place in found}
+    for name in sorted(trained ^ set(adapters.adapter_state(wrapped))):
+        return f"PEFT {'trains but does not save' if name in trained else 'saves untrained'} {name}"
     return None
 
 
@@ -130,9 +137,7 @@ class StackedPack:
         self.tree.train()  # base dropouts are zero; checkpointing asks for training mode
         if configs[0].trainer.gradient_checkpointing:
             enable_checkpointing(self.tree)
-        self.head = RowHead(
-            self.tree, self.clocks, recomputed=configs[0].trainer.gradient_checkpointing
-        )
+        self.head = make_head(self.tree, self.clocks, configs[0])
         self.optimizer = StackedAdamW(
             list(self.stacked.values()), [config.trainer for config in configs]
         )
@@ -174,8 +179,6 @@ class StackedPack:
 
     @torch.no_grad()
     def _fill(self, base: PreTrainedModel) -> None:
-        head = base_model.output_head(base)
-        assert head is not None
         for run, (config, found) in enumerate(zip(self.configs, self.places, strict=True)):
             for place in found:
                 view = self._view(run, place)
@@ -185,8 +188,9 @@ class StackedPack:
                         config.seeds.init, place.module, r, width, config.lora.init
                     )
                     view.copy_(drawn)
-                elif place.kind == "copy":
-                    view.copy_(cast(Tensor, head[1].weight))
+                elif place.kind in ("copy", "copy_bias"):
+                    part = "weight" if place.kind == "copy" else "bias"
+                    view.copy_(adapters.initial_head(base, config, part))
                 elif place.kind == "bias":
                     view.copy_(cast(Tensor, base.get_submodule(place.module).bias))
 
@@ -223,7 +227,10 @@ class StackedPack:
         for kind, module in self.stacked:
             if kind == "copy":
                 inner = replaced.get(module, self.tree.get_submodule(module))
-                replaced[module] = PackedHead(inner, self.stacked[kind, module], self.anchor)
+                own_bias = self.stacked.get(("copy_bias", module))
+                replaced[module] = PackedHead(
+                    inner, self.stacked[kind, module], own_bias, self.anchor
+                )
         for module, layer in replaced.items():
             self.tree.set_submodule(module, layer)
         self._share_below(set(replaced))
@@ -283,8 +290,8 @@ class StackedPack:
 
     # --- what the loop calls -------------------------------------------------------------
 
-    def _hidden(self, batch: Batch) -> Tensor:
-        """Last hidden states of the chosen rows, (R, N, D)."""
+    def _hidden(self, batch: Batch) -> Any:
+        """Last hidden states of the chosen rows, (R, N, D), or what the head makes of them."""
         input_ids = batch.input_ids_SBT
         if batch.shared and not (self.repeats_at_head or self.repeats_inside):
             input_ids = input_ids.expand(self.size, -1, -1)

@@ -94,7 +94,8 @@ def make_pack(base: Any, jobs: list[Job], device: str) -> Any:
     modules = [job.plan.lora_modules for job in jobs]
     if jobs[0].plan.alone is not None:
         return ModulePack(base, configs[0], modules[0], device)
-    return StackedPack(base, plan.skeleton(configs[0].model), configs, modules, device)
+    skeleton = plan.skeleton(configs[0].model, len(jobs[0].plan.labels))
+    return StackedPack(base, skeleton, configs, modules, device)
 
 
 def _train_and_record(members: list[Member], display: Display) -> None:
@@ -108,8 +109,9 @@ def _train_and_record(members: list[Member], display: Display) -> None:
     memory = machine.PeakMemory(device)
     provenance = record.provenance(device) | base_model.identity(config.model)
     tokenizer = SHARED.tokenizer(config)
-    splits, notes = SHARED.splits(config)
-    base, checksum = SHARED.base(config, device)
+    labels = jobs[0].plan.labels
+    splits, notes = SHARED.splits(config, labels)
+    base, checksum = SHARED.base(config, device, len(labels))
     pack = make_pack(base, jobs, device)
     for run, member in enumerate(members):
         entry, trainer = member.entry, member.job.config.trainer

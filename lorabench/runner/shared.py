@@ -18,11 +18,11 @@ class Shared:
     tokenizers: dict[str, Any] = field(default_factory=dict)
     tokens: dict[str, tuple[dict[str, data.Tokens], list[str]]] = field(default_factory=dict)
 
-    def base(self, config: Config, device: str) -> tuple[Any, str]:
-        key = repr((config.model, device))
+    def base(self, config: Config, device: str, classes: int = 0) -> tuple[Any, str]:
+        key = repr((config.model, device, classes))
         if key not in self.bases:
             self.bases.clear()  # one frozen base at a time
-            loaded = base_model.load(config.model, device)
+            loaded = base_model.load(config.model, device, classes)
             self.bases[key] = (loaded, base_model.checksum(loaded))
         return self.bases[key]
 
@@ -32,16 +32,27 @@ class Shared:
             self.tokenizers[key] = base_model.tokenizer(config.model)
         return self.tokenizers[key]
 
-    def splits(self, config: Config) -> tuple[dict[str, data.Tokens], list[str]]:
-        """The tokenised splits, and what is to be said about them."""
-        key = repr((config.model.path, config.model.revision, config.data))
+    def splits(
+        self, config: Config, labels: list[str] | None = None
+    ) -> tuple[dict[str, data.Tokens], list[str]]:
+        """The tokenised splits, and what is to be said about them.
+
+        Args:
+            labels: of a classification.
+        """
+        key = repr((config.model.path, config.model.revision, config.data, labels))
         if key not in self.tokens:
             self.tokens.clear()
             tokenizer = self.tokenizer(config)
             examples = data.load(config.data)
             found, notes = {}, list(examples.notes)
             for split in ("train", "validation", "test"):
-                tokens = data.tokenise(getattr(examples, split), tokenizer, config.data)
+                wanted = getattr(examples, split)
+                tokens = (
+                    data.classify(wanted, tokenizer, config.data, labels)
+                    if labels
+                    else data.tokenise(wanted, tokenizer, config.data)
+                )
                 found[split] = tokens
                 if tokens.num_too_long:
                     notes.append(

@@ -1,0 +1,88 @@
+"""Classification: the prompt is the text, the completion its label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lorabench.config import ConfigErrors, DataConfig, did_you_mean
+from lorabench.data.splits import Example, load
+from lorabench.data.templates import SPLITS
+from lorabench.data.tokens import Tokens
+
+_KNOWN: dict[str, list[str]] = {}
+
+
+def labels_of(cfg: DataConfig, content: str) -> list[str]:
+    """The classes in the order of their numbers: `data.labels`, or train's completions, sorted.
+
+    Args:
+        content: `content_hash(cfg)`; the data are read once for all runs that share it.
+    Raises:
+        ConfigErrors: fewer than two, or a completion of any set that is none of them.
+    """
+    key = repr((cfg, content))
+    if key not in _KNOWN:
+        examples = load(cfg)
+        found = sorted({example.completion for example in examples.train})
+        labels = found if cfg.labels is None else list(cfg.labels)
+        if len(labels) < 2:
+            raise ConfigErrors(
+                f"data.labels: must be at least two; every example of data.train has "
+                f"{labels[0]!r}; give other data, or all labels as data.labels=[...]"
+            )
+        errors = []
+        for split in SPLITS:
+            unknown = [e for e in getattr(examples, split) if e.completion not in labels]
+            if unknown:
+                more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+                shown = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
+                errors.append(
+                    f"data.{split}: every completion must be one of the {len(labels)} labels "
+                    f"({shown}); got {did_you_mean(unknown[0].completion, labels)} for the prompt "
+                    f"{unknown[0].prompt!r:.60}{more}; mend it, or name it in data.labels"
+                )
+        if errors:
+            raise ConfigErrors(errors)
+        _KNOWN[key] = labels
+    return _KNOWN[key]
+
+
+def classify(
+    examples: Sequence[Example], tokenizer: Any, cfg: DataConfig, labels: list[str]
+) -> Tokens:
+    """Prompt ids with the tokenizer's own special tokens, and the number of each label.
+
+    What is longer than `max_length` is left out and counted, never cut.
+
+    Raises:
+        ConfigErrors: a prompt of no tokens, no example that fits.
+    """
+    encoded = tokenizer(
+        [example.prompt for example in examples],
+        add_special_tokens=True,
+        return_attention_mask=False,
+        verbose=False,  # of long texts: they are counted here
+    )["input_ids"]
+    kept = Tokens([], [], [], [], 0, 0, labels=labels)
+    for index, (example, ids) in enumerate(zip(examples, encoded, strict=True)):
+        if not ids:
+            raise ConfigErrors(
+                f"data.prompt: must give at least one token to classify; got none for "
+                f"{example.prompt!r}; give a text, or leave the example out"
+            )
+        if len(ids) > cfg.max_length:
+            kept.num_too_long += 1
+            continue
+        kept.input_ids.append(list(ids))
+        kept.completion_start.append(len(ids))  # the completion is no text
+        kept.ids.append(example.id)
+        kept.indices.append(index)
+        kept.label_ids.append(labels.index(example.completion))
+    if not kept.input_ids:
+        raise ConfigErrors(
+            f"data.max_length: must let at least one of {len(examples)} examples through; got "
+            f"{cfg.max_length}, the shortest has {min(map(len, encoded))} tokens; raise "
+            f"data.max_length"
+        )
+    return kept
