@@ -54,7 +54,7 @@ def _task(found: Found, config: Config) -> None:
     found.one_of("task", task, TASKS)
     if task not in TASKS:
         return
-    for metric in set(data.metric).intersection(METRICS).difference(METRICS_OF[task]):
+    for metric in sorted(set(data.metric).intersection(METRICS).difference(METRICS_OF[task])):
         remedy = f"use data.metric=[{','.join(METRICS_OF[task][:2])}]"
         law = f"out of {', '.join(METRICS_OF[task])} with task={task}"
         must(False, "data.metric", law, metric, remedy)
