@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from lorabench import tasks
 from lorabench.config import LoraSettings, did_you_mean, lora_alpha
 
 YES = "yes"
@@ -80,6 +81,8 @@ def gguf(
         head: full name of the output layer.
         tied: whether its weight is the embedding's.
     """
+    if head in tasks.HEADS:
+        return "llama.cpp's adapters hold LoRA alone: the classification head is trained in full"
     arch = gguf_architecture(base)
     if arch is None:
         return (

@@ -323,9 +323,10 @@ def load(model: ModelConfig, device: str, classes: int = 0) -> PreTrainedModel:
     return base.to(device).eval()
 
 
-def plain(model: ModelConfig, auto: Any, dtype_name: str) -> Any:
+def plain(model: ModelConfig, auto: Any, dtype_name: str, **options: Any) -> Any:
     """The base as `auto`, an Auto class, loads it: its own config, nothing switched off, CPU."""
-    return _call(model, auto.from_pretrained, dtype=dtype(dtype_name)).eval()
+    with _quiet_loading("num_labels" in options):
+        return _call(model, auto.from_pretrained, dtype=dtype(dtype_name), **options).eval()
 
 
 @contextmanager

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lorabench import model as base_model
-from lorabench import record
+from lorabench import record, tasks
 from lorabench.config import Config, ConfigErrors, ModelConfig, nearest, typed
 
 DTYPES = ("float32", "bfloat16", "float16")
-AUTO_CLASSES = {"causal_lm": "AutoModelForCausalLM"}  # task -> transformers class
 
 
 @dataclass
@@ -37,7 +36,19 @@ class Run:
         """The transformers class that loads base and merged folder."""
         import transformers
 
-        return getattr(transformers, AUTO_CLASSES[self.config.task])
+        return getattr(transformers, tasks.AUTO_CLASSES[self.config.task])
+
+    @property
+    def auto_options(self) -> dict[str, Any]:
+        """What a config must say of a classification: its labels, in the order of the head."""
+        labels = self.entry.plan.get("labels")
+        if not labels:
+            return {}
+        return {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+        }
 
     @property
     def stored_dtype(self) -> str:

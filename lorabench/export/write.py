@@ -48,7 +48,7 @@ def to_adapter(run: Run, path: Path) -> dict[str, Any]:
         What was checked: the content of export.json.
     """
     machine.configure_torch(run.config)
-    base = base_model.plain(run.model, run.auto_class, run.config.model.dtype)
+    base = _base(run, run.config.model.dtype)
     with _whole_or_nothing(path) as part:
         shutil.copytree(run.folder / "adapter", part, dirs_exist_ok=True)
         wrapped = _attach(base, run, part)
@@ -72,7 +72,7 @@ def to_merged(run: Run, path: Path, dtype_name: str) -> dict[str, Any]:
     machine.configure_torch(run.config)
     dtype = base_model.dtype(dtype_name)
     tokenizer = base_model.tokenizer(run.model)
-    model = base_model.plain(run.model, run.auto_class, "float32")
+    model = _base(run, "float32")
     batches, checked_on = _batches(run, model, tokenizer)
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
@@ -163,6 +163,14 @@ def _pefts_warnings_off() -> Iterator[None]:
         yield
 
 
+def _base(run: Run, dtype_name: str) -> Any:
+    """The run's base, as stock transformers loads it for the run's task."""
+    base = base_model.plain(run.model, run.auto_class, dtype_name, **run.auto_options)
+    if run.auto_options:  # decoders pool the last token that is not padding
+        base.config.get_text_config().pad_token_id = data.pad_id(base_model.tokenizer(run.model))
+    return base
+
+
 # --- checks ----------------------------------------------------------------------------------
 
 
@@ -205,7 +213,12 @@ def _batches(run: Run, model: Any, tokenizer: Any) -> tuple[list[Tensor], str]:
             if away:
                 raise ConfigErrors(f"{away[0]} lies on the hub")
         examples = data.load(settings).test[:MAX_EXAMPLES]
-        tokens = data.tokenise(examples, tokenizer, settings)
+        labels = run.entry.plan.get("labels")
+        tokens = (
+            data.classify(examples, tokenizer, settings, labels)
+            if labels
+            else data.tokenise(examples, tokenizer, settings)
+        )
         own = [torch.tensor([ids[:MAX_TOKENS]]) for ids in tokens.input_ids]
         said = f"{len(own)} test examples"
     except ConfigErrors as error:
@@ -220,7 +233,7 @@ def _must_agree(
     """Largest difference of a float32 model's logits over the largest logit, by arithmetic."""
     found = {"float32": agreement.relative_difference(reference, agreement.logits(model, batches))}
     if not found["float32"] <= MAX_DIFFERENCE:  # the weights, or the arithmetic?
-        base = base_model.plain(run.model, run.auto_class, "float32")
+        base = _base(run, "float32")
         adapter = _attach(base, run, run.folder / "adapter").double()
         exact = agreement.logits(adapter, batches)
         del base, adapter
