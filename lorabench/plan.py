@@ -136,6 +136,9 @@ def _modules(config: Config) -> tuple[list[str], int, str | None, list[str]]:
     key = json.dumps([dataclasses.asdict(group) for group in groups], sort_keys=True)
     if key not in _RESOLVED:
         base = skeleton(config.model)
+        too_old = versions.too_old_for_experts()
+        if too_old and adapters.experts(base):
+            raise ConfigErrors(f"model.path: '{model_name(config.model)}': {too_old}")
         modules = adapters.resolve_modules(base, config)
         adapters.check_bias(base, config, modules)
         adapters.check_init(base, config, modules)
