@@ -153,6 +153,9 @@ def _resolve(config: Config, base: Any) -> Resolved:
     key = json.dumps([dataclasses.asdict(group) for group in groups], sort_keys=True)
     key += f" {config.task} {base.config.num_labels}"
     if key not in _RESOLVED:
+        too_old = versions.too_old_for_experts()
+        if too_old and adapters.experts(base):
+            raise ConfigErrors(f"model.path: '{model_name(config.model)}': {too_old}")
         modules = adapters.resolve_modules(base, config)
         adapters.check_bias(base, config, modules)
         adapters.check_init(base, config, modules)

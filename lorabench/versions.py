@@ -26,9 +26,11 @@ OPTIONS = (
         "2.3.3",  # transformers.utils.is_flash_attn_2_available
         "model.attn_implementation=sdpa",
     ),
+    ("lora.bias", "lora_only", "peft", "0.21", "lora.bias=all"),  # earlier ones save no bias
     ("data.source", "hub", "datasets", None, "data=jsonl"),
     ("tracker.kind", "wandb", "wandb", None, "tracker=none"),
 )
+EXPERTS = Requirement("peft>=0.20")  # earlier ones train their adapters and cannot load them again
 # The first transformers with an architecture, for checkpoints that do not say who saved them.
 ARCHITECTURES = {
     "llama": "4.28", "mistral": "4.34", "mixtral": "4.36", "qwen2": "4.37", "gemma": "4.38",
@@ -84,6 +86,14 @@ def check(config: Config) -> list[str]:
                 f"or use {instead}"
             )
     return errors
+
+
+def too_old_for_experts() -> str | None:
+    """What a base with routed experts lacks, beside what every run needs; None where nothing."""
+    have = installed("peft")
+    if _fits(have, EXPERTS):
+        return None
+    return f"routed experts need {EXPERTS}; {_has('peft', have)}; pip install '{EXPERTS}'"
 
 
 def _fits(have: str | None, wanted: Requirement) -> bool:

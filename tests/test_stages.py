@@ -292,7 +292,9 @@ def test_trained_modules_are_the_owners_of_pefts_parameters(
     pack = packed(configs)
     for run, one in enumerate(configs):
         modules = pack.modules(run)
-        assert modules == alone(one).modules(0) == plan._resolve(one, plan.skeleton(one.model)).trained
+        assert (
+            modules == alone(one).modules(0) == plan._resolve(one, plan.skeleton(one.model)).trained
+        )
         tree = dict(pack.tree.named_modules())
         assert set(plan.make(one).lora_modules) <= set(modules) <= set(tree)
     extra = {"gemma": "lm_head", "gpt2": "transformer.h.0.ln_1", "bert": None}[kind]

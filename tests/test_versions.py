@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import composed
@@ -64,6 +65,7 @@ def test_a_package_below_the_requirement_is_refused_with_the_least_version(
          "needs flash-attn>=2.3.3; flash-attn is not installed; pip install 'flash-attn>=2.3.3', "
          "or use model.attn_implementation=sdpa"),
         ("model.attn_implementation=flash_attention_2", "flash_attn", "2.3.2", "2.3.2 is instal"),
+        ("lora.bias=lora_only", "peft", "0.20.0", "needs peft>=0.21; 0.20.0 is installed; pip"),
         ("tracker=wandb", "wandb", "0.15.0", "needs wandb>=0.22; 0.15.0 is installed"),
         ("data=alpaca", "datasets", "2.0.0", "needs datasets>=4.0; 2.0.0 is installed"),
     ],
@@ -75,7 +77,9 @@ def test_an_option_that_needs_a_newer_package_is_refused(
     base = [] if override.startswith("tracker") else ["tracker=none"]
     (line,) = plan.check(composed(*base, override))
     assert holds in line
-    assert re.match(r"(model\.attn_implementation|tracker\.kind|data\.source): \w+ needs ", line)
+    assert re.match(
+        r"(model\.attn_implementation|lora\.bias|tracker\.kind|data\.source): \w+ needs ", line
+    )
     with_installed(**{package: "99.0"})
     assert plan.check(composed(*base, override)) == []
 
@@ -83,6 +87,19 @@ def test_an_option_that_needs_a_newer_package_is_refused(
 def test_options_not_asked_for_need_nothing(with_installed: Callable[..., None]) -> None:
     with_installed(wandb=None, datasets=None, flash_attn=None)
     assert plan.check(composed("tracker=none")) == []
+
+
+def test_routed_experts_need_a_peft_that_loads_them_again(
+    tiny_folder: Callable[[str], Path], with_installed: Callable[..., None], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(plan, "_RESOLVED", {})
+    with_installed(peft="0.19.1")
+    words = ["model=local", "tracker=none", "target_modules=attention"]
+    assert plan.make(composed(*words, f"model.path={tiny_folder('qwen3')}")).lora_modules
+    assert refused([*words, f"model.path={tiny_folder('qwen3_moe')}"]) == (
+        "model.path: 'qwen3_moe': routed experts need peft>=0.20; 0.19.1 is installed; "
+        "pip install 'peft>=0.20'"
+    )
 
 
 def test_checks_import_neither_torch_nor_transformers() -> None:
@@ -120,6 +137,7 @@ def test_an_unknown_architecture_names_the_version_that_saved_it(
 ) -> None:
     entries = {"model_type": "gemma9", "transformers_version": "9.1.0"}
     words = changed(tiny_folder("gemma"), tmp_path / "base", **entries)
+    capsys.readouterr()  # transformers wrote the base
     assert cli.main(["plan", *words]) == 2
     have = metadata.version("transformers")
     assert capsys.readouterr().err == (
