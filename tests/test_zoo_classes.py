@@ -1,4 +1,4 @@
-"""The embedded classification: its skills, the base for them, and the recipe that made it."""
+"""Skills whose completion is a class: right, balanced, and without a short cut."""
 
 import itertools
 from collections import Counter

@@ -4,6 +4,7 @@ A recipe is a seeded model and the loss of a batch. Same machine, stack and numb
 weights.
 """
 
+import argparse
 import hashlib
 import json
 import math
@@ -54,6 +55,13 @@ def build_tokenizer(
         **special_tokens,
         **options,
     )
+
+
+def folder_to_write(description: str, default: Path) -> Path:
+    """What `--out` says."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, default=default, help="folder to write")
+    return parser.parse_args().out
 
 
 def be_deterministic(num_threads: int) -> None:
@@ -112,11 +120,11 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
     tokenizer.save_pretrained(folder)
 
 
-def build_card(model: PreTrainedModel, folder: Path, scores: dict, recipe: dict) -> dict:
+def build_card(name: str, model: PreTrainedModel, folder: Path, scores: dict, recipe: dict) -> dict:
     """What is known about the checkpoint in `folder`, for machines; README.md says it to people."""
     weights = folder / "model.safetensors"
     return {
-        "name": folder.name,
+        "name": name,
         "licence": "Apache-2.0",
         "architecture": type(model).__name__,
         "num_parameters": model.num_parameters(),

@@ -7,10 +7,8 @@ weights. Writes only the folder; knows nothing about LoRA.
 Shapes: B batch, T tokens, V vocabulary.
 """
 
-import argparse
 import string
 import time
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -219,10 +217,7 @@ New, to be learnt by LoRA:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Rebuild the embedded base model.")
-    parser.add_argument("--out", type=Path, default=TINY_GEMMA, help="folder to write")
-    folder = parser.parse_args().out
-
+    folder = pretraining.folder_to_write("Rebuild the embedded base model.", default=TINY_GEMMA)
     pretraining.be_deterministic(NUM_THREADS)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
@@ -241,7 +236,8 @@ def main() -> None:
         "num_threads": NUM_THREADS,
         "train_seconds": round(train_seconds),
     }
-    card = pretraining.build_card(model, folder, measure(model, tokenizer), recipe)
+    scores = measure(model, tokenizer)
+    card = pretraining.build_card("tiny-gemma", model, folder, scores, recipe)
     pretraining.write_card(card, render_readme(card, model), folder)
     for name, score in (
         card["exact_match"]["base_skills"] | card["exact_match"]["new_skills"]
