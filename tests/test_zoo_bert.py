@@ -100,8 +100,8 @@ def test_card_states_what_the_weights_do(tokenizer, card):
             ("masked_accuracy", "masked_accuracy_in_pairs"), stream, strict=False
         ):
             predicted = fill(**batch.inputs).logits.argmax(-1)
-            masked = batch.labels_BT >= 0
-            found = (predicted == batch.labels_BT).sum() / masked.sum()
+            masked = batch.inputs["input_ids"] == tokenizer.mask_token_id
+            found = (predicted == batch.labels_BT)[masked].float().mean()
             # Another machine's rounding may turn a prediction or two of a thousand.
             assert found.item() == pytest.approx(stated[key], abs=0.002), (name, key)
         predicted = pairs(**batch.inputs).logits.argmax(-1)
@@ -215,4 +215,4 @@ def test_a_lora_learns_from_the_base_what_it_does_not_from_random_weights(tokeni
     random = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(TINY_BERT))
     found, baseline = lora_accuracy(base, tokenizer), lora_accuracy(random, tokenizer)
     print(f"is_sorted: {found:.3f} from the base, {baseline:.3f} from random weights")
-    assert found > 0.8 and baseline < 0.6
+    assert found > 0.8 and baseline < 0.6  # guessing: 0.5, give or take 0.022
