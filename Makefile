@@ -43,8 +43,9 @@ bench: $(READY) ## the same sweep packed, one by one, and by stock PEFT; about h
 scan: $(READY) ## how the embedded question was chosen; about 20 minutes
 	$(BIN)/python benchmarks/scan.py
 
-base: $(READY) ## pretrain the embedded base again; about five minutes
+base: $(READY) ## pretrain the embedded bases again; about ten minutes
 	$(BIN)/python -m lorabench.zoo.recipe
+	$(BIN)/python -m lorabench.zoo.recipe_bert
 
 clean: ## remove .venv and caches; outputs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

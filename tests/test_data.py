@@ -693,7 +693,9 @@ def test_presets(path, tmp_path):
     cfg = OmegaConf.to_object(group)
     assert cfg.name == path.stem
     assert data.check(cfg) == []
-    assert not [error for error in range_errors(Config(data=cfg)) if error.startswith("data.")]
+    task = "seq_cls" if "accuracy" in cfg.metric else "causal_lm"
+    errors = range_errors(Config(data=cfg, task=task))
+    assert not [error for error in errors if error.startswith("data.")]
     for split in ("train", "validation", "test"):
         source = getattr(cfg, split)
         pinned = cfg.source != "hub" or source.path in (None, "a/b") or len(source.revision) == 40

@@ -7,37 +7,31 @@ weights. Writes only the folder; knows nothing about LoRA.
 Shapes: B batch, T tokens, V vocabulary.
 """
 
-import argparse
-import hashlib
-import json
-import math
-import os
-import platform
 import string
 import time
-from pathlib import Path
 from typing import Any, cast
 
-import tokenizers
 import torch
-import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn.functional import cross_entropy
 from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
 
-from lorabench.zoo import TINY_GEMMA
+from lorabench.zoo import TINY_GEMMA, pretraining
+from lorabench.zoo.pretraining import IGNORED, MAX_POSITIONS, WEIGHT_DECAY
 from lorabench.zoo.skills import (
     BASE_SKILLS,
     CYRILLIC,
     GREEK,
     NEW_SKILLS,
-    SKILLS,
     examples,
 )
 
-PAD, EOS, BOS, UNK = "<pad>", "<eos>", "<bos>", "<unk>"  # ids 0 to 3, as in Gemma
+SPECIAL_TOKENS = {  # ids 0 to 3, as in Gemma
+    "pad_token": "<pad>",
+    "eos_token": "<eos>",
+    "bos_token": "<bos>",
+    "unk_token": "<unk>",
+}
 UNWRITTEN = GREEK + CYRILLIC + string.digits  # characters that no base skill reads or writes
-MAX_POSITIONS = 64  # the skills need 24
 
 SEED = 0
 NUM_THREADS = 2  # part of the recipe: sums depend on it
@@ -45,36 +39,15 @@ STEPS = 3000
 WARMUP_STEPS = 200
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3  # peak; falls to 0 along a cosine
-WEIGHT_DECAY = 0.01  # of matrices, not of norms and embeddings
-MAX_GRAD_NORM = 1.0
 
 EVAL_SPLIT = "test"
 NUM_EVAL = 300  # examples per skill
 EVAL_SEED = 0
 
-IGNORED = -100  # label of tokens that carry no loss
-
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character: printable ASCII, newline, Greek and Cyrillic letters of the skills."""
-    characters = [chr(code) for code in range(32, 127)] + ["\n"] + list(GREEK + CYRILLIC)
-    vocabulary = {token: i for i, token in enumerate([PAD, EOS, BOS, UNK, *characters])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, vocabulary[BOS])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=EOS,
-        bos_token=BOS,
-        unk_token=UNK,
-        padding_side="right",
-        clean_up_tokenization_spaces=False,
-        model_max_length=MAX_POSITIONS,
-    )
+    """One token a character, `<bos>` in front."""
+    return pretraining.build_tokenizer(SPECIAL_TOKENS, single="<bos> $A", pair="<bos> $A $B")
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> GemmaForCausalLM:
@@ -129,42 +102,20 @@ def pretrain(model: GemmaForCausalLM, tokenizer, steps: int = STEPS) -> None:
         return grad
 
     cast(Any, embedding).register_hook(freeze_unwritten)
-    matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]
-    others = [p for p in model.parameters() if p.ndim != 2] + [embedding]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": WEIGHT_DECAY},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=LEARNING_RATE,
-        betas=(0.9, 0.98),
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps))
-
     # Batches of mixed lengths and skills, in a fixed random order.
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(SEED))
-    model.train()
-    for step, rows in enumerate(order.split(BATCH_SIZE)):
+    batches = order.split(BATCH_SIZE)
+
+    def loss_of(step: int) -> torch.Tensor:
+        rows = batches[step]
         logits_BTV = model(ids_NT[rows, :-1], use_cache=False).logits
-        loss = cross_entropy(
+        return cross_entropy(
             logits_BTV.flatten(0, 1), labels_NT[rows, 1:].flatten(), ignore_index=IGNORED
         )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        if step % 200 == 0 or step == steps - 1:
-            print(f"step {step:5d}  loss {loss.item():.4f}", flush=True)
-    model.eval()
 
-
-def _cosine(step: int, steps: int) -> float:
-    """Share of the peak learning rate: linear warm-up, then half a cosine to 0."""
-    if step < WARMUP_STEPS:
-        return (step + 1) / WARMUP_STEPS
-    progress = (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)
-    return 0.5 * (1 + math.cos(math.pi * progress))
+    pretraining.optimise(
+        model, loss_of, steps=steps, learning_rate=LEARNING_RATE, warmup_steps=WARMUP_STEPS
+    )
 
 
 @torch.inference_mode()
@@ -185,43 +136,22 @@ def eval_examples(skill: str) -> list[tuple[str, str]]:
     return examples([skill], EVAL_SPLIT, NUM_EVAL, seed=EVAL_SEED)
 
 
-def measure(model, tokenizer) -> dict[str, float]:
+def measure(model, tokenizer) -> dict[str, Any]:
     """Exact match of every skill, base and new."""
-    return {name: round(exact_match(model, tokenizer, eval_examples(name)), 4) for name in SKILLS}
 
+    def scores(skills):
+        return {
+            name: round(exact_match(model, tokenizer, eval_examples(name)), 4) for name in skills
+        }
 
-def build_card(model, scores: dict[str, float], weights: Path, train_seconds: float) -> dict:
-    """What is known about the checkpoint, for machines; README.md says the same to people."""
     return {
-        "name": "tiny-gemma",
-        "licence": "Apache-2.0",
-        "architecture": type(model).__name__,
-        "num_parameters": model.num_parameters(),
-        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "exact_match": {
             "split": EVAL_SPLIT,
             "num_examples_per_skill": NUM_EVAL,
             "seed": EVAL_SEED,
-            "base_skills": {name: scores[name] for name in BASE_SKILLS},
-            "new_skills": {name: scores[name] for name in NEW_SKILLS},
-        },
-        "recipe": {
-            "seed": SEED,
-            "steps": STEPS,
-            "warmup_steps": WARMUP_STEPS,
-            "batch_size": BATCH_SIZE,
-            "learning_rate": LEARNING_RATE,
-            "weight_decay": WEIGHT_DECAY,
-            "num_threads": NUM_THREADS,
-            "train_seconds": round(train_seconds),
-        },
-        "built_with": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-            "machine": platform.machine(),
-        },
+            "base_skills": scores(BASE_SKILLS),
+            "new_skills": scores(NEW_SKILLS),
+        }
     }
 
 
@@ -287,29 +217,31 @@ New, to be learnt by LoRA:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Rebuild the embedded base model.")
-    parser.add_argument("--out", type=Path, default=TINY_GEMMA, help="folder to write")
-    folder = parser.parse_args().out
-
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.set_num_threads(NUM_THREADS)
-
+    folder = pretraining.folder_to_write("Rebuild the embedded base model.", default=TINY_GEMMA)
+    pretraining.be_deterministic(NUM_THREADS)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     start = time.perf_counter()
     pretrain(model, tokenizer)
     train_seconds = time.perf_counter() - start
-    scores = measure(model, tokenizer)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)  # safetensors leaves it to its owner alone
-    tokenizer.save_pretrained(folder)
-    card = build_card(model, scores, folder / "model.safetensors", train_seconds)
-    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(render_readme(card, model), encoding="utf-8")
-    for name, score in scores.items():
+    pretraining.save(model, tokenizer, folder)
+    recipe = {
+        "seed": SEED,
+        "steps": STEPS,
+        "warmup_steps": WARMUP_STEPS,
+        "batch_size": BATCH_SIZE,
+        "learning_rate": LEARNING_RATE,
+        "weight_decay": WEIGHT_DECAY,
+        "num_threads": NUM_THREADS,
+        "train_seconds": round(train_seconds),
+    }
+    scores = measure(model, tokenizer)
+    card = pretraining.build_card("tiny-gemma", model, folder, scores, recipe)
+    pretraining.write_card(card, render_readme(card, model), folder)
+    for name, score in (
+        card["exact_match"]["base_skills"] | card["exact_match"]["new_skills"]
+    ).items():
         print(f"{name:15s} {score:.3f}")
     print(f"{card['num_parameters']:,} parameters, {train_seconds:.0f} s, {folder}")
 

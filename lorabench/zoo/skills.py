@@ -1,25 +1,35 @@
-"""String skills: the tasks the embedded base was taught, and new ones to teach it by LoRA.
+"""String skills: the tasks the embedded bases were taught, and new ones to teach them by LoRA.
 
 An example is a prompt and its completion, `rev:hello=` -> `olleh`. A skill is a pure function on
-a lower-case word; its tag opens the prompt. `BASE_SKILLS` are what the base was pretrained on,
-`NEW_SKILLS` what it scores 0 on.
+a lower-case word; its tag opens the prompt. `BASE_SKILLS` are what tiny-gemma was pretrained on,
+`NEW_SKILLS` what it scores 0 on; the completions of `CLASS_SKILLS` are classes.
 
-Each word belongs to exactly one split, by a hash of the word alone, so no word of a test example
-occurs in a train example, whatever the skill, seed or number. Examples depend on the arguments
-only: not on the global random state, PYTHONHASHSEED or the Python version. A longer list begins
-with the shorter one.
+Which words are asked, and in which split, is `lorabench.zoo.words`'. A longer list of examples
+begins with the shorter one.
 
 This file knows nothing about tokenizers or models and imports without torch.
 """
 
 import difflib
-import hashlib
 import itertools
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+from lorabench.zoo.words import (
+    ANY_WORD,
+    LETTERS,
+    LONGEST_WORD,
+    NEARLY_SORTED,
+    SHORTEST_WORD,
+    SORTED,
+    SPLIT_BUCKETS,
+    Words,
+    capacity,
+    draw_words,
+    in_order,
+    words_over,
+)
+
 # 26 letters each, in alphabetical order; the Greek one keeps archaic digamma and koppa to fill up.
 GREEK = "αβγδεϝζηθικλμνξοπϙρστυφχψω"
 CYRILLIC = "абвгдежзийклмнопрстуфхцчшщ"
@@ -28,11 +38,7 @@ KEYPAD = "22233344455566677778889999"  # the phone key of each letter
 # One shuffle of LETTERS without fixed points, drawn once and written down.
 CIPHER = "qvmzxjolcwfyhrubdakpignset"
 
-SHORTEST_WORD, LONGEST_WORD = 3, 8
 MAX_TOKENS = 24  # <bos> + prompt + completion + <eos>, one token a character
-
-# Of ten words, which hash buckets go to which split.
-SPLIT_BUCKETS = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Skill:
     apply: Callable[[str], str]
     description: str
     longest_word: int = LONGEST_WORD  # letters; what still fits MAX_TOKENS
+    words: tuple[Words, ...] = (ANY_WORD,)  # what it is asked; sets take turns, one an answer
 
     def example(self, word: str) -> tuple[str, str]:
         return f"{self.tag}:{word}=", self.apply(word)
@@ -142,13 +149,44 @@ NEW_SKILLS = _by_name(
     sort_leet       srtl:hello= -> 3HLL0
 """
 
-SKILLS = BASE_SKILLS | NEW_SKILLS
+FEW_LETTERS = "abcd"
 
 
-def split_of(word: str) -> str:
-    """The only split `word` may occur in."""
-    bucket = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big") % 10
-    return next(split for split, buckets in SPLIT_BUCKETS.items() if bucket in buckets)
+def _most_frequent(word: str) -> str:
+    return max(sorted(set(word)), key=word.count)
+
+
+def _mostly(letter: str) -> Words:
+    """Words over `FEW_LETTERS` where `letter` comes more often than any other."""
+    others = FEW_LETTERS.replace(letter, "")
+    return words_over(
+        FEW_LETTERS, lambda word: word.count(letter) > max(word.count(other) for other in others)
+    )
+
+
+CLASS_SKILLS = _by_name(
+    Skill(
+        "is_sorted",
+        "asc",
+        lambda w: "yes" if in_order(w) else "no",
+        "whether the letters are in alphabetical order",
+        words=(SORTED, NEARLY_SORTED),
+    ),
+    Skill(
+        "most_frequent",
+        "most",
+        _most_frequent,
+        f"the letter that comes most often, of {FEW_LETTERS}",
+        words=tuple(_mostly(letter) for letter in FEW_LETTERS),
+    ),
+)
+"""Classification: the completion is a class, and all classes come equally often.
+
+    is_sorted       asc:ehllo=  -> yes  (asc:ehlol= -> no: unsorted words are one swap away)
+    most_frequent   most:dbabb= -> b    (words of a, b, c and d without a tie)
+"""
+
+SKILLS = BASE_SKILLS | NEW_SKILLS | CLASS_SKILLS
 
 
 def examples(
@@ -162,8 +200,9 @@ def examples(
     """`num` distinct (prompt, completion) pairs, the skills taking turns.
 
     Words are random letters, every length from `min_length` to `max_length` equally likely; a
-    skill whose output is longer than the word stops at its own `longest_word`. The words of a
-    skill do not depend on which other skills are asked for.
+    skill whose output is longer than the word stops at its own `longest_word`, and one of
+    `CLASS_SKILLS` takes words of each class in turn. The words of a skill do not depend on which
+    other skills are asked for.
 
     Args:
         skills: names from `SKILLS`.
@@ -197,31 +236,15 @@ def _words(
         raise ValueError(
             f"min_length: skill '{name}' takes words of at most {longest} letters; got {min_length}"
         )
-    # Even the smallest splits hold well over a twentieth of all words: count only when it matters.
-    if 20 * num > sum(26**length for length in range(min_length, longest + 1)):
-        capacity = _count_words(split, min_length, longest)
-        if num > capacity:
-            raise ValueError(
-                f"num: at most {capacity} examples of skill '{name}' exist in split '{split}' "
-                f"with {min_length} to {longest} letters; got {num} (ask for fewer, or longer "
-                "words)"
-            )
+    words = SKILLS[name].words
+    most = capacity(words, split, num, min_length, longest)
+    if num > most:
+        raise ValueError(
+            f"num: at most {most} examples of skill '{name}' exist in split '{split}' "
+            f"with {min_length} to {longest} letters; got {num} (ask for fewer, or longer words)"
+        )
     key = f"{name} {split} {seed} {min_length} {longest}"
-    stream = random.Random(int.from_bytes(hashlib.sha256(key.encode()).digest(), "big"))
-    words: dict[str, None] = {}  # keeps the order drawn
-    while len(words) < num:
-        length = min_length + int(stream.random() * (longest - min_length + 1))
-        # random() is the one draw whose values Python promises to keep.
-        word = "".join(LETTERS[int(stream.random() * 26)] for _ in range(length))
-        if split_of(word) == split:
-            words[word] = None
-    return list(words)
-
-
-def _count_words(split: str, min_length: int, max_length: int) -> int:
-    lengths = range(min_length, max_length + 1)
-    words = (word for length in lengths for word in itertools.product(LETTERS, repeat=length))
-    return sum(split_of("".join(word)) == split for word in words)
+    return draw_words(words, split, num, key, min_length, longest)
 
 
 def _check_names(key: str, names: Sequence[str], known: dict) -> None:
