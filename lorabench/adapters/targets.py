@@ -72,6 +72,9 @@ def resolve_modules(skeleton: PreTrainedModel, config: Config) -> list[str]:
             f"target_modules.names: the head ({head_name}) belongs to the head policy; got "
             f"{targets.names!r}; leave it out and use head=lora"
         )
+    if isinstance(chosen, list) and targets.select == "custom":
+        # A router is a module and no linear layer: a name can match and still adapt nothing.
+        _must_match("target_modules.names", chosen, skeleton, among=adapted)
     _must_match("target_modules.exclude", targets.exclude, skeleton, among=adapted)
     adapted = [n for n in adapted if not any(_ends_with(n, e) for e in targets.exclude)]
     if config.head.policy == "lora":
