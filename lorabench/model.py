@@ -283,16 +283,29 @@ def load(model: ModelConfig, device: str) -> PreTrainedModel:
     """The frozen base on its device, in evaluation mode, no parameter trainable."""
     from transformers import AutoModelForCausalLM
 
-    base = _call(
+    base, found = _call(
         model,
         AutoModelForCausalLM.from_pretrained,
         config=architecture(model),
         attn_implementation=model.attn_implementation,
         dtype=dtype(model.dtype),
+        output_loading_info=True,
     )
+    _must_be_whole(base, sorted(found["missing_keys"]), model)
     base.requires_grad_(False)
     base.config.use_cache = False
     return base.to(device).eval()
+
+
+def _must_be_whole(base: PreTrainedModel, missing: list[str], model: ModelConfig) -> None:
+    """Refuse a checkpoint without some weights: transformers draws them at random, and goes on."""
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ConfigErrors(
+            f"model.path: a checkpoint must hold every weight of {type(base).__name__}; "
+            f"'{model.path}' lacks {missing[0]}{more}, which would be random; save the whole model "
+            f"with save_pretrained, or correct tie_word_embeddings in its config.json"
+        )
 
 
 def tokenizer(model: ModelConfig) -> Any:
