@@ -11,14 +11,18 @@ import torch
 from conftest import SMALL, composed, tiny_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from lorabench import plan
 from lorabench.config import ConfigErrors
+from lorabench.data import IGNORED
+from lorabench.pack import Batch
 
 VOCAB = 64
 IDS = torch.randint(3, VOCAB, (4, 12), generator=torch.Generator().manual_seed(0))
-# transformers' own, of a renaming that PEFT follows later; on every wrap, about nothing.
-NOISE = "is_gradient_checkpointing"
+# Said on every wrap or save, about nothing: a renaming in transformers, a base that has no folder.
+NOISE = ("is_gradient_checkpointing", "Could not find a config file in ")
+transformers_logging.disable_progress_bar()  # standard error is for what is said
 
 
 # --- plain PEFT ------------------------------------------------------------------------------
@@ -70,7 +74,8 @@ def said(act: Callable[[], Any]) -> tuple[Any, list[str]]:
             result = act()
         except Exception as error:
             result = error
-    return result, [str(w.message) for w in caught if NOISE not in str(w.message)]
+    texts = [str(warning.message) for warning in caught]
+    return result, [text for text in texts if not any(noise in text for noise in NOISE)]
 
 
 def quiet(act: Callable[[], Any]) -> Any:
@@ -141,6 +146,13 @@ def planned(folder: Path | None, *overrides: str) -> plan.Plan:
     """lorabench's plan on a checkpoint folder, or on the embedded base."""
     where = [] if folder is None else ["model=local", f"model.path={folder}"]
     return plan.make(composed("tracker=none", *where, *overrides))
+
+
+def batch(runs: int) -> Batch:
+    """IDS for every run of a pack, every token but the first a target."""
+    labels = IDS.clone()
+    labels[:, 0] = IGNORED
+    return Batch.make([IDS.numpy()] * runs, [labels.numpy()] * runs, IDS.shape[1] - 1, "cpu")
 
 
 def refusal(folder: Path | None, *overrides: str) -> str:

@@ -190,8 +190,9 @@ def test_resumed_with_the_same_shapes(
 ) -> None:
     """T2.18"""
     done, warned = resumed({}, then, tmp_path)
-    falls_in(done.state.global_step == 4, done)
-    falls_in(not any("optimizer" in text for text in warned), warned)
+    falls_in(not isinstance(done, Exception) and not warned, (done, warned))
+    counted = {int(state["step"]) for state in done.optimizer.state.values()}
+    falls_in(counted == {4}, counted)  # two of them another module's, or at another scale
 
     refuses(custom(*Q), ours, tmp_path)
 
