@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from lorabench import plan
-from lorabench.config import ConfigErrors
+from lorabench.config import Config, ConfigErrors
 from lorabench.data import IGNORED
 from lorabench.pack import Batch
 
@@ -142,10 +144,23 @@ def folder_of(model: Any, folder: Path) -> Path:
     return folder
 
 
+@cache  # a fifth of a second each, and most differ in the folder alone
+def _composed(*overrides: str) -> Config:
+    return composed("tracker=none", *overrides)
+
+
+def config_of(folder: Path | None, *overrides: str) -> Config:
+    """lorabench's config for a checkpoint folder, or for the embedded base."""
+    if folder is None:
+        return copy.deepcopy(_composed(*overrides))
+    config = copy.deepcopy(_composed("model=local", "model.path=.", *overrides))
+    config.model.path = str(folder)
+    return config
+
+
 def planned(folder: Path | None, *overrides: str) -> plan.Plan:
-    """lorabench's plan on a checkpoint folder, or on the embedded base."""
-    where = [] if folder is None else ["model=local", f"model.path={folder}"]
-    return plan.make(composed("tracker=none", *where, *overrides))
+    """lorabench's plan, nothing loaded."""
+    return plan.make(config_of(folder, *overrides))
 
 
 def batch(runs: int) -> Batch:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import composed
 from peft import get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MistralConfig
@@ -21,6 +20,7 @@ from traps.halves import (
     batch,
     built,
     causal,
+    config_of,
     folder_of,
     gap,
     logits,
@@ -39,9 +39,8 @@ QV = ["q_proj", "v_proj"]
 
 def packed(folder: Path, *runs: list[str]) -> StackedPack:
     """Runs on one base of a folder, trained together by lorabench."""
-    common = ["tracker=none", "model=local", f"model.path={folder}", "lora.r=4",
-              "target_modules=custom", "target_modules.names=[q_proj,v_proj]"]  # fmt: skip
-    configs = [composed(*common, *words) for words in runs]
+    common = ["lora.r=4", "target_modules=custom", "target_modules.names=[q_proj,v_proj]"]
+    configs = [config_of(folder, *common, *words) for words in runs]
     plans = [plan.make(config) for config in configs]
     assert [one.alone for one in plans] == [None] * len(plans)
     base = base_model.load(configs[0].model, "cpu")
@@ -128,7 +127,7 @@ def test_a_base_wrapped_twice(falls_in: Falls) -> None:
     off = gap(logits(first), before)
     falls_in(off > 0.01, f"the first adapter's logits move by {off}")
 
-    config = composed("tracker=none", "lora.r=4")
+    config = config_of(None, "lora.r=4")
     ours = base_model.load(config.model, "cpu")
     modules = plan.make(config).lora_modules
     start, one = logits(ours), moved(adapters.attach(ours, config, modules))
@@ -170,7 +169,7 @@ def test_another_base(falls_in: Falls, tmp_path: Path) -> None:
     ids, checksums = set(), set()
     for seed in (0, 9):
         folder = folder_of(causal(seed=seed), tmp_path / str(seed))
-        config = composed("tracker=none", "model=local", f"model.path={folder}", "lora.r=4")
+        config = config_of(folder, "lora.r=4")
         ids.add(plan.run_id(config))
         checksums.add(base_model.checksum(base_model.load(config.model, "cpu")))
     assert len(ids) == len(checksums) == 2  # another run, and no checkpoint of it fits

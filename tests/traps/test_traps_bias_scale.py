@@ -15,6 +15,7 @@ from lorabench import model as base_model
 from lorabench.pack import ModulePack
 from traps.halves import (
     causal,
+    config_of,
     folder_of,
     gap,
     logits,
@@ -108,8 +109,7 @@ def test_a_copied_head_in_half_precision(falls_in: Falls, tmp_path: Path) -> Non
              for name, p in model.named_parameters() if p.requires_grad}  # fmt: skip
     falls_in(kinds == {"lora_A": torch.float32, "lora_B": torch.float32, "copy": torch.bfloat16})
 
-    words = ["model=local", f"model.path={folder}", "model.dtype=bfloat16", "head=full"]
-    settings = composed("tracker=none", *words)
+    settings = config_of(folder, "model.dtype=bfloat16", "head=full")
     base = base_model.load(settings.model, "cpu")
     ours = adapters.attach(base, settings, plan.make(settings).lora_modules)
     dtypes = {name: p.dtype for name, p in adapters.trainable(ours).items()}
@@ -129,8 +129,7 @@ def test_inits_that_change_the_base(init: str, falls_in: Falls, tmp_path: Path) 
     falls_in(drift > 1e-3 and off > 1e-3, f"weights drift by {drift}, logits by {off}")
 
     checkpoint = folder_of(causal(), tmp_path / "base")
-    words = ["model=local", f"model.path={checkpoint}", f"lora.init={init}", "lora.r=4"]
-    settings = composed("tracker=none", *words)
+    settings = config_of(checkpoint, f"lora.init={init}", "lora.r=4")
     ours = base_model.load(settings.model, "cpu")
     checksum = base_model.checksum(ours)
     pack = ModulePack(ours, settings, plan.make(settings).lora_modules, "cpu")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import SMALL, composed
+from conftest import SMALL
 from peft import get_peft_model
 
 from lorabench import cli
@@ -19,6 +19,7 @@ from traps.halves import (
     VOCAB,
     built,
     causal,
+    config_of,
     experts,
     folder_of,
     gap,
@@ -150,7 +151,7 @@ def test_a_classifier_taken_for_a_language_model(falls_in: Falls, tmp_path: Path
     # Loaded as a language model its lm_head would be random: transformers says so and goes on.
     folder = folder_of(classifier(), tmp_path)
     with pytest.raises(ConfigErrors, match=r"lacks lm_head\.weight, which would be random"):
-        base_model.load(composed("model=local", f"model.path={folder}").model, "cpu")
+        base_model.load(config_of(folder).model, "cpu")
 
 
 def test_all_linear_trains_the_router(falls_in: Falls, tmp_path: Path) -> None:

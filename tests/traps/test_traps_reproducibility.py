@@ -10,17 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import composed
 from transformers import Trainer, TrainingArguments
 
 from lorabench import cli, data, plan
 from lorabench import model as base_model
 from lorabench.pack import ModulePack
 from lorabench.train import train
-from traps.halves import IDS, batch, causal, quiet, wrapped
+from traps.halves import IDS, batch, causal, config_of, quiet, wrapped
 
 Falls = Callable[..., None]
-TINY = ["tracker=none", "data.num_train=32", "data.num_validation=4", "data.num_test=4",
+TINY = ["data.num_train=32", "data.num_validation=4", "data.num_test=4",
         "lora.r=4", "trainer.steps=4", "trainer.batch_size=4"]  # fmt: skip
 
 
@@ -55,7 +54,7 @@ def lorabench(
     resume: dict[str, torch.Tensor] | None = None, start: int = 0,
 ) -> ModulePack:  # fmt: skip
     """A run alone on the embedded base, trained to the end or to a step."""
-    config = composed(*TINY, *overrides)
+    config = config_of(None, *TINY, *overrides)
     base = base_model.load(config.model, "cpu")
     pack = ModulePack(base, config, plan.make(config).lora_modules, "cpu")
     if resume is not None:
@@ -128,7 +127,7 @@ def test_what_is_not_the_same_bits(falls_in: Falls, tmp_path: Path) -> None:
         worst = max(float((whole[n] - other[n]).abs().max()) for n in whole)
         assert worst < 1e-3, f"{name} is the same training but for rounding: {worst}"
 
-    ids = {plan.run_id(composed(*TINY, f"trainer.micro_batch_size={n}")) for n in (2, 4)}
+    ids = {plan.run_id(config_of(None, *TINY, f"trainer.micro_batch_size={n}")) for n in (2, 4)}
     assert len(ids) == 2  # another run; and there is no key for another AdamW
     assert cli.main(["plan", "tracker=none", "trainer.fused=false"]) == 2
 
@@ -178,7 +177,7 @@ sys.exit(3)
     falls_in(codes == {"true": 3, "false": 0}, codes)
 
     # lorabench forks nothing: it tokenises before it trains, in its own process.
-    words = [*TINY, "trainer=smoke", f"output_dir={tmp_path}"]
+    words = ["tracker=none", *TINY, "trainer=smoke", f"output_dir={tmp_path}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOKENIZERS_PARALLELISM", "true")
         patch.setattr("os.fork", None)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lorabench import checkpoint, cli, plan, record
 from lorabench import model as base_model
 from lorabench.pack import ModulePack
 from lorabench.progress import Display
-from traps.halves import VOCAB, built, causal, lora, quiet, said
+from traps.halves import VOCAB, built, causal, config_of, lora, quiet, said
 
 Falls = Callable[..., None]
 ROWS = [torch.tensor([3 + i, 4, 5, 6 + i]) for i in range(8)]
@@ -74,8 +75,10 @@ def custom(*names: str) -> list[str]:
     return ["target_modules=custom", f"target_modules.names=[{','.join(names)}]"]
 
 
-def fingerprint(config: Any) -> dict[str, Any]:
+@cache
+def fingerprint(*words: str) -> dict[str, Any]:
     """Of a run, as its checkpoints carry it."""
+    config = config_of(None, *FAST, *words)
     base = base_model.load(config.model, "cpu")
     pack = ModulePack(base, config, plan.make(config).lora_modules, "cpu")
     return {"run_id": plan.run_id(config), "parameters": pack.fingerprint(0)}
@@ -83,11 +86,11 @@ def fingerprint(config: Any) -> dict[str, Any]:
 
 def refuses(first: list[str], then: list[str], folder: Path) -> str:
     """What is said of the first run's checkpoint in the other's folder."""
-    one, other = composed(*FAST, *first), composed(*FAST, *then)
-    assert plan.folder(one) != plan.folder(other)
-    checkpoint.save(folder / "checkpoint", {"w": torch.zeros(1)}, 2, fingerprint(one))
+    one, other = fingerprint(*first), fingerprint(*then)
+    assert one["run_id"] != other["run_id"]
+    checkpoint.save(folder / "checkpoint", {"w": torch.zeros(1)}, 2, one)
     with pytest.raises(checkpoint.Mismatch) as refused:
-        checkpoint.load(folder / "checkpoint", 2, fingerprint(other))
+        checkpoint.load(folder / "checkpoint", 2, other)
     assert "run_id: " in str(refused.value)
     return str(refused.value)
 
@@ -135,7 +138,7 @@ def test_resumed_with_another_task(
     else:
         falls_in(outcome in str(done), done)
 
-    config = composed(*FAST)
+    config = config_of(None, *FAST)
     before = plan.run_id(config)
     config.task = "seq_cls"
     assert plan.run_id(config) != before
@@ -161,6 +164,7 @@ def test_resumed_with_as_many_parameters_of_other_shapes(falls_in: Falls, tmp_pa
     """T2.17"""
     script = """
 import sys; sys.path.insert(0, "tests")
+from functools import lru_cache
 from pathlib import Path
 from traps.test_traps_resume import resumed
 settings = [{"r": 256, "target_modules": ["q_proj", name]} for name in ("v_proj", "o_proj")]

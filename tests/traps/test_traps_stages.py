@@ -20,6 +20,7 @@ from traps.halves import (
     IDS,
     batch,
     causal,
+    config_of,
     folder_of,
     gap,
     logits,
@@ -57,7 +58,7 @@ def loss_of(model: Any) -> torch.Tensor:
 
 def attached(*overrides: str) -> tuple[Any, Any, Any]:
     """Config, base and the pack of one that lorabench trains."""
-    config = composed("tracker=none", "lora.r=4", *overrides)
+    config = config_of(None, "lora.r=4", *overrides)
     base = base_model.load(config.model, "cpu")
     return config, base, ModulePack(base, config, plan.make(config).lora_modules, "cpu")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import transformers
-from conftest import SMALL, composed
+from conftest import SMALL
 from peft import LoraConfig
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
@@ -22,6 +22,7 @@ from traps.halves import (
     VOCAB,
     built,
     causal,
+    config_of,
     experts,
     folder_of,
     leaves,
@@ -185,7 +186,7 @@ def test_a_config_used_twice(falls_in: Falls, tmp_path: Path) -> None:
     deeper, warned = said(lambda: get_peft_model(causal(num_hidden_layers=4), shared))
     falls_in(len(deeper.targeted_module_names) == 14 and not warned, warned)  # of 28
 
-    config = composed("tracker=none", "target_modules=all-linear")
+    config = config_of(None, "target_modules=all-linear")
     before, counts = dataclasses.asdict(config), []
     for layers in (2, 4):
         folder = folder_of(causal(num_hidden_layers=layers), tmp_path / str(layers))
@@ -237,8 +238,8 @@ def test_twenty_targets_are_shortened(falls_in: Falls, tmp_path: Path) -> None:
 
     # The plan, and so the record, keeps every name; on its own base the folder means the same.
     base = folder_of(causal(num_hidden_layers=5), tmp_path / "base")
-    config = composed("tracker=none", "model=local", f"model.path={base}", "target_modules=custom",
-                      f"target_modules.names=[{','.join(LAYER[:4])}]")  # fmt: skip
+    names_of_all = f"target_modules.names=[{','.join(LAYER[:4])}]"
+    config = config_of(base, "target_modules=custom", names_of_all)
     made = plan.make(config)
     assert sorted(made.lora_modules) == sorted(names)
     from lorabench import model as base_model

@@ -21,6 +21,7 @@ from lorabench.pack import ModulePack
 from traps.halves import (
     VOCAB,
     causal,
+    config_of,
     folder_of,
     gap,
     logits,
@@ -103,7 +104,7 @@ def test_a_head_untied_in_the_config_alone(falls_in: Falls, tmp_path: Path) -> N
     falls_in(moves > 0.5, f"logits move by {moves}")
 
     with pytest.raises(ConfigErrors, match=r"lacks lm_head\.weight.*correct tie_word_embeddings"):
-        base_model.load(composed("model=local", f"model.path={tmp_path}").model, "cpu")
+        base_model.load(config_of(tmp_path).model, "cpu")
 
 
 @pytest.mark.parametrize("say_so", [True, False])
@@ -118,7 +119,7 @@ def test_an_untied_head_is_tied_again(say_so: bool, falls_in: Falls, tmp_path: P
     assert keys == ["lm_head.weight", "model.embed_tokens.weight"]
 
     # What lorabench reads is what it gets: such a folder is planned as it will be loaded.
-    config = composed("tracker=none", "model=local", f"model.path={tmp_path}")
+    config = config_of(tmp_path)
     base = base_model.load(config.model, "cpu")
     assert base_model.is_tied(base) == plan.make(config).head.tied == tied(loaded)
 
@@ -214,7 +215,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def embedded() -> Any:
-    return base_model.load(composed().model, "cpu")
+    return base_model.load(config_of(None).model, "cpu")
 
 
 @pytest.mark.xfail(strict=True, reason="lorabench half: needs `lorabench export --to merged`")
@@ -301,7 +302,7 @@ def test_an_adapter_that_overwrites_the_embeddings(
 @pytest.mark.parametrize("policy", ["exclude", "lora", "full"])
 def test_stock_peft_reloads_what_was_trained(policy: str, tmp_path: Path) -> None:
     """T3.5 T3.6 T3.9"""
-    config = composed("tracker=none", f"head={policy}", "lora.r=4", "target_modules=attention")
+    config = config_of(None, f"head={policy}", "lora.r=4", "target_modules=attention")
     pack = ModulePack(embedded(), config, plan.make(config).lora_modules, "cpu")
     moved(pack.tree)
     adapters.save(pack.adapter_state(0), pack.settings(0), tmp_path)
