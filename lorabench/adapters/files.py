@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 
-from lorabench.adapters.inject import ADAPTER
+from lorabench.adapters.inject import ADAPTER, trainable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,12 @@ def adapter_state(wrapped: PeftModel) -> dict[str, Tensor]:
     """What a saved adapter holds, under PEFT's names; never a weight of the base."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False)
+        state = get_peft_model_state_dict(
+            wrapped, adapter_name=ADAPTER, save_embedding_layers=False
+        )
+    # PEFT before 0.21 trains the biases of bias=lora_only and leaves them out.
+    biases = {n: p for n, p in trainable(wrapped).items() if n.endswith(".base_layer.bias")}
+    return state | {name: bias for name, bias in biases.items() if name not in state}
 
 
 def save(tensors: Mapping[str, Tensor], settings: LoraConfig, folder: Path) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import composed
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 from lorabench import adapters, cli, config, plan
 from lorabench import model as base_model
 from lorabench.pack import ModulePack
+from traps.conftest import parts
 from traps.halves import (
     causal,
     config_of,
@@ -22,6 +24,7 @@ from traps.halves import (
     lora,
     moved,
     planned,
+    quiet,
     refusal,
     reloaded,
     said,
@@ -101,8 +104,31 @@ def test_a_bias_policy_without_biases(
     assert capsys.readouterr().err.splitlines() == [line]
 
 
-def test_a_copied_head_in_half_precision(falls_in: Falls, tmp_path: Path) -> None:
+def test_biases_that_are_trained_are_saved(falls_in: Falls, tmp_path: Path) -> None:
     """T7.5"""
+    model = wrapped(causal("qwen2"), bias="lora_only")
+    trained = {name for name in trains(model) if name.endswith("bias")}
+    kept = {name for name in quiet(lambda: get_peft_model_state_dict(model)) if "bias" in name}
+    assert len(trained) == 2
+    if parts(version("peft")) < (0, 21):
+        falls_in(kept == set(), kept)
+    else:
+        assert kept == trained, "mended in peft 0.21"
+
+    folder = folder_of(causal("qwen2"), tmp_path / "base")
+    names = ["target_modules=custom", "target_modules.names=[q_proj]", "lora.bias=lora_only"]
+    settings = config_of(folder, *names, "lora.r=4")
+    pack = ModulePack(base_model.load(settings.model, "cpu"), settings,
+                      plan.make(settings).lora_modules, "cpu")  # fmt: skip
+    moved(pack.tree)
+    assert trained <= set(pack.adapter_state(0))
+    adapters.save(pack.adapter_state(0), pack.settings(0), tmp_path / "ours")
+    again = reloaded(causal("qwen2"), tmp_path / "ours")
+    assert gap(logits(again), logits(pack.tree.eval())) == 0
+
+
+def test_a_copied_head_in_half_precision(falls_in: Falls, tmp_path: Path) -> None:
+    """T7.6"""
     folder = folder_of(causal().bfloat16(), tmp_path)
     model = wrapped(causal().bfloat16(), modules_to_save=["lm_head"])
     kinds = {name.split(".")[-3] if "lora_" in name else "copy": p.dtype
@@ -119,7 +145,7 @@ def test_a_copied_head_in_half_precision(falls_in: Falls, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_inits_that_change_the_base(init: str, falls_in: Falls, tmp_path: Path) -> None:
-    """T7.6"""
+    """T7.7"""
     base = causal()
     before = base.get_submodule(Q).weight.detach().clone(), logits(base)
     model = wrapped(base, init_lora_weights=init, target_modules="all-linear")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import composed
-from peft import PeftModel, get_peft_model_state_dict, inject_adapter_in_model
+from peft import PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -259,5 +259,5 @@ def test_another_module_changes_the_first_ones_init(falls_in: Falls) -> None:
     mine = {k: v.clone() for k, v in adapters.adapter_state(pack.wrapped).items()}
     _, _, wider = attached("target_modules=custom", "target_modules.names=[q_proj,v_proj]")
     assert torch.get_rng_state().equal(untouched)
-    theirs = get_peft_model_state_dict(wider.wrapped)
+    theirs = adapters.adapter_state(wider.wrapped)
     assert mine and all(tensor.equal(theirs[name]) for name, tensor in mine.items())
