@@ -38,7 +38,7 @@ def adapter_state(wrapped: PeftModel) -> dict[str, Tensor]:
         )
     # PEFT before 0.21 trains the biases of bias=lora_only and leaves them out.
     biases = {n: p for n, p in trainable(wrapped).items() if n.endswith(".base_layer.bias")}
-    return state | {name: bias for name, bias in biases.items() if name not in state}
+    return state | {name: bias.detach() for name, bias in biases.items() if name not in state}
 
 
 def save(tensors: Mapping[str, Tensor], settings: LoraConfig, folder: Path) -> str:
