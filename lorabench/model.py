@@ -303,21 +303,22 @@ def load(model: ModelConfig, device: str, classes: int = 0) -> PreTrainedModel:
         classes: of a classification, whose head is zero here; 0: a language model.
     """
     config = architecture(model, classes)
-    options: dict[str, Any] = {}
-    if classes:  # a checkpoint that is a classifier itself may have another number of classes
-        options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    # A checkpoint that is a classifier itself may have another number of classes.
+    options = {"ignore_mismatched_sizes": True} if classes else {}
     with _quiet_loading(bool(classes)):
-        base = _call(
+        base, loaded = _call(
             model,
             tasks.model_class(config, classes, model_name(model)).from_pretrained,
             config=config,
             attn_implementation=model.attn_implementation,
             dtype=dtype(model.dtype),
+            output_loading_info=True,
             **options,
         )
     if classes:
-        base, loaded = base
         tasks.blank_head(base, loaded, model_name(model))
+    else:
+        _must_be_whole(base, sorted(loaded["missing_keys"]), model)
     base.requires_grad_(False)
     base.config.use_cache = False
     return base.to(device).eval()
@@ -341,6 +342,17 @@ def _quiet_loading(quiet: bool) -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(before)
+
+
+def _must_be_whole(base: PreTrainedModel, missing: list[str], model: ModelConfig) -> None:
+    """Refuse a checkpoint without some weights: transformers draws them at random, and goes on."""
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ConfigErrors(
+            f"model.path: a checkpoint must hold every weight of {type(base).__name__}; "
+            f"'{model.path}' lacks {missing[0]}{more}, which would be random; save the whole model "
+            f"with save_pretrained, or correct tie_word_embeddings in its config.json"
+        )
 
 
 def tokenizer(model: ModelConfig) -> Any:

@@ -199,7 +199,8 @@ def make(config: Config) -> Plan:
     activations = tokens * text.hidden_size * layers * 34 * activation
     logits = tokens * (len(labels) or text.vocab_size) * 4 * 3
     base_bytes = sum(p.numel() * p.element_size() for p in base.parameters())
-    warnings = [*_warnings(config, base), *resolved.left_out]
+    narrow = _narrow(config, base, resolved.modules)
+    warnings = [*_warnings(config, base), *narrow, *resolved.left_out]
     saved = [head.module] if head.policy == "full" and head.module else []
     return Plan(
         run_id=run_id(config),
@@ -282,6 +283,18 @@ def _warnings(config: Config, base: Any) -> list[str]:
                     f"the base's own {key}={value:g} is switched off: only lora_dropout acts"
                 )
     return found
+
+
+def _narrow(config: Config, base: Any, modules: list[str]) -> list[str]:
+    """Says where r is more than a module has rows or columns: PEFT takes it without a word."""
+    sides = {name: min(base.get_submodule(name).weight.shape) for name in modules}
+    below = [name for name in modules if sides[name] < config.lora.r]
+    if not below:
+        return []
+    return [
+        f"lora.r: {config.lora.r} is more than the smaller side of {len(below)} modules (such as "
+        f"{below[0]}: {sides[below[0]]}): a larger r adds nothing there but parameters"
+    ]
 
 
 def tracker_address(config: Config) -> str:

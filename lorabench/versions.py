@@ -26,7 +26,6 @@ OPTIONS = (
         "2.3.3",  # transformers.utils.is_flash_attn_2_available
         "model.attn_implementation=sdpa",
     ),
-    ("lora.bias", "lora_only", "peft", "0.21", "lora.bias=all"),  # earlier ones save no bias
     ("data.source", "hub", "datasets", None, "data=jsonl"),
     ("tracker.kind", "wandb", "wandb", None, "tracker=none"),
 )

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 
-from lorabench.adapters.inject import ADAPTER
+from lorabench.adapters.inject import ADAPTER, trainable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +36,9 @@ def adapter_state(wrapped: PeftModel) -> dict[str, Tensor]:
         state = get_peft_model_state_dict(
             wrapped, adapter_name=ADAPTER, save_embedding_layers=False
         )
+    # PEFT before 0.21 trains the biases of bias=lora_only and leaves them out.
+    biases = {n: p for n, p in trainable(wrapped).items() if n.endswith(".base_layer.bias")}
+    state |= {name: bias.detach() for name, bias in biases.items() if name not in state}
     # With bias=all PEFT lists the bias of a trained head three times.
     again = (".modules_to_save.", ".original_module.")
     return {name: tensor for name, tensor in state.items() if not any(a in name for a in again)}
