@@ -244,6 +244,17 @@ def _must_be_reachable(model: ModelConfig) -> None:
         ) from error
 
 
+def _must_be_whole(base: PreTrainedModel, missing: list[str], model: ModelConfig) -> None:
+    """Refuse a checkpoint without some weights: transformers draws them at random, and goes on."""
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ConfigErrors(
+            f"model.path: a checkpoint must hold every weight of {type(base).__name__}; "
+            f"'{model.path}' lacks {missing[0]}{more}, which would be random; save the whole model "
+            f"with save_pretrained, or correct tie_word_embeddings in its config.json"
+        )
+
+
 def architecture(model: ModelConfig) -> Any:
     """The transformers config, base dropouts at zero.
 
@@ -295,17 +306,6 @@ def load(model: ModelConfig, device: str) -> PreTrainedModel:
     base.requires_grad_(False)
     base.config.use_cache = False
     return base.to(device).eval()
-
-
-def _must_be_whole(base: PreTrainedModel, missing: list[str], model: ModelConfig) -> None:
-    """Refuse a checkpoint without some weights: transformers draws them at random, and goes on."""
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ConfigErrors(
-            f"model.path: a checkpoint must hold every weight of {type(base).__name__}; "
-            f"'{model.path}' lacks {missing[0]}{more}, which would be random; save the whole model "
-            f"with save_pretrained, or correct tie_word_embeddings in its config.json"
-        )
 
 
 def tokenizer(model: ModelConfig) -> Any:

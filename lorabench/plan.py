@@ -169,7 +169,7 @@ def make(config: Config) -> Plan:
     activations = tokens * text.hidden_size * layers * 34 * activation
     logits = tokens * text.vocab_size * 4 * 3
     base_bytes = sum(p.numel() * p.element_size() for p in base.parameters())
-    warnings = _warnings(config, base) + _narrow(config, base, modules)
+    warnings = _warnings(config, base)
     return Plan(
         run_id=run_id(config),
         folder=str(folder(config)),
@@ -194,7 +194,7 @@ def make(config: Config) -> Plan:
         * config.trainer.batch_size
         * config.data.max_length,
         tracker=tracker_address(config),
-        warnings=warnings,
+        warnings=[*warnings, *_narrow(config, base, modules)],
         alone=alone,
     )
 
