@@ -448,11 +448,8 @@ def test_the_run_id_follows_the_stages_and_not_their_spelling() -> None:
 # --- the command line ------------------------------------------------------------------------
 
 
-def test_the_experiment_plans_both_ways_of_training(
-    bert_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_experiment_plans_both_ways_of_training(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["-m", "experiment=bert_stages", "tracker=none"]
-    arguments += ["model=local", f"model.path={bert_folder}"]
     assert cli.main(["plan", "--json", *arguments]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert sorted(len(pack) for pack in planned["packs"]) == [2, 2]  # never one with the other
@@ -461,7 +458,8 @@ def test_the_experiment_plans_both_ways_of_training(
     assert cli.main(["plan", *arguments]) == 0
     out = capsys.readouterr().out.splitlines()
     assert [line for line in out if line.startswith("stages")] == [
-        "stages    from step 0 layer.11; from step 100 layer.11 + layer.1 at 0.5 lr"
+        "stages    from step 0 layer.11, classifier; "
+        "from step 100 layer.11, classifier + layer.1 at 0.5 lr"
     ]
 
 
@@ -484,6 +482,7 @@ def test_a_killed_sweep_ends_with_the_same_bits_and_the_whole_history(
     command = [
         "train", "-m", "experiment=bert_stages", f"stages={written(tmp_path, SHORT)}",
         f"hydra.searchpath=[file://{tmp_path}]", "model=local", f"model.path={bert_folder}",
+        "task=causal_lm", "head=exclude",
         "data=jsonl", f"data.train.path={jsonl}", "data.max_length=64", "tracker=none",
         "trainer.steps=6", "trainer.lr=1e-2", "lora.r=4", f"lora.use_dora={dora}",
         "trainer.num_threads=1",

@@ -65,7 +65,6 @@ def test_a_package_below_the_requirement_is_refused_with_the_least_version(
          "needs flash-attn>=2.3.3; flash-attn is not installed; pip install 'flash-attn>=2.3.3', "
          "or use model.attn_implementation=sdpa"),
         ("model.attn_implementation=flash_attention_2", "flash_attn", "2.3.2", "2.3.2 is instal"),
-        ("lora.bias=lora_only", "peft", "0.20.0", "needs peft>=0.21; 0.20.0 is installed; pip"),
         ("tracker=wandb", "wandb", "0.15.0", "needs wandb>=0.22; 0.15.0 is installed"),
         ("data=alpaca", "datasets", "2.0.0", "needs datasets>=4.0; 2.0.0 is installed"),
     ],

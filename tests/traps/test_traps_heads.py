@@ -100,13 +100,12 @@ def test_a_classifier_with_its_task(tmp_path: Path) -> None:
         assert logits(reloaded(classifier(head_seed=7), folder)).equal(logits(model))
 
 
-@pytest.mark.xfail(strict=True, raises=ConfigErrors, reason="lorabench half: needs task=seq_cls")
 def test_a_classifiers_head_is_trained_and_saved(tmp_path: Path) -> None:
     """T2.3 T2.4"""
     folder = folder_of(classifier(), tmp_path)
     for targets in (["target_modules=all-linear"],
                     ["target_modules=custom", "target_modules.names=[q_proj]"]):  # fmt: skip
-        made = planned(folder, "task=seq_cls", "head=full", *targets)
+        made = planned(folder, "task=seq_cls", "head=full", "data=classes", *targets)
         assert made.saved_modules == ["score"] and "score" not in made.lora_modules
 
 
@@ -217,7 +216,8 @@ def test_a_router_in_a_list(kind: str, falls_in: Falls, tmp_path: Path) -> None:
     falls_in(set(settings.target_modules or ()) == {"q_proj"}, settings)
 
     line = refusal(folder, "target_modules=custom", "target_modules.names=[q_proj,gate]")
-    assert line.endswith("unmatched: 'gate'")
+    print(line)
+    assert "'gate'" in line and "no linear" in line
 
 
 def multimodal() -> Any:
@@ -246,9 +246,6 @@ def test_a_vision_tower(targets: Any, falls_in: Falls) -> None:
     falls_in(len(seeing) == (9 if targets == "all-linear" else 2) and not warned, seeing)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="lorabench half: needs vision towers left out"
-)
 def test_a_vision_tower_is_left_out(tmp_path: Path) -> None:
     """T2.12"""
     folder = folder_of(multimodal(), tmp_path)

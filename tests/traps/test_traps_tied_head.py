@@ -216,7 +216,6 @@ def embedded() -> Any:
     return base_model.load(config_of(None).model, "cpu")
 
 
-@pytest.mark.xfail(strict=True, reason="lorabench half: needs `lorabench export --to merged`")
 @pytest.mark.parametrize("policy", ["exclude", "lora", "full"])
 def test_every_policy_exports_to_a_merged_model(
     policy: str, runs: dict[str, Path], tmp_path: Path
