@@ -23,13 +23,11 @@ def rows() -> dict[str, list[str]]:
     return found
 
 
-def of_the_tests() -> tuple[dict[str, set[str]], set[str]]:
-    """Names of the tests of every id, and of those that are expected to fail."""
-    found, expected = defaultdict(set), set()
+def of_the_tests() -> dict[str, set[str]]:
+    """Names of the tests of every id."""
+    found = defaultdict(set)
     for path in sorted({*HERE.glob("test_*.py")} - {Path(__file__)}):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
-        marks = {ast.unparse(one.targets[0]) for one in assigned if "xfail" in ast.unparse(one)}
         for node in tree.body:
             if not isinstance(node, ast.FunctionDef) or not node.name.startswith("test_"):
                 continue
@@ -37,14 +35,11 @@ def of_the_tests() -> tuple[dict[str, set[str]], set[str]]:
             assert ids, f"{path.name}: {node.name} names no row of {PAGE.name}"
             for one in ids:
                 found[one].add(node.name)
-            decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
-            if any("xfail" in text or text in marks for text in decorators):
-                expected.add(node.name)
-    return found, expected
+    return found
 
 
 def test_every_row_has_its_tests_and_every_test_its_row() -> None:
-    found, _ = of_the_tests()
+    found = of_the_tests()
     named = {one: set(re.findall(r"`(test_\w+)`", cells[4])) for one, cells in rows().items()}
     assert named == found
 
@@ -55,9 +50,3 @@ def test_rows_are_numbered_in_order() -> None:
     for section in range(1, 9):
         row_numbers = [row for s, row in numbers if s == section]
         assert row_numbers == list(range(1, len(row_numbers) + 1)) and row_numbers
-
-
-def test_what_is_not_there_yet_is_marked() -> None:
-    found, expected = of_the_tests()
-    for one, cells in rows().items():
-        assert ("†" in cells[3]) == bool(found[one] & expected), one
