@@ -47,7 +47,8 @@ class Plan(BaseModel):
     saved_modules: list[str]
     trainable_parameters: int
     total_parameters: int
-    scale: float
+    scale: float  # what multiplies an update: lora_alpha / r, or lora_alpha / sqrt(r)
+    scales: dict[str, float]  # of modules where a pattern gives another
     head: HeadPlan
     base_bytes: int  # the part of memory_bytes that all runs of a pack share
     memory_bytes: int  # estimate: base, adapter, optimizer, activations of one micro-batch
@@ -136,6 +137,7 @@ class Resolved(NamedTuple):
     num_trainable: int  # parameters
     alone: str | None  # why the run cannot share a base forward
     left_out: list[str]  # what all-linear and the like do not adapt
+    scales: dict[str, float]  # what multiplies each module's update, patterns included
 
 
 _RESOLVED: dict[str, Resolved] = {}
@@ -164,7 +166,10 @@ def _resolve(config: Config, base: Any) -> Resolved:
         trained = list(dict.fromkeys(map(adapters.owner, found)))
         count = sum(p.numel() for p in found.values())
         alone = why_alone(base, config, modules, wrapped)
-        _RESOLVED[key] = Resolved(modules, trained, count, alone, adapters.notes(base, modules))
+        layers = adapters.lora_layers(wrapped)
+        scales = {name: float(layers[name].scaling[adapters.ADAPTER]) for name in modules}
+        notes = adapters.notes(base, modules)
+        _RESOLVED[key] = Resolved(modules, trained, count, alone, notes, scales)
     return _RESOLVED[key]
 
 
@@ -211,6 +216,7 @@ def make(config: Config) -> Plan:
         trainable_parameters=resolved.num_trainable,
         total_parameters=total,
         scale=scale(config.lora),
+        scales={n: x for n, x in resolved.scales.items() if x != scale(config.lora)},
         head=head,
         base_bytes=RUNTIME_BYTES + base_bytes,
         memory_bytes=RUNTIME_BYTES

@@ -107,7 +107,7 @@ def plan(
             job.label,
             str(len(job.plan.lora_modules)),
             quantity(job.plan.trainable_parameters),
-            f"{job.plan.scale:g}",
+            _scale(job.plan),
             f"{head.policy}{', tied' if head.tied else ''}",
             f"~{size(job.plan.memory_bytes)}",
             f"~{planned['seconds']:.0f}",
@@ -160,6 +160,15 @@ def plan(
         out.print("`--json` lists every adapted module.", style="dim")
     for attempt in attempts:
         out.print(f"smoke     {attempt}", style="red" if attempt.error else None, soft_wrap=True)
+
+
+def _scale(made: Any) -> str:
+    """The effective scale, or its range where patterns give modules their own."""
+    own = {*made.scales.values()}
+    if len(made.scales) < len(made.lora_modules):
+        own.add(made.scale)
+    low, high = f"{min(own):g}", f"{max(own):g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _module_sets(jobs: list[Job]) -> list[tuple[list[str], str]]:
@@ -240,7 +249,7 @@ def runs(found: list[tuple[Path, Record]], as_json: bool) -> None:
     out = Table(title=f"{found[0][0].parent}: {len(found)} runs", title_justify="left")
     for name in (
         "run",
-        *_short_keys(table["varied"]),
+        *_short_keys(_columns(table)),
         "seed",
         "status",
         "steps",
@@ -252,7 +261,7 @@ def runs(found: list[tuple[Path, Record]], as_json: bool) -> None:
         colour = COLOURS.get(record.status, "cyan")
         out.add_row(
             record.run_id,
-            *(_value(one["setting"][key]) for key in table["varied"]),
+            *(_value(one["setting"][key]) for key in _columns(table)),
             str(record.config["seed"]),
             Text(record.status, colour),
             f"{record.steps_done}/{record.config['trainer']['steps']}",
@@ -262,8 +271,26 @@ def runs(found: list[tuple[Path, Record]], as_json: bool) -> None:
     console().print(out)
 
 
+def _columns(table: dict[str, Any]) -> list[str]:
+    """Varied keys worth a column: where model.name tells runs apart, model.path need not."""
+    settings = [one["setting"] for one in table["runs"]]
+
+    def is_told_by(label: str, key: str) -> bool:
+        pairs = {(repr(one[label]), repr(one[key])) for one in settings}
+        return len(pairs) == len({first for first, _ in pairs})
+
+    labels = {key.partition(".")[0]: key for key in table["varied"] if key.endswith(".name")}
+    return [
+        key
+        for key in table["varied"]
+        if (label := labels.get(key.partition(".")[0])) in (None, key)
+        or not is_told_by(str(label), key)
+    ]
+
+
 def _short_keys(keys: list[str]) -> list[str]:
-    """The last part of each dotted key, or all of it where two end alike."""
+    """The last part of each dotted key, or all of it where two end alike; a label's group."""
+    keys = [key.removesuffix(".name") for key in keys]
     last = [key.rpartition(".")[2] for key in keys]
     names = [key if last.count(short) > 1 else short for key, short in zip(keys, last, strict=True)]
     return ["head" if name == "policy" else name for name in names]
@@ -272,7 +299,7 @@ def _short_keys(keys: list[str]) -> list[str]:
 def _value(value: Any) -> str:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return stages.describe(value)
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return ",".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
 
 
 def comparison(table: dict[str, Any], folder: Path, as_json: bool) -> None:
@@ -290,7 +317,8 @@ def comparison(table: dict[str, Any], folder: Path, as_json: bool) -> None:
     )
     title = f"{folder}: {len(rows)} settings, mean ± standard deviation over seeds"
     shown = Table(title=title, title_justify="left")
-    for name in _short_keys(table["varied"]):
+    columns = _columns(table)
+    for name in _short_keys(columns):
         shown.add_column(name)
     for split, name in metrics:
         arrow = "↑" if name in HIGHER_IS_BETTER else "↓"
@@ -307,7 +335,7 @@ def comparison(table: dict[str, Any], folder: Path, as_json: bool) -> None:
         if known:
             best[split, name] = max(known) if name in HIGHER_IS_BETTER else min(known)
     for row in rows:
-        cells: list[str | Text] = [_value(row["setting"][key]) for key in table["varied"]]
+        cells: list[str | Text] = [_value(row["setting"][key]) for key in columns]
         for split, name in metrics:
             value = row["metrics"].get(split, {}).get(name)
             text = "" if value is None else with_spread(value)

@@ -104,6 +104,20 @@ def printed(table: dict, monkeypatch, **console) -> str:
     return out.getvalue()
 
 
+def test_a_model_has_one_column_whatever_its_group_holds(records, monkeypatch):
+    for i, one in enumerate(records):
+        name = ("small", "large")[i % 2]
+        one.config["model"] = {"name": name, "path": f"/somewhere/{name}", "dtype": "float32"}
+        one.config["stages"] = [] if i % 3 else [{"from_step": 0, "train": ["all"]}]
+    text = printed(compare.table(records), monkeypatch)
+    header = next(line for line in text.splitlines() if "test nll" in line)
+    columns = [cell.strip() for cell in header.split("┃")]
+    assert "model" in columns and "path" not in columns
+    assert "/somewhere" not in text and " none " in text and "from step 0 all" in text
+    records[0].config["model"]["path"] = "/elsewhere"  # the label no longer tells
+    assert "/elsewhere" in printed(compare.table(records), monkeypatch)
+
+
 def test_each_row_is_what_pandas_groups_by_setting(records):
     """Relative tolerance 1e-12: sums of three float64 in another order differ by a few 1e-16."""
     table = compare.table(records)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import composed
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 
-from lorabench import plan
+from lorabench import cli, plan
 from lorabench.config import ConfigErrors
 
 
@@ -57,6 +58,33 @@ def test_attention_and_mlp_by_architecture(
     assert len(modules) == 2 * len(leaves)  # two layers
     inside = {"attention": ("attn", "self_attn"), "mlp": ("mlp",)}[select]
     assert all(any(part in name.split(".") for part in inside) for name in modules)
+
+
+def test_scales_are_pefts_where_patterns_give_modules_their_own(
+    tiny_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_folder("llama")
+    words = ["model=local", f"model.path={folder}", "lora.use_rslora=true", "tracker=none"]
+    words += ["lora.alpha_pattern={q_proj:4}", "lora.rank_pattern={v_proj:9}"]
+    made = plan.make(composed(*words))
+    settings = LoraConfig(
+        task_type="CAUSAL_LM", r=16, lora_alpha=32, use_rslora=True,
+        alpha_pattern={"q_proj": 4}, rank_pattern={"v_proj": 9}, target_modules=made.lora_modules,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), settings)
+    theirs = {
+        name.removeprefix("base_model.model."): module.scaling["default"]
+        for name, module in wrapped.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    assert {name: made.scales.get(name, made.scale) for name in made.lora_modules} == theirs
+    assert len({*theirs.values()}) == 3
+    assert cli.main(["plan", *words]) == 0
+    assert "1 to 10.6667" in capsys.readouterr().out
 
 
 def test_head_full_counts_a_copy_of_the_head(tiny_folder: Callable[[str], Path]) -> None:
