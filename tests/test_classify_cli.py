@@ -1,0 +1,51 @@
+"""A classification from the command line: tried, trained, exported, and read by stock transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import transformers
+from conftest import composed
+
+from lorabench import cli, data
+
+# PEFT asks transformers by a name that 5.23 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+
+@pytest.mark.parametrize("model", ["tiny-bert", "tiny-gemma"])
+def test_a_classifier_is_tried_trained_and_exported_with_its_labels(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The merged folder, read by stock transformers, predicts what the run recorded."""
+    words = [
+        "task=seq_cls", "head=full", f"model={model}", "data=classes", "tracker=none",
+        "data.skills=[is_sorted,most_frequent]", "data.num_train=64", "data.num_validation=8",
+        "data.num_test=24", "trainer.steps=6", "trainer.num_threads=1", "lora.r=4",
+        "target_modules=attention", f"output_dir={tmp_path / 'out'}",
+    ]  # fmt: skip
+    assert cli.main(["plan", "--smoke", *words]) == 0
+    assert "adapters reloaded by plain PEFT" in capsys.readouterr().out
+    assert cli.main(["train", *words]) == 0
+    (run,) = (tmp_path / "out").glob("*/*/")
+    place = tmp_path / "merged"
+    assert cli.main(["export", str(run), "--to", "merged", str(place)]) == 0
+    read = transformers.AutoModelForSequenceClassification.from_pretrained(place).eval()
+    recorded = json.loads((run / "record.json").read_text())
+    assert recorded["exports"]["merged"] == "yes" and "head" in recorded["exports"]["gguf"]
+    assert list(read.config.id2label.values()) == recorded["plan"]["labels"]
+    assert recorded["plan"]["labels"] == ["a", "b", "c", "d", "no", "yes"]
+
+    config = composed(*words)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+    table = pd.read_parquet(run / "predictions.parquet").query("split == 'test'")
+    examples = {example.id: example.prompt for example in data.load(config.data).test}
+    with torch.no_grad():
+        for example, predicted in zip(table["example"], table["predicted"], strict=True):
+            ids = tokenizer(examples[example], return_tensors="pt")["input_ids"]
+            best = int(read(input_ids=ids).logits.argmax())
+            assert read.config.id2label[best] == predicted
