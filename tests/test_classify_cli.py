@@ -1,4 +1,4 @@
-"""A classification from the command line: tried, trained, exported, and read by stock transformers."""
+"""A classification from the command line: tried, trained, exported, read by transformers."""
 
 from __future__ import annotations
 
