@@ -162,6 +162,7 @@ def _resolve(config: Config, base: Any) -> Resolved:
         adapters.check_bias(base, config, modules)
         adapters.check_init(base, config, modules)
         wrapped = adapters.attach_skeleton(base, config, modules)
+        adapters.check_saved(wrapped, base, config)
         found = adapters.trainable(wrapped)
         trained = list(dict.fromkeys(map(adapters.owner, found)))
         count = sum(p.numel() for p in found.values())

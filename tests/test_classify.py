@@ -534,3 +534,23 @@ def test_weights_that_would_be_random_are_refused(
 def test_an_encoder_made_a_decoder_is_a_language_model(tiny_folder: Callable[[str], Path]) -> None:
     made = plan.make(composed("tracker=none", "model=local", f"model.path={tiny_folder('bert')}"))
     assert made.head.module == "cls.predictions.decoder" and made.labels == []
+
+
+def test_a_copy_that_nobody_asked_for_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT finds `classifier` at the end of DistilBERT's `pre_classifier` and would copy both."""
+    tokenizer = t.AutoTokenizer.from_pretrained(folders["bert"])
+    config = t.DistilBertConfig(
+        vocab_size=len(tokenizer), dim=32, hidden_dim=64, n_layers=2, n_heads=4
+    )
+    base = t.DistilBertForSequenceClassification(config)
+    wrapped = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["q_lin"]))
+    assert any("pre_classifier.modules_to_save" in name for name, _ in wrapped.named_parameters())
+
+    t.DistilBertForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    words = ["task=seq_cls", "head=full", "data=classes", "model=local", f"model.path={tmp_path}"]
+    words += ["target_modules=custom", "target_modules.names=[q_lin]"]
+    with pytest.raises(
+        ConfigErrors, match="would also train pre_classifier, whose name ends alike"
+    ):
+        plan.make(composed(*words))

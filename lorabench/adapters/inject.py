@@ -126,6 +126,19 @@ def check_bias(base: PreTrainedModel, config: Config, modules: list[str]) -> Non
         )
 
 
+def check_saved(wrapped: PeftModel, base: PreTrainedModel, config: Config) -> None:
+    """Refuse copies nobody asked for: PEFT finds modules_to_save by the end of a name, undotted."""
+    head = base_model.output_head(base)
+    copied = {owner(name) for name in trainable(wrapped) if ".modules_to_save." in name}
+    more = sorted(copied - {head[0] if head else ""})
+    if more:
+        raise ConfigErrors(
+            f"head: full must train a copy of {head[0] if head else 'the head'} alone; on base "
+            f"model '{model_name(config.model)}' PEFT would also train {', '.join(more)}, whose "
+            f"name ends alike; use another base or task"
+        )
+
+
 def check_init(base: PreTrainedModel, config: Config, modules: list[str]) -> None:
     """Refuse an init that would change the embeddings through a tied head."""
     head = base_model.output_head(base)
