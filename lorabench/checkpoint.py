@@ -30,9 +30,18 @@ def save(
 
 
 def write(
-    folder: Path, state: dict[str, Tensor], steps_done: int, fingerprint: dict[str, Any]
+    folder: Path,
+    state: dict[str, Tensor],
+    steps_done: int,
+    fingerprint: dict[str, Any],
+    stopped: dict[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint beside `folder`; `commit` puts it in place."""
+    """Write a checkpoint beside `folder`; `commit` puts it in place.
+
+    Args:
+        steps_done: by the pack.
+        stopped: of a run that stopped before its mates: the steps it did, and why.
+    """
     from safetensors.torch import save_file
 
     part = _beside(folder, "part")
@@ -43,6 +52,7 @@ def write(
     content = {
         "steps_done": steps_done,
         "fingerprint": fingerprint,
+        "stopped": stopped,
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
     }
     (part / "checkpoint.json").write_text(json.dumps(content, indent=2) + "\n")
@@ -83,6 +93,11 @@ def steps(folder: Path, pack: str | None = None) -> dict[int, Path]:
         if pack is None or content["fingerprint"].get("pack") == pack:
             found[content["steps_done"]] = place
     return found
+
+
+def stopped(folder: Path, step: int) -> dict[str, Any] | None:
+    """Where a run had stopped before this step of its pack, and why; None where it had not."""
+    return json.loads((steps(folder)[step] / "checkpoint.json").read_text()).get("stopped")
 
 
 def load(folder: Path, step: int, fingerprint: dict[str, Any]) -> dict[str, Tensor]:

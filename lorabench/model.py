@@ -326,6 +326,8 @@ def load(model: ModelConfig, device: str, classes: int = 0) -> PreTrainedModel:
 
 def plain(model: ModelConfig, auto: Any, dtype_name: str, **options: Any) -> Any:
     """The base as `auto`, an Auto class, loads it: its own config, nothing switched off, CPU."""
+    if "num_labels" in options:  # of a checkpoint that is a classifier itself
+        options["ignore_mismatched_sizes"] = True
     with _quiet_loading("num_labels" in options):
         return _call(model, auto.from_pretrained, dtype=dtype(dtype_name), **options).eval()
 

@@ -63,7 +63,9 @@ def train(
     length = data.padded_length(tokens, pack.configs[0].data.max_length)
     width = data.longest_completion(tokens)
     micro = trainer.micro_batch_size or trainer.batch_size
-    running = set(range(pack.size))
+    running = {run for run in range(pack.size) if pack.alive[run]}
+    if not running:
+        return
     assert all(config.stages == pack.configs[0].stages for config in pack.configs)
     stages = Stages(pack.configs[0].stages, pack.owners.values())
     for step in range(start_step, trainer.steps):

@@ -39,6 +39,20 @@ def composed(*overrides: str) -> config.Config:
     return config.typed(cfg)
 
 
+def stock_state(wrapped: Any) -> dict[str, torch.Tensor]:
+    """What stock PEFT saves of a wrapped model; before 0.21 it left trained biases out."""
+    import warnings
+
+    from peft import get_peft_model_state_dict
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about tied layers
+        state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    trained = {n: p.detach() for n, p in wrapped.named_parameters() if p.requires_grad}
+    biases = {n: p for n, p in trained.items() if n.endswith(".base_layer.bias")}
+    return biases | state
+
+
 @pytest.fixture
 def compose() -> Callable[..., config.Config]:
     return composed

@@ -15,12 +15,11 @@ import pandas as pd
 import pytest
 import torch
 import transformers as t
-from conftest import composed, tiny_config
+from conftest import composed, stock_state, tiny_config
 from peft import (
     LoraConfig,
     PeftModel,
     get_peft_model,
-    get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
 from test_pack import DoubleTorch, copy_of, relative
@@ -143,7 +142,7 @@ class Stock:
         self.examples = data.load(config.data).train
 
     def state(self) -> dict[str, Tensor]:
-        return get_peft_model_state_dict(self.wrapped)
+        return stock_state(self.wrapped)
 
     def train(self, length: int) -> list[float]:
         trainer = self.config.trainer

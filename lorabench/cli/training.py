@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -109,10 +108,9 @@ def train(arguments: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import hydra
 
-    def interrupt(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+    from lorabench import interrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    interrupt.install()
     refuse_values(arguments)
     register()
     task = Train()

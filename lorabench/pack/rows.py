@@ -5,6 +5,7 @@ Letters: S slabs (1 or R runs), B batch, T tokens, N rows that carry a loss, D m
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -69,6 +70,8 @@ def choose_rows(body: nn.Module) -> ChosenRows | None:
 
 def _is_plain(block: nn.Module) -> bool:
     if any(p.requires_grad for p in block.parameters()) or list(block.parameters(recurse=False)):
+        return False
+    if len(inspect.signature(block.forward).parameters) != 1:  # Bloom's adds the residual itself
         return False
     inside = [module for module in block.modules() if module is not block]
     return all(

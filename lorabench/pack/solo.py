@@ -55,7 +55,7 @@ class ModulePack:
         adapters.key_dropout(self.wrapped, self.clock)
         self.parameters = adapters.trainable(self.wrapped)
         self.owners = {name: adapters.owner(name) for name in self.parameters}
-        self.alive = True
+        self.alive = [True]
         self.tree = cast(Any, self.wrapped.get_base_model())
         self.tree.train()  # base dropouts are zero; checkpointing asks for training mode
         if config.trainer.gradient_checkpointing:
@@ -122,14 +122,14 @@ class ModulePack:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr[0] * group["lr_scale"]
-        if self.alive and norm.isfinite():
+        if self.alive[0] and norm.isfinite():
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm.detach()[None]
 
     def stop(self, run: int) -> None:
         """The run keeps its weights and no longer moves."""
-        self.alive = False
+        self.alive[run] = False
 
     @torch.no_grad()
     def score(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -228,6 +228,9 @@ def resume(members: list[Member], pack: Any, display: Display) -> int:
         state = checkpoint.load(member.folder / "checkpoint", step, member.fingerprint)
         pack.load_state(run, state)
         member.entry.steps_done = step
+        if stop := checkpoint.stopped(member.folder / "checkpoint", step):
+            member.entry.steps_done, member.entry.error = stop["steps_done"], stop["error"]
+            pack.stop(run)
         modules = pack.modules(run)
         for stage in Stages(member.job.config.stages, modules).all:
             if stage.step < step:
@@ -238,12 +241,11 @@ def resume(members: list[Member], pack: Any, display: Display) -> int:
 
 def keep_checkpoint(members: list[Member], pack: Any) -> None:
     """All members' checkpoints of this step: written first, then put in place together."""
+    step = max(member.entry.steps_done for member in members)  # a stopped run did fewer
     for run, member in enumerate(members):
-        checkpoint.write(
-            member.folder / "checkpoint",
-            pack.state(run),
-            members[0].entry.steps_done,
-            member.fingerprint,
-        )
+        entry = member.entry
+        stop = {"steps_done": entry.steps_done, "error": entry.error} if entry.error else None
+        place = member.folder / "checkpoint"
+        checkpoint.write(place, pack.state(run), step, member.fingerprint, stop)
     for member in members:
         checkpoint.commit(member.folder / "checkpoint")

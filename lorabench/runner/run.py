@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lorabench import checkpoint, data, machine, plan, record
+from lorabench import checkpoint, data, interrupt, machine, plan, record
 from lorabench import model as base_model
 from lorabench.progress import Display
 from lorabench.runner.members import (
@@ -147,7 +147,8 @@ def _train_and_record(members: list[Member], display: Display) -> None:
                 member.entry.status = "stopped" if member.entry.error else "finished"
                 member.tracker.finish(summary(member))
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and members[0].entry.steps_done:
+        trained = any(member.entry.steps_done for member in members)
+        if isinstance(error, KeyboardInterrupt) and trained and not interrupt.torn():
             keep_checkpoint(members, pack)
         for member in members:
             member.tracker.finish({}, failed=True)
@@ -178,27 +179,14 @@ def _train(
     pad_id = data.pad_id(tokenizer)
     begun = time.perf_counter()
     display.pack([member.job.label for member in members])
-    for step in train(pack, splits["train"], pad_id, start_step):
-        seconds = time.perf_counter() - begun
-        for run, member in enumerate(members):
-            member.tokens += step.tokens[run]
-            if member.entry.error is not None:
-                continue  # stopped before
-            if step.stage is not None:
-                member.enter(step.stage, pack.modules(run))
-            stopped = run in step.ended
-            if step.step % trainer.log_every == 0 or step.step == trainer.steps or stopped:
-                row = {
-                    "train/loss": step.loss[run],
-                    "train/lr": step.lr[run],
-                    "train/grad_norm": step.grad_norm[run],
-                    "train/tokens_per_second": member.tokens / seconds,
-                }
-                member.log(step.step, row, seconds=seconds)
-            if stopped:
-                member.entry.error = f"stopped at step {step.step}: loss or gradient is not finite"
-            else:
-                member.entry.steps_done = step.step
+    steps = train(pack, splits["train"], pad_id, start_step)
+    while True:
+        with interrupt.whole():
+            step = next(steps, None)
+            if step is None:
+                break
+            seconds = time.perf_counter() - begun
+            _note(members, pack, step, seconds)
         tokens = sum(member.tokens for member in members)
         display.step(step.step, trainer.steps, step.loss, tokens / seconds)
         due = trainer.eval_every and step.step % trainer.eval_every == 0
@@ -209,7 +197,7 @@ def _train(
                     value = summarise(table, ["nll"])["nll"][0]
                     member.log(step.step, {"validation/nll": value})
         due = trainer.checkpoint_every and step.step % trainer.checkpoint_every == 0
-        if due and not any(member.entry.error for member in members):
+        if due:
             keep_checkpoint(members, pack)
     if pack.device.startswith("cuda"):
         torch.cuda.synchronize(pack.device)
@@ -220,6 +208,30 @@ def _train(
         cost.train_tokens = member.tokens
         cost.tokens_per_second = round(member.tokens / max(1e-9, seconds), 1)
         cost.share = 1 / len(members)
+
+
+def _note(members: list[Member], pack: Any, step: Any, seconds: float) -> None:
+    """What a step did to each run, in its record and its metrics."""
+    trainer = members[0].job.config.trainer
+    for run, member in enumerate(members):
+        member.tokens += step.tokens[run]
+        if member.entry.error is not None:
+            continue  # stopped before
+        if step.stage is not None:
+            member.enter(step.stage, pack.modules(run))
+        stopped = run in step.ended
+        if step.step % trainer.log_every == 0 or step.step == trainer.steps or stopped:
+            row = {
+                "train/loss": step.loss[run],
+                "train/lr": step.lr[run],
+                "train/grad_norm": step.grad_norm[run],
+                "train/tokens_per_second": member.tokens / seconds,
+            }
+            member.log(step.step, row, seconds=seconds)
+        if stopped:
+            member.entry.error = f"stopped at step {step.step}: loss or gradient is not finite"
+        else:
+            member.entry.steps_done = step.step
 
 
 def _cut(tokens: data.Tokens, count: int | None) -> data.Tokens:

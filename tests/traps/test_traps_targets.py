@@ -17,7 +17,7 @@ from conftest import SMALL
 from peft import LoraConfig
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
-from lorabench import adapters, cli, plan
+from lorabench import adapters, cli, plan, versions
 from traps.halves import (
     VOCAB,
     built,
@@ -78,7 +78,9 @@ def test_defaults_of_a_mixture_of_experts(kind: str, falls_in: Falls, tmp_path: 
     falls_in(isinstance(error, ValueError) and "no `target_parameters` found" in str(error), error)
 
     folder = folder_of(model, tmp_path)
-    if kind in DEFAULTS:
+    if too_old := versions.too_old_for_experts():
+        assert too_old in refusal(folder, "target_modules=auto")
+    elif kind in DEFAULTS:
         assert leaves(planned(folder, "target_modules=auto").lora_modules) == set(DEFAULTS[kind])
     else:
         line = refusal(folder, "target_modules=auto")
