@@ -41,6 +41,7 @@ RENAMED = {
 # gguf knows the architecture, but the converter does not register transformers' causal class.
 UNREGISTERED = {"bert", "bitnet", "exaone_moe", "gptj", "mpt", "phimoe"}
 CONV1D = ("c_attn", "c_proj", "c_fc")  # GPT-2's, stored (in, out)
+CLASS_HEAD = "classification head"
 HEADLESS = "its head is its embeddings, merged or not"
 
 
@@ -82,7 +83,7 @@ def gguf(
         tied: whether its weight is the embedding's.
     """
     if head in tasks.HEADS:
-        return "llama.cpp's adapters hold LoRA alone: the classification head is trained in full"
+        return f"llama.cpp's adapters hold LoRA alone: the {CLASS_HEAD} is trained in full"
     arch = gguf_architecture(base)
     if arch is None:
         return (
@@ -165,6 +166,11 @@ def way_out(reason: str, run: str) -> str:
         return (
             "train with head=exclude and leave the embeddings alone; --to merged keeps them apart "
             "for transformers, its GGUF would not"
+        )
+    if CLASS_HEAD in reason:
+        return (
+            f"lorabench export {run} --to merged PATH, for transformers; of classifiers "
+            f"llama.cpp's converter takes BERT's kind alone"
         )
     return f"lorabench export {run} --to merged PATH, then llama.cpp's convert_hf_to_gguf.py PATH"
 

@@ -285,7 +285,8 @@ def skeleton(model: ModelConfig, classes: int = 0) -> PreTrainedModel:
     config = architecture(model, classes)
     loader = tasks.model_class(config, classes, model_name(model))
     try:
-        with torch.device("meta"):
+        # Quiet: transformers advises on an encoder that `tasks.check` refuses below.
+        with torch.device("meta"), _quiet_loading(True):
             built = loader.from_config(
                 config, attn_implementation=model.attn_implementation, dtype=dtype(model.dtype)
             )

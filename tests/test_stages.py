@@ -329,12 +329,15 @@ OUT_OF_RANGE = [  # stages, how the errors begin, what the first must also hold
     ),
     (
         "[{from_step: 0, train: [a]}, {from_step: 9, train: [b]}, {from_step: 8, train: [c]}]",
-        ["stages[2].from_step: must be a whole number from 9"],
+        ["stages[2].from_step: must be a whole number, at least 9"],
         "got 8",
     ),
     (
         "[{from_step: 0, train: [a]}, {from_step: 300, train: [b], lr_scale: -1}]",
-        ["stages[1].from_step: must be a whole number", "stages[1].lr_scale: must be above 0"],
+        [
+            "stages[1].from_step: must be below trainer.steps=300",
+            "stages[1].lr_scale: must be above 0",
+        ],
         "below trainer.steps=300",
     ),
 ]

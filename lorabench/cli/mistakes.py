@@ -64,6 +64,12 @@ def _explain(error: BaseException) -> list[str] | None:
     if found:
         group, name, options = found[1], found[2], found[3].split()
         return [f"{group}: must be one of {', '.join(options)}; got {did_you_mean(name, options)}"]
+    found = re.search(r"In 'stages/([^']+)'.*Cannot merge", text, re.DOTALL)
+    if found:
+        return [
+            f"stages: the file stages/{found[1]}.yaml must be a list of {{from_step, train, "
+            f"lr_scale}}, or begin with the line '# @package _global_' and hold `stages:` with one"
+        ]
     found = re.search(
         r"Could not (?:override|append to config\. An item is already at|delete from config\.)"
         r" '([^']+)'",

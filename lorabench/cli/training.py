@@ -22,6 +22,7 @@ class Train:
     def __init__(self) -> None:
         self.outcomes: list[Any] = []
         self.jobs: list[Any] = []
+        self.refused: list[str] = []  # what was wrong with runs that Hydra started one by one
         self.kept: dict[int, dict[str, Any]] = {}  # results of jobs that are not trained, by job
         self.twins: dict[int, list[int]] = {}  # grid points that are the same run, by the first
 
@@ -109,6 +110,7 @@ def train(arguments: list[str]) -> int:
     import hydra
 
     from lorabench import interrupt
+    from lorabench.config import ConfigErrors
 
     interrupt.install()
     refuse_values(arguments)
@@ -119,14 +121,22 @@ def train(arguments: list[str]) -> int:
     flags = [a for a in arguments if a in ("-m", "--multirun")]
     sys.argv = ["lorabench", *flags[:1], *(a for a in arguments if a not in flags)]
     hydra.main(config_path=conf_folder(), config_name="train", version_base="1.3")(function)()
+    if task.refused:
+        raise ConfigErrors(task.refused)
     return _closing(task.outcomes)
 
 
 def _function(task: Train) -> Callable[[Any], Any]:
     """A plain function, which Hydra wants, carrying the packed launcher's two calls."""
 
+    from lorabench.config import ConfigErrors
+
     def train_task(cfg: Any) -> Any:
-        return task(cfg)
+        try:
+            return task(cfg)
+        except ConfigErrors as error:  # raised in the job, Hydra would write a line of its own
+            task.refused += error.errors
+            return None
 
     train_task.plan = task.plan  # type: ignore[attr-defined]
     train_task.run = task.run  # type: ignore[attr-defined]

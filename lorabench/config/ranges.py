@@ -245,6 +245,7 @@ def _trainer(found: Found, config: Config) -> None:
 
 def _stages(found: Found, config: Config) -> None:
     must, steps, before = found.must, config.trainer.steps, 0
+    late: set[int] = set()  # said once a step, however many entries begin there
     for i, entry in enumerate(config.stages):
         key, example = f"stages[{i}]", "{from_step: 0, train: [layer.11], lr_scale: 0.5}"
         if not isinstance(entry, dict):
@@ -262,10 +263,19 @@ def _stages(found: Found, config: Config) -> None:
             must(whole and start == 0, f"{key}.from_step", "0 in the first stage", start)
         else:
             must(
-                whole and before <= start < steps,
+                whole and start >= before,
                 f"{key}.from_step",
-                f"a whole number from {before} (the stage before) to below trainer.steps={steps}",
+                f"a whole number, at least {before} as in the stage before",
                 start,
+            )
+        if whole and start >= steps and start not in late:
+            late.add(start)
+            must(
+                False,
+                f"{key}.from_step",
+                f"below trainer.steps={steps}",
+                start,
+                "raise trainer.steps, or give a stages file that begins earlier",
             )
         before = max(before, start) if whole else before
         must(
@@ -273,7 +283,7 @@ def _stages(found: Found, config: Config) -> None:
             f"{key}.train",
             "a list of module names, at least one",
             names,
-            "for example train: [layer.11]",
+            "for example train: [layer.11], or train: [all]",
         )
         number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
         must(number and 0 < scale < math.inf, f"{key}.lr_scale", "above 0", scale)

@@ -212,6 +212,8 @@ def _batches(run: Run, model: Any, tokenizer: Any) -> tuple[list[Tensor], str]:
             away = [s.path for s in sources if s.path and not Path(s.path).expanduser().is_dir()]
             if away:
                 raise ConfigErrors(f"{away[0]} lies on the hub")
+        if data.content_hash(settings) != run.entry.hashes["data"]:
+            raise ConfigErrors("the data has changed since")
         examples = data.load(settings).test[:MAX_EXAMPLES]
         labels = run.entry.plan.get("labels")
         tokens = (
