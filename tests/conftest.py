@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import os
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -37,6 +42,48 @@ def composed(*overrides: str) -> config.Config:
     """The typed config of a command line."""
     (cfg,), _ = cli.compose(list(overrides))
     return config.typed(cfg)
+
+
+class Said(NamedTuple):
+    """What a command printed, and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.err.splitlines()
+
+
+def say(*arguments: Any) -> Said:
+    """The command line in this process, where torch is imported already."""
+    out, err = io.StringIO(), io.StringIO()
+    with as_it_was(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main([str(argument) for argument in arguments])
+    return Said(code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def as_it_was() -> Iterator[None]:
+    """Put back what the command line changes in its process."""
+    argv, handlers = sys.argv, logging.root.handlers[:]
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for one in set(logging.root.handlers) - set(handlers):
+            one.close()
+        logging.root.handlers[:] = handlers
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    with as_it_was():
+        yield
 
 
 def stock_state(wrapped: Any) -> dict[str, torch.Tensor]:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import pytest
 import yaml
+from conftest import say
 from safetensors import safe_open
 
 from lorabench import adapters, cli
@@ -38,24 +35,6 @@ TINY = [
 GRID = ["head=exclude,lora", "seed=0,1"]
 
 
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def lines(self) -> list[str]:
-        return self.err.splitlines()
-
-
-def say(*arguments: str) -> Said:
-    """The command line in this process, where torch is imported already."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = cli.main(list(arguments))
-    return Said(code, out.getvalue(), err.getvalue())
-
-
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [str(SCRIPT), *arguments],
@@ -64,18 +43,6 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
         text=True,
         timeout=60,
     )
-
-
-@pytest.fixture(autouse=True)
-def restored():
-    """What the command line changes in its process."""
-    argv, handler, handlers = sys.argv, signal.getsignal(signal.SIGTERM), logging.root.handlers[:]
-    yield
-    sys.argv = argv
-    signal.signal(signal.SIGTERM, handler)
-    for one in set(logging.root.handlers) - set(handlers):
-        one.close()
-    logging.root.handlers[:] = handlers
 
 
 @pytest.fixture

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gguf
 import pytest
 import torch
 import transformers
+from conftest import say
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from lorabench import cli, formats, record
+from lorabench import formats, record
 from lorabench.config import LoraSettings
 from lorabench.export import agreement, source, write
 
@@ -38,29 +36,6 @@ TINY = [
     "data.num_test=4",
     "trainer.eval_examples=2",
 ]
-
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def lines(self) -> list[str]:
-        return self.err.splitlines()
-
-
-def say(*arguments: Any) -> Said:
-    """The command line in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    argv, handler = sys.argv, signal.getsignal(signal.SIGTERM)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = cli.main([str(argument) for argument in arguments])
-    finally:
-        sys.argv = argv
-        signal.signal(signal.SIGTERM, handler)
-    return Said(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import composed
 
-from lorabench import adapters, cli, versions
+from lorabench import adapters, cli
 from lorabench import model as base_model
 from lorabench.runner import SHARED
 
@@ -73,8 +73,6 @@ def test_trained_biases_come_back_and_leave_the_base(
     tiny_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = ["model=local", f"model.path={tiny_folder('gpt2')}"]
-    if too_old := versions.check(composed(*TINY, "lora.bias=lora_only")):
-        pytest.skip(too_old[0])
     assert cli.main(["plan", "-m", "--smoke", *TINY, *model, "lora.bias=all,lora_only"]) == 0
     assert "2 runs: 2 steps" in capsys.readouterr().out
     assert base_is_as_loaded(*model)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,18 +23,6 @@ TINY = [
     "data.num_test=16",
 ]
 NOWHERE = "http://127.0.0.1:9"  # the discard port: refused at once
-
-
-@pytest.fixture(autouse=True)
-def restored():
-    """What the command line changes in its process."""
-    argv, handler, handlers = sys.argv, signal.getsignal(signal.SIGTERM), logging.root.handlers[:]
-    yield
-    sys.argv = argv
-    signal.signal(signal.SIGTERM, handler)
-    for one in set(logging.root.handlers) - set(handlers):
-        one.close()
-    logging.root.handlers[:] = handlers
 
 
 @pytest.fixture
