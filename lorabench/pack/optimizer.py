@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorabench.config import TrainerConfig
-from lorabench.pack.layers import Stacked
+from lorabench.pack.storage import Stacked
 
 
 class StackedAdamW:

@@ -9,101 +9,22 @@ Letters: R runs in the pack, M of them that train a module, B batch, T tokens, N
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lorabench import adapters
 from lorabench import model as base_model
 from lorabench.config import Config
 from lorabench.pack.batch import Batch
-from lorabench.pack.layers import (
-    BIAS_OWNERS,
-    Members,
-    PackedBias,
-    PackedHead,
-    PackedLinear,
-    PackedNorm,
-    Stacked,
-)
+from lorabench.pack.layers import PackedBias, PackedHead, PackedLinear, PackedNorm
 from lorabench.pack.optimizer import StackedAdamW
+from lorabench.pack.places import Place, places
 from lorabench.pack.solo import autocast, enable_checkpointing, make_head
-
-PREFIX = "base_model.model."
-KINDS = {
-    "lora_A.weight": "lora_A",
-    "lora_B.weight": "lora_B",
-    "modules_to_save.weight": "copy",
-    "modules_to_save.bias": "copy_bias",
-}
-
-
-@dataclass
-class Place:
-    """One trained tensor of one run: what it is, and where it lies."""
-
-    state_name: str  # its name in a saved adapter
-    kind: str  # lora_A | lora_B | copy | copy_bias | bias
-    module: str  # its module's name in the base
-    shape: tuple[int, ...]  # as PEFT saves it
-
-
-def places(wrapped: PeftModel) -> list[Place]:
-    """Everything PEFT would train of one run, in its order."""
-    found = []
-    for name, parameter in adapters.trainable(wrapped).items():
-        inner = name.removeprefix(PREFIX)
-        state_name = name.replace(f".{adapters.ADAPTER}.", ".").replace(".modules_to_save.", ".")
-        match = re.fullmatch(
-            rf"(.*?)(?:\.base_layer)?\.(lora_A|lora_B|modules_to_save)"
-            rf"\.{adapters.ADAPTER}\.(weight|bias)",
-            inner,
-        )
-        kind = KINDS.get(f"{match[2]}.{match[3]}") if match else None
-        if match and kind:
-            found.append(Place(state_name, kind, match[1], tuple(parameter.shape)))
-        elif inner.endswith(".bias") and "modules_to_save" not in inner:
-            module = inner.removesuffix(".bias").removesuffix(".base_layer")
-            found.append(Place(state_name, "bias", module, tuple(parameter.shape)))
-        else:
-            found.append(Place(state_name, "other", inner, tuple(parameter.shape)))
-    return found
-
-
-def why_alone(
-    skeleton: PreTrainedModel, config: Config, modules: list[str], wrapped: PeftModel
-) -> str | None:
-    """The reason a run must train by itself on PEFT's own modules; None where it packs."""
-    if config.lora.use_dora:
-        return "DoRA rescales the base weight"
-    if config.lora.init not in ("default", "gaussian"):
-        return f"init={config.lora.init} changes the base weight"
-    if adapters.experts(skeleton):
-        return "experts route tokens of all runs together"
-    tree = dict(skeleton.named_modules())
-    for name in modules:
-        if not isinstance(tree[name], (nn.Linear, Conv1D)):
-            return f"{name} is a {type(tree[name]).__name__}"
-    head = base_model.output_head(skeleton)
-    if head is None or not isinstance(head[1], nn.Linear):
-        return "the head is no linear layer"
-    found = places(wrapped)
-    for place in found:
-        if place.kind == "other":
-            return f"{place.state_name} is trained"
-        if place.kind == "copy" and place.module != head[0]:
-            return f"{place.module} is trained in full"
-        if place.kind == "bias" and not isinstance(tree[place.module], BIAS_OWNERS):
-            return f"{place.module} is a {type(tree[place.module]).__name__}"
-    trained = {place.state_name for place in found}
-    for name in sorted(trained ^ set(adapters.adapter_state(wrapped))):
-        return f"PEFT {'trains but does not save' if name in trained else 'saves untrained'} {name}"
-    return None
+from lorabench.pack.storage import Members, Stacked
 
 
 class StackedPack:
