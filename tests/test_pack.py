@@ -30,7 +30,7 @@ from lorabench import adapters, checkpoint, cli, data, plan, versions
 from lorabench import model as base_model
 from lorabench.config import Config, ConfigErrors, ModelConfig, TrainerConfig, lora_alpha
 from lorabench.pack import Batch, StackedPack
-from lorabench.pack.layers import Members, Stacked
+from lorabench.pack.storage import Members, Stacked
 from lorabench.pack.optimizer import StackedAdamW
 from lorabench.train import train
 
