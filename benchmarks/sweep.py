@@ -8,7 +8,8 @@ Contenders, each with the same examples in the same order, the same initial adap
 schedule, clipping, precision, threads, allocator settings and evaluation:
     a      Hydra's basic launcher, HF Trainer and stock PEFT; one process, a base loaded per job
     stock  the same with a hand-written loop: shows how much of (a) is the Trainer
-    b      one process per run: `lorabench train`
+    b      the script of (a), one process per run
+    own    `lorabench train`, one process per run
     c      the best solo loop of ours: one process, one base, torch.compile where it pays
     dN     `lorabench train -m` in packs of at most N
 In favour of (a), stock and (c): they write no records, keep no adapters, and leave determinism off.
@@ -63,26 +64,14 @@ class Processes:
     def run(self, contender: str, axes: dict[str, list[Any]] | None = None) -> dict[str, Any]:
         """Seconds of the whole sweep, and what each run of it found."""
         axes = axes or self.axes
-        grid = [f"{key}={','.join(map(str, values))}" for key, values in axes.items()]
         with tempfile.TemporaryDirectory() as folder:
             place = [f"output_dir={folder}", "sweep=bench"]
-            commands = [["-m", "lorabench", "train", "-m", *grid]]
-            if contender == "b":
-                points = itertools.product(*axes.values())
-                points = [[f"{k}={v}" for k, v in zip(axes, p, strict=True)] for p in points]
-                commands = [["-m", "lorabench", "train", *point] for point in points]
-            elif contender.startswith("d"):
-                commands[0].append(f"hydra.launcher.pack_size={contender[1:]}")
-            else:
-                name = {"a": "trainer", "c": "solo", "c-compiled": "solo-compiled"}
-                script = str(Path(__file__).with_name("contenders.py"))
-                own = [script, name.get(contender, contender), "-m", *grid]
-                commands = [[*own, "hydra/launcher=basic", "hydra.sweep.subdir=${hydra.job.num}"]]
             begun = time.perf_counter()
-            for command in commands:
+            for command in _commands(contender, axes):
                 self._must_run([sys.executable, *command, *self.common, *place])
             seconds = time.perf_counter() - begun
-            found = _lorabench_runs(folder) if contender[0] in "bd" else _own_runs(folder)
+            of_lorabench = contender == "own" or contender.startswith("d")
+            found = _lorabench_runs(folder) if of_lorabench else _script_runs(folder)
         assert len(found) == len(list(itertools.product(*axes.values()))), sorted(found)
         return {"seconds": seconds, "runs": found}
 
@@ -92,7 +81,25 @@ class Processes:
             raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
 
 
-def _own_runs(folder: str) -> dict[str, dict[str, Any]]:
+def _commands(contender: str, axes: dict[str, list[Any]]) -> list[list[str]]:
+    """What Python is called with: one command for the sweep, or one a run."""
+    grid = [f"{key}={','.join(map(str, values))}" for key, values in axes.items()]
+    points = itertools.product(*axes.values())
+    alone = [[f"{k}={v}" for k, v in zip(axes, point, strict=True)] for point in points]
+    if contender == "own":
+        return [["-m", "lorabench", "train", *point] for point in alone]
+    if contender.startswith("d"):
+        size = f"hydra.launcher.pack_size={contender[1:]}"
+        return [["-m", "lorabench", "train", "-m", *grid, size]]
+    name = {"a": "trainer", "b": "trainer", "c": "solo", "c-compiled": "solo-compiled"}
+    path = str(Path(__file__).with_name("contenders.py"))
+    script = [path, name.get(contender, contender), "-m", "hydra/launcher=basic"]
+    place_of = "hydra.sweep.subdir={}-${{hydra.job.num}}".format
+    sweeps = alone if contender == "b" else [grid]
+    return [[*script, *values, place_of(i)] for i, values in enumerate(sweeps)]
+
+
+def _script_runs(folder: str) -> dict[str, dict[str, Any]]:
     found = [json.loads(p.read_text()) for p in Path(folder).glob("bench/*/result.json")]
     return {one["run"]: one for one in found}
 
@@ -147,7 +154,7 @@ def bench_sweep(options: argparse.Namespace, result: dict[str, Any], save: Calla
     result["steps"], result["runs"] = steps, processes.axes
     compiled = {"used": False, "why": "not tried"}
     result["compile"] = compile_pays(processes, steps) if options.compile else compiled
-    names = ["a", "stock", "b", "c", *(f"d{n}" for n in options.packs)]
+    names = ["a", "stock", "b", "own", "c", *(f"d{n}" for n in options.packs)]
     table: dict[str, Any] = {name: {"seconds": []} for name in names}
     result["contenders"] = table
     result["load_average"] = []

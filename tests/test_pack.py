@@ -30,8 +30,8 @@ from lorabench import adapters, checkpoint, cli, data, plan, versions
 from lorabench import model as base_model
 from lorabench.config import Config, ConfigErrors, ModelConfig, TrainerConfig, lora_alpha
 from lorabench.pack import Batch, StackedPack
-from lorabench.pack.storage import Members, Stacked
 from lorabench.pack.optimizer import StackedAdamW
+from lorabench.pack.storage import Members, Stacked
 from lorabench.train import train
 
 TINY = ["tracker=none", "data.num_train=64", "data.num_validation=8", "data.num_test=8"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -63,6 +64,8 @@ class Train:
         if stale := runner.stale_checkpoints([[self.jobs[i] for i in pack] for pack in packs]):
             raise ConfigErrors(stale)
         self._display(todo)
+        gc.freeze()  # what came so far stays: later collections need not look at it
+        gc.enable()
         return self.kept, packs
 
     def _packs(self, todo: list[int], limit: int) -> list[list[int]]:
@@ -114,13 +117,17 @@ def train(arguments: list[str]) -> int:
 
     interrupt.install()
     refuse_values(arguments)
+    gc.disable()  # until all is planned: a second of searching objects that have come to stay
     register()
     task = Train()
     function = _function(task)
     # argparse refuses overrides on both sides of a flag, which `plan` takes
     flags = [a for a in arguments if a in ("-m", "--multirun")]
     sys.argv = ["lorabench", *flags[:1], *(a for a in arguments if a not in flags)]
-    hydra.main(config_path=conf_folder(), config_name="train", version_base="1.3")(function)()
+    try:
+        hydra.main(config_path=conf_folder(), config_name="train", version_base="1.3")(function)()
+    finally:
+        gc.enable()
     if task.refused:
         raise ConfigErrors(task.refused)
     return _closing(task.outcomes)

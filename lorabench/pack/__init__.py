@@ -5,6 +5,7 @@ stacked   several runs, their adapters stacked
 places    what PEFT trains of one run, and why some runs train alone
 storage   the dense blocks those tensors lie in
 layers    the layers that serve all runs at once
+norms     frozen norms with a backward written by hand
 optimizer AdamW over stacked storage
 head      hidden states -> nll, on chosen rows, in chunks
 batch     one micro-batch, and which rows of it carry a loss
