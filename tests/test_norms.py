@@ -18,7 +18,7 @@ WIDTH = 48
 
 def tree_of(norm: nn.Module) -> nn.Module:
     with torch.no_grad():
-        norm.weight.add_(torch.randn(WIDTH) / 3)
+        norm.weight.add_(torch.randn(WIDTH, dtype=norm.weight.dtype) / 3)
     return nn.Sequential(norm).requires_grad_(False)
 
 
@@ -44,7 +44,7 @@ def test_values_and_gradients_are_those_of_the_architecture(kind: type) -> None:
 
 def test_float64_is_float64_throughout() -> None:
     """The architectures go down to float32 inside; a float64 run should not."""
-    tree = tree_of(LlamaRMSNorm(WIDTH)).double()
+    tree = tree_of(LlamaRMSNorm(WIDTH).double())
     hasten_norms(tree)
     x = torch.randn(5, WIDTH, dtype=torch.float64)
     exact = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * tree[0].weight

@@ -17,7 +17,8 @@ class FrozenRMSNorm(nn.Module):
     def __init__(self, base: nn.Module, weight_D: Tensor, eps: float):
         super().__init__()
         self.base, self.eps = base, eps
-        self.register_buffer("weight_D", weight_D, persistent=False)
+        exact = weight_D.dtype == torch.float64
+        self.register_buffer("weight_D", weight_D if exact else weight_D.float(), persistent=False)
 
     @property
     def weight(self) -> Tensor:
@@ -58,7 +59,7 @@ def hasten_norms(tree: nn.Module) -> None:
             continue
         # Gemma's stores w - 1.
         for weight_D in (weight, 1 + weight):
-            fast = FrozenRMSNorm(module, weight_D.float(), float(eps))
+            fast = FrozenRMSNorm(module, weight_D, float(eps))
             if _same(module, fast, weight):
                 tree.set_submodule(name, fast)
                 break
@@ -69,4 +70,4 @@ def _same(module: nn.Module, fast: nn.Module, like: Tensor) -> bool:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(6, like.shape[0], generator=generator).to(like.device)
     x *= torch.tensor([1, 1, 100, 100, 1e-3, 1e-3], device=like.device)[:, None]
-    return torch.allclose(module(x).float(), fast(x), rtol=1e-5, atol=1e-6)
+    return torch.allclose(module(x).double(), fast(x).double(), rtol=1e-5, atol=1e-6)

@@ -5,11 +5,13 @@ Source: Loshchilov and Hutter 2019, arXiv:1711.05101; `torch.optim.AdamW(fused=T
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from lorabench.config import TrainerConfig
-from lorabench.pack.storage import Stacked
+from lorabench.pack.storage import Members, Stacked
 
 
 class StackedAdamW:
@@ -40,15 +42,15 @@ class StackedAdamW:
         finite = norm_R.isfinite().tolist()
         self._clip(active, norm_R)
         alike: dict[tuple[float, ...], list[tuple[Stacked, slice]]] = {}
+        found: dict[tuple[Members, float], list[tuple[tuple[float, ...], slice]]] = {}
         for one in active:
-            keys = [self._key(run, lr[run] * one.lr_scale) if alive[run] and finite[run] else None
-                    for run in one.members.runs]  # fmt: skip
-            first = 0
-            for row, key in enumerate(keys):
-                if row + 1 == len(keys) or keys[row + 1] != key:
-                    if key is not None:
-                        alike.setdefault(key, []).append((one, slice(first, row + 1)))
-                    first = row + 1
+            which = one.members, one.lr_scale
+            if which not in found:
+                movable = [run for run in one.members.runs if alive[run] and finite[run]]
+                keys = {run: self._key(run, lr[run] * one.lr_scale) for run in movable}
+                found[which] = _stretches([keys.get(run) for run in one.members.runs])
+            for key, where in found[which]:
+                alike.setdefault(key, []).append((one, where))
         counts = {
             steps: torch.tensor(float(steps), device=norm_R.device)
             for steps in {one.steps for one in active}
@@ -98,5 +100,17 @@ class StackedAdamW:
         clip_R = (limit_R / (norm_R + 1e-6)).clamp(max=1.0)
         if bool((clip_R == 1).all()):
             return
+        clip_of = {who: clip_R[who.where] for who in {one.members for one in active}}
         for one in active:
-            one.grad.mul_(clip_R[one.members.where].view(-1, *[1] * (one.grad.dim() - 1)))
+            one.grad.mul_(clip_of[one.members].view(-1, *[1] * (one.grad.dim() - 1)))
+
+
+def _stretches(keys: list[tuple[float, ...] | None]) -> list[tuple[tuple[float, ...], slice]]:
+    """Neighbours of one key, as slices; None is in none."""
+    found, first = [], 0
+    for key, same in itertools.groupby(keys):
+        end = first + len(list(same))
+        if key is not None:
+            found.append((key, slice(first, end)))
+        first = end
+    return found

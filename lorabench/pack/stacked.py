@@ -83,8 +83,9 @@ class StackedPack:
                 known = shapes.get(key, shape)
                 shapes[key] = tuple(map(max, known, shape))  # ranks are padded to the largest
         low = torch.bfloat16 if self.configs[0].trainer.dtype == "bfloat16" else None
+        members = {tuple(runs): Members(runs, self.size) for runs in holders.values()}
         self.stacked = {
-            key: Stacked(Members(runs, self.size), shapes[key], self.dtype, low, self.device)
+            key: Stacked(members[tuple(runs)], shapes[key], self.dtype, low, self.device)
             for key, runs in holders.items()
         }
 
