@@ -195,7 +195,8 @@ def make(config: Config) -> Plan:
     if positions and config.data.max_length > positions:
         raise ConfigErrors(
             f"data.max_length: must be at most the {positions} positions of base model "
-            f"'{model_name(config.model)}'; got {config.data.max_length}"
+            f"'{model_name(config.model)}'; got {config.data.max_length}; set "
+            f"data.max_length={positions} or less"
         )
     weight_bytes = 8 if config.trainer.dtype == "float64" else 4
     text = base.config.get_text_config()

@@ -11,11 +11,13 @@ from lorabench.cli.verbs import VERBS
 
 
 def export(arguments: list[str]) -> int:
-    """lorabench export RUN --to adapter|merged|gguf PATH [--dtype DTYPE] [--json]"""
+    """lorabench export RUN --to adapter|merged PATH [--dtype DTYPE] [--json], or RUN --to gguf"""
     parser = argparse.ArgumentParser(prog="lorabench export", description=VERBS["export"])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--to", required=True, metavar="KIND", help="adapter, merged or gguf")
-    parser.add_argument("path", type=Path, metavar="PATH", help="a new or an empty folder")
+    parser.add_argument(
+        "path", type=Path, metavar="PATH", nargs="?", help="a new or an empty folder; none of gguf"
+    )
     parser.add_argument(
         "--dtype", help="of merged: float32, bfloat16 or float16; default: the run's model.dtype"
     )
@@ -34,6 +36,8 @@ def export(arguments: list[str]) -> int:
         )
     elif options.dtype is not None and options.to != "merged":
         errors.append(f"--dtype: must go with --to merged; got --to {options.to}; leave it out")
+    if options.path is None and options.to in ("adapter", "merged"):
+        errors.append(f"PATH: must be a new or an empty folder for --to {options.to}; got none")
     if errors:
         raise ConfigErrors(errors)
     run = source.open_run(options.run)

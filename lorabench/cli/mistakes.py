@@ -57,6 +57,16 @@ def _explain(error: BaseException) -> list[str] | None:
     import hydra.errors
     import omegaconf.errors
 
+    for link in chain:
+        if isinstance(link, hydra.errors.OverrideParseException):
+            key, _, value = link.override.partition("=")
+            reason = str(link).strip().splitlines()[0]
+            quoted = value.replace('"', '\\"')
+            return [
+                f"{key}: the value cannot be read ({reason}); got {value}; a text with braces, "
+                f"colons, commas or quotes goes into quotes of its own: '{key}=\"{quoted}\"'"
+            ]
+
     text = "\n".join(str(link) for link in chain)
     found = re.search(
         r"Could not find '([\w\-./]+)/([^'/]+)'\s+Available options in '[^']+':((?:\n\t\S+)+)", text
