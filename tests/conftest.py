@@ -1,4 +1,7 @@
-"""Fixtures: composed configs, tiny checkpoints of several architectures, small jsonl files."""
+"""Fixtures: composed configs, tiny checkpoints of several architectures, short runs, small files.
+
+Stock PEFT's side of a comparison is in stock.py and stock_classifier.py.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ import io
 import json
 import logging
 import os
+import random
 import signal
+import string
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,18 +29,12 @@ import torch
 
 from lorabench import cli, config
 
+# What fails in a helper is told in full, as in a test.
+pytest.register_assert_rewrite("stock", "stock_classifier")
 # One thread: as fast for models this small, and steady on a shared machine.
 torch.set_num_threads(1)
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-}
+# --- the command line ------------------------------------------------------------------------
 
 
 def composed(*overrides: str) -> config.Config:
@@ -86,6 +85,38 @@ def restored() -> Iterator[None]:
         yield
 
 
+def recorded_runs(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Every run below an output folder: its own folder and its record."""
+    paths = sorted(folder.glob("*/*/record.json"))
+    return [(path.parent, json.loads(path.read_text())) for path in paths]
+
+
+def records(folder: Path) -> dict[str, dict[str, Any]]:
+    """The same, by the run's id."""
+    return {path.name: record for path, record in recorded_runs(folder)}
+
+
+def untouched(folder: Path) -> bool:
+    return not any(folder.iterdir())
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test where a model's shapes or weights are read."""
+    from lorabench import model as base_model
+    from lorabench import plan
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a model was read before the errors were shown")
+
+    for name in ("skeleton", "load", "tokenizer"):
+        monkeypatch.setattr(base_model, name, refuse)
+    monkeypatch.setattr(plan, "skeleton", refuse)  # the one kept from an earlier command
+
+
+# --- stock PEFT ------------------------------------------------------------------------------
+
+
 def stock_state(wrapped: Any) -> dict[str, torch.Tensor]:
     """What stock PEFT saves of a wrapped model; before 0.21 it left trained biases out."""
     import warnings
@@ -100,9 +131,42 @@ def stock_state(wrapped: Any) -> dict[str, torch.Tensor]:
     return biases | state
 
 
+class DoubleTorch:
+    """`torch` as a modelling file sees it, float32 replaced by float64."""
+
+    float = float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
 @pytest.fixture
-def compose() -> Callable[..., config.Config]:
-    return composed
+def float64_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lift the casts to float32 in norms and rotary embeddings, for both sides."""
+    from transformers.models.gemma import modeling_gemma
+    from transformers.models.gemma2 import modeling_gemma2
+    from transformers.models.gemma3 import modeling_gemma3
+    from transformers.models.llama import modeling_llama
+    from transformers.models.qwen2 import modeling_qwen2
+
+    for module in (
+        modeling_gemma, modeling_gemma2, modeling_gemma3, modeling_llama, modeling_qwen2
+    ):  # fmt: skip
+        monkeypatch.setattr(module, "torch", DoubleTorch())
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+# --- checkpoints -----------------------------------------------------------------------------
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+}
 
 
 def tiny_config(kind: str, vocab_size: int) -> Any:
@@ -110,6 +174,9 @@ def tiny_config(kind: str, vocab_size: int) -> Any:
     import transformers as t
 
     common = SMALL | {"vocab_size": vocab_size}
+    # BERT and OPT know no grouped heads, and OPT calls an MLP's width otherwise.
+    unknown = ("num_key_value_heads", "head_dim", "intermediate_size")
+    plain = {name: value for name, value in common.items() if name not in unknown}
     if kind == "gpt2":
         return t.GPT2Config(
             vocab_size=vocab_size,
@@ -120,28 +187,17 @@ def tiny_config(kind: str, vocab_size: int) -> Any:
             bos_token_id=2,
             eos_token_id=1,
         )
-    if kind == "bert":  # as a decoder: a head with a transform, LayerNorms and biases everywhere
-        return t.BertConfig(
-            vocab_size=vocab_size,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=128,
-            is_decoder=True,
-        )
+    if kind in ("bert", "bert12"):  # as a decoder: LayerNorms, biases, a head with a transform
+        plain["num_hidden_layers"] = 12 if kind == "bert12" else 2
+        return t.BertConfig(**plain, intermediate_size=64, is_decoder=True)
     if kind == "opt":
-        return t.OPTConfig(
-            vocab_size=vocab_size,
-            hidden_size=32,
-            word_embed_proj_dim=32,
-            ffn_dim=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=128,
-        )
+        return t.OPTConfig(**plain, ffn_dim=64, word_embed_proj_dim=32)
     if kind == "qwen3_moe":
         common |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    if kind == "mixtral":
+        common |= {"num_local_experts": 4}
+    if kind == "phi3":
+        common |= {"pad_token_id": 0}
     if kind in ("gemma2", "gemma3"):  # shorter than an example: some layers see less than others
         common |= {"sliding_window": 8}
     makers = {
@@ -149,6 +205,8 @@ def tiny_config(kind: str, vocab_size: int) -> Any:
         "gemma2": t.Gemma2Config,
         "gemma3": t.Gemma3TextConfig,
         "llama": t.LlamaConfig,
+        "mixtral": t.MixtralConfig,
+        "phi3": t.Phi3Config,
         "qwen2": t.Qwen2Config,
         "qwen3": t.Qwen3Config,
         "qwen3_moe": t.Qwen3MoeConfig,
@@ -179,10 +237,96 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     return make
 
 
+@pytest.fixture(scope="session")
+def classifiers(
+    tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Checkpoints to classify with: an encoder, as BERT's are saved, and two decoders."""
+    import transformers as t
+
+    place = tmp_path_factory.mktemp("classifiers")
+    characters = string.ascii_lowercase + string.digits
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]
+    words += [f"##{c}" for c in characters]
+    tokenizer = t.BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+    torch.manual_seed(0)
+    makers = {
+        "bert": t.BertForPreTraining,  # the architecture of bert-base-uncased, pooler included
+        "no-pooler": t.BertForMaskedLM,
+        "five": t.BertForSequenceClassification,
+    }
+    found = {}
+    for name, maker in makers.items():
+        shape = tiny_config("bert", len(words))
+        shape.is_decoder = False
+        if name == "five":
+            shape.num_labels = 5
+        found[name] = place / name
+        maker(shape).save_pretrained(found[name])
+        tokenizer.save_pretrained(found[name])
+    return found | {kind: tiny_folder(kind) for kind in ("gemma", "llama")}
+
+
+# --- short runs ------------------------------------------------------------------------------
+
+SMOKE = [
+    "trainer=smoke",
+    "trainer.num_threads=1",
+    "tracker=none",
+    "data.num_train=64",
+    "data.num_validation=16",
+    "data.num_test=16",
+]
+SHORT_RUN = [
+    "trainer=smoke",
+    "trainer.num_threads=1",
+    "trainer.lr=0.05",
+    "tracker=none",
+    "lora.r=4",
+    "data.num_train=64",
+    "data.num_validation=4",
+    "data.num_test=4",
+    "trainer.eval_examples=2",
+]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable) -> Callable[..., Path]:
+    """The folder of a short run on a tiny base, made once."""
+    made: dict[tuple[str, ...], Path] = {}
+    outputs = tmp_path_factory.mktemp("outputs")
+
+    def make(kind: str, *overrides: str) -> Path:
+        key = (kind, *overrides)
+        if key not in made:
+            out = outputs / str(len(made))
+            base = ["model=local", f"model.path={tiny_folder(kind)}", f"output_dir={out}"]
+            said = say("train", *SHORT_RUN, *base, *overrides)
+            assert said.code == 0, said.err
+            (made[key],) = (path.parent for path in out.glob("*/*/record.json"))
+        return made[key]
+
+    return make
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
 @pytest.fixture
 def jsonl(tmp_path: Path) -> Path:
     """Sixty prompt/completion lines."""
     path = tmp_path / "examples.jsonl"
     rows = [{"prompt": f"add {i} and {i + 1} = ", "completion": str(2 * i + 1)} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Words of two to nine letters; the label is the first."""
+    rng = random.Random(0)
+    words = sorted({"".join(rng.choices("abc", k=rng.randint(2, 9))) for _ in range(160)})
+    rows = [{"prompt": word, "completion": word[0]} for word in words]
+    path = tmp_path_factory.mktemp("texts") / "words.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

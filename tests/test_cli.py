@@ -1,38 +1,23 @@
-"""The command line: what a user types, sees and finds on disk."""
+"""The command line: the overview, and what a mistake is answered with."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
-import yaml
-from conftest import say
-from safetensors import safe_open
+from conftest import SMOKE, say, untouched
 
-from lorabench import adapters, cli
-from lorabench import model as base_model
-from lorabench import plan as planning
+from lorabench import cli
 from lorabench.config import ConfigErrors
 
 SCRIPT = Path(sys.executable).with_name("lorabench")
-TINY = [
-    "trainer=smoke",
-    "trainer.num_threads=1",
-    "tracker=none",
-    "data.num_train=64",
-    "data.num_validation=16",
-    "data.num_test=16",
-]
-GRID = ["head=exclude,lora", "seed=0,1"]
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -43,46 +28,6 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
         text=True,
         timeout=60,
     )
-
-
-@pytest.fixture
-def no_model(monkeypatch):
-    """Fails the test where a model's shapes or weights are read."""
-
-    def refuse(*_: Any) -> None:
-        raise AssertionError("a model was read before the errors were shown")
-
-    for name in ("skeleton", "load", "tokenizer"):
-        monkeypatch.setattr(base_model, name, refuse)
-    monkeypatch.setattr(planning, "skeleton", refuse)  # the one kept from an earlier command
-
-
-@pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A multirun of four runs; tests may repeat its commands."""
-    folder = tmp_path_factory.mktemp("outputs")
-    said = say("train", "-m", *TINY, *GRID, f"output_dir={folder}")
-    assert said.code == 0, said.err
-    assert said.lines[-1] == (
-        f"{folder}/default: 4 of 4 runs done; lorabench compare {folder}/default"
-    )
-    return folder
-
-
-def records(folder: Path) -> dict[str, dict[str, Any]]:
-    return {p.parent.name: json.loads(p.read_text()) for p in folder.glob("*/*/record.json")}
-
-
-def adapter_files(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Content and time of every saved adapter."""
-    return {
-        path.parent.parent.name: (path.read_bytes(), path.stat().st_mtime_ns)
-        for path in folder.glob("*/*/adapter/adapter_model.safetensors")
-    }
-
-
-def untouched(folder: Path) -> bool:
-    return not any(folder.iterdir())
 
 
 # --- the overview ----------------------------------------------------------------------------
@@ -124,7 +69,6 @@ def test_an_unknown_verb_names_the_verbs_and_the_nearest(word, meant):
 
 # --- mistakes --------------------------------------------------------------------------------
 
-
 MISTAKES = [  # override, how the one line begins, what it must also hold
     ("head=exlude", "head: must be one of exclude, full, lora", "(did you mean 'exclude'?)"),
     ("data=metamath", "data: must be one of", "(did you mean 'metamathqa'?)"),
@@ -154,7 +98,7 @@ MISTAKES = [  # override, how the one line begins, what it must also hold
 def test_a_mistake_is_one_line_before_anything_is_loaded(
     verb, override, begins, holds, tmp_path, no_model
 ):
-    said = say(verb, *TINY, f"output_dir={tmp_path}", override)
+    said = say(verb, *SMOKE, f"output_dir={tmp_path}", override)
     assert said.code == 2 and said.out == ""
     assert len(said.lines) == 1
     assert said.err.startswith(begins) and holds in said.err
@@ -169,10 +113,10 @@ def test_a_device_that_is_not_there_is_shown_with_all_other_errors(tmp_path, no_
 
 
 def test_the_mapping_that_a_pattern_key_is_told_to_be_is_one():
-    said = say("plan", *TINY, "lora.rank_pattern.q_proj=8")
+    said = say("plan", *SMOKE, "lora.rank_pattern.q_proj=8")
     remedy = said.err.rpartition("write '")[2].rstrip("'\n")
-    planned = json.loads(say("plan", "--json", *TINY, remedy, "lora.r=4").out)["runs"]
-    plain = json.loads(say("plan", "--json", *TINY, "lora.r=4").out)["runs"]
+    planned = json.loads(say("plan", "--json", *SMOKE, remedy, "lora.r=4").out)["runs"]
+    plain = json.loads(say("plan", "--json", *SMOKE, "lora.r=4").out)["runs"]
     assert planned[0]["trainable_parameters"] > plain[0]["trainable_parameters"]
 
 
@@ -186,7 +130,7 @@ def test_the_mapping_that_a_pattern_key_is_told_to_be_is_one():
     ],
 )
 def test_an_unknown_flag_of_plan_names_the_valid_ones(flags, holds, no_model):
-    said = say("plan", *TINY, *flags)
+    said = say("plan", *SMOKE, *flags)
     assert said.code == 2 and said.out == "" and len(said.lines) == 1
     assert said.err.startswith("plan: a flag must be one of -m, --multirun, --json, --smoke, ")
     assert holds in said.err
@@ -216,7 +160,7 @@ def test_a_defect_is_one_line_too(monkeypatch):
         raise KeyError("surprise")
 
     monkeypatch.setattr(sweep, "plan_jobs", broken)
-    said = say("plan", *TINY)
+    said = say("plan", *SMOKE)
     assert (
         said.code == 2 and "KeyError: 'surprise'" in said.err and "HYDRA_FULL_ERROR=1" in said.err
     )
@@ -251,7 +195,7 @@ def test_all_errors_of_a_sweep_are_shown_and_say_which_runs(tmp_path, no_model):
     said = say(
         "train",
         "-m",
-        *TINY,
+        *SMOKE,
         "lora.r=0,8",
         "lora.lora_dropout=0,1",
         "trainer.lr=-1",
@@ -272,7 +216,7 @@ def test_all_errors_of_a_sweep_are_shown_and_say_which_runs(tmp_path, no_model):
 def test_an_output_folder_that_cannot_be_is_refused(verb, tmp_path, no_model):
     """Below a regular file: root may write to any folder."""
     (tmp_path / "file").write_text("mine")
-    said = say(verb, *TINY, f"output_dir={tmp_path / 'file' / 'deep'}")
+    said = say(verb, *SMOKE, f"output_dir={tmp_path / 'file' / 'deep'}")
     assert said.code == 2 and len(said.lines) == 1
     assert (
         said.err.startswith("output_dir: must be a folder")
@@ -289,304 +233,9 @@ def test_an_output_folder_without_the_right_to_write_is_refused(tmp_path, monkey
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
-    said = say("train", *TINY, f"output_dir={tmp_path / 'out'}")
+    said = say("train", *SMOKE, f"output_dir={tmp_path / 'out'}")
     assert (
         said.code == 2
         and said.err.startswith("output_dir: must be writable")
         and len(said.lines) == 1
     )
-
-
-@pytest.mark.parametrize("verb", ["runs", "compare"])
-def test_a_folder_that_is_not_there_names_the_sweeps_that_are(verb, output, tmp_path):
-    said = say(verb, str(output / "defualt"))
-    assert said.code == 2 and said.out == "" and len(said.lines) == 1
-    assert "does not exist" in said.err and str(output / "default") in said.err
-    said = say(verb, str(tmp_path))
-    assert said.code == 2 and len(said.lines) == 1
-    assert f"'{tmp_path}' has none" in said.err and "lorabench train" in said.err
-
-
-# --- a sweep ---------------------------------------------------------------------------------
-
-
-def test_a_multirun_leaves_a_whole_folder_for_each_run(output):
-    found = records(output)
-    assert len(found) == 4
-    assert {path.name for path in (output / "default").iterdir()} == {*found, "multirun.yaml"}
-    for run_id, record in found.items():
-        folder = output / "default" / run_id
-        assert {path.name for path in folder.iterdir()} == {
-            "record.json",
-            "config.yaml",
-            "metrics.jsonl",
-            "predictions.parquet",
-            "adapter",
-            ".hydra",
-            "train.log",
-        }
-        assert (
-            record["status"] == "finished" and record["error"] is None and record["steps_done"] == 4
-        )
-        assert record["run_id"] == run_id and record["sweep"] == "default"
-        assert yaml.safe_load((folder / "config.yaml").read_text()) == record["config"]
-        assert {p.name for p in (folder / "adapter").iterdir()} >= {
-            "adapter_config.json",
-            "adapter_model.safetensors",
-        }
-        overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
-        assert f"seed={record['config']['seed']}" in overrides
-        assert f"head={record['config']['head']['policy']}" in overrides
-        assert not any(output.glob("**/*.part"))
-    chosen = {(r["config"]["head"]["policy"], r["config"]["seed"]) for r in found.values()}
-    assert chosen == {("exclude", 0), ("exclude", 1), ("lora", 0), ("lora", 1)}
-
-
-def test_the_files_of_a_run_agree_with_its_record(output):
-    """pandas' mean of the per-example values: 1e-12 for another order of summation."""
-    for run_id, record in records(output).items():
-        folder = output / "default" / run_id
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert [row["step"] for row in rows] == [1, 2, 3, 4]
-        assert all(row["train/loss"] > 0 for row in rows)
-        table = pd.read_parquet(folder / "predictions.parquet")
-        assert table.groupby("split").size().to_dict() == {
-            "validation": 8,
-            "test": 8,
-        }  # eval_examples=8
-        for split, scores in record["metrics"].items():
-            part = table[table["split"] == split]
-            assert part["example"].is_unique
-            for name in ("nll", "exact_match"):
-                assert scores[name]["value"] == pytest.approx(part[name].mean(), rel=1e-12)
-                assert scores[name]["num_examples"] == 8
-        with safe_open(folder / "adapter" / "adapter_model.safetensors", "np") as tensors:
-            count = sum(tensors.get_tensor(name).size for name in tensors.keys())  # noqa: SIM118
-        assert count == record["plan"]["trainable_parameters"]
-
-
-def test_the_same_command_again_keeps_everything_and_takes_seconds(output, monkeypatch):
-    """Nothing is loaded; composing and planning four runs takes about a second, 10 is generous."""
-
-    def refuse(*_: Any) -> None:
-        raise AssertionError("weights were read for runs that are kept")
-
-    monkeypatch.setattr(base_model, "load", refuse)
-    files, before = adapter_files(output), records(output)
-    assert len(files) == 4
-    begun = time.perf_counter()
-    said = say("train", "-m", *TINY, *GRID, f"output_dir={output}")
-    assert time.perf_counter() - begun < 10
-    assert said.code == 0 and said.lines[0] == "4 of 4 runs are kept from before, 0 to train"
-    assert adapter_files(output) == files and records(output) == before
-
-
-def test_a_single_run_lands_in_the_folder_of_the_same_run_of_a_multirun(output):
-    files, before = adapter_files(output), records(output)
-    said = say("train", *TINY, "head=lora", "seed=1", f"output_dir={output}")
-    assert said.code == 0 and said.lines[0] == "1 of 1 runs are kept from before, 0 to train"
-    assert adapter_files(output) == files and records(output) == before
-
-
-def test_the_same_run_alone_and_elsewhere_has_the_same_adapter(output, tmp_path):
-    """Bit for bit in the same pack; alone, with other matrix shapes, up to rounding."""
-    same = tmp_path / "same"
-    grid = ["head=exclude,lora", "seed=0,1"]
-    assert say("train", "-m", *TINY, *grid, f"output_dir={same}").code == 0
-    for run_id, record in records(same).items():
-        there = records(output)[run_id]
-        assert record["plan"]["pack"] == there["plan"]["pack"]
-        assert record["hashes"] == there["hashes"] and len(record["hashes"]["adapter"]) >= 12
-        assert adapter_files(same)[run_id][0] == adapter_files(output)[run_id][0]
-        assert record["metrics"] == there["metrics"]
-
-    alone = tmp_path / "alone"
-    assert say("train", *TINY, "head=lora", "seed=1", f"output_dir={alone}").code == 0
-    ((run_id, record),) = records(alone).items()
-    there = records(output)[run_id]
-    assert there["config"]["head"]["policy"] == "lora" and there["config"]["seed"] == 1
-    assert record["plan"]["pack"]["size"] == 1 and there["plan"]["pack"]["size"] == 4
-    for name in ("base", "data", "data_order", "initial_adapter"):
-        assert record["hashes"][name] == there["hashes"][name]
-    # A few float32 steps: rounding of a loss near 10, grown by AdamW's division.
-    nll = [one["metrics"]["test"]["nll"]["value"] for one in (record, there)]
-    assert nll[0] == pytest.approx(nll[1], rel=1e-4)
-    assert (
-        len({one["hashes"]["adapter"] for one in records(output).values()}) == 4
-    )  # a hash can differ
-
-
-def test_a_failing_run_does_not_end_the_sweep_and_is_tried_again(tmp_path, monkeypatch):
-    save, calls = adapters.save, []
-
-    def first_fails(*arguments: Any) -> str:
-        calls.append(arguments)
-        if len(calls) == 1:
-            raise OSError(28, "No space left [on device]")
-        return save(*arguments)
-
-    monkeypatch.setattr(adapters, "save", first_fails)
-    command = ["train", "-m", *TINY, "lora.r=4,8,4", f"output_dir={tmp_path}"]
-    said = say(*command)
-    assert said.code == 1 and "Traceback" not in said.err
-    found = {record["config"]["lora"]["r"]: record for record in records(tmp_path).values()}
-    assert (found[4]["status"], found[8]["status"]) == ("failed", "finished")
-    assert "No space left [on device]" in found[4]["error"]
-    folder = tmp_path / "default" / found[4]["run_id"]
-    assert said.lines[-2] == "1 of 2 runs did not finish:"
-    assert said.lines[-1].startswith(f"  lora.r=4 ({folder}): failed: OSError: ")
-    assert "Traceback" in (folder / "train.log").read_text()  # for the one who looks for the cause
-    shown = say("runs", str(tmp_path / "default"))
-    assert shown.code == 0 and "No space left [on device]" in " ".join(shown.out.split())
-
-    finished = adapter_files(tmp_path)[found[8]["run_id"]]
-    said = say(*command)
-    assert said.code == 0, said.err
-    assert len(calls) == 3  # the failed one alone was tried again
-    found = {record["config"]["lora"]["r"]: record for record in records(tmp_path).values()}
-    assert found[4]["status"] == "finished" and found[4]["error"] is None
-    assert adapter_files(tmp_path)[found[8]["run_id"]] == finished
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_grid_point_that_is_another_run_becomes_what_that_became(tmp_path, monkeypatch, fails):
-    """Two spellings of the default scale: one run, told twice and only once it has ended."""
-    if fails:
-        monkeypatch.setattr(adapters, "save", lambda *_: (_ for _ in ()).throw(OSError("full")))
-    command = [*TINY, "lora.alpha_ratio=null,2", f"output_dir={tmp_path}"]
-    task = cli.Train()
-    kept, packs = task.plan(*cli.compose(["-m", *command]), 16)
-    assert packs == [[0]] and kept == {}
-    (first,) = task.run([0])
-    assert set(kept) == {1} and kept[1]["label"] == "lora.alpha_ratio=2"
-    for key in ("run_id", "status", "folder", "error"):
-        assert kept[1][key] == first[key]
-    assert first["status"] == ("failed" if fails else "finished")
-
-
-def test_the_line_about_the_same_run_comes_behind_that_run(tmp_path):
-    said = say("train", "-m", *TINY, "lora.alpha_ratio=null,2", f"output_dir={tmp_path}")
-    assert said.code == 0 and len(records(tmp_path)) == 1
-    assert said.lines[0] == "0 of 2 runs are kept from before, 1 to train, 1 the same as another"
-    trained, same, last = said.lines[-3:]
-    assert trained.startswith("run 1/1  lora.alpha_ratio=null  finished")
-    assert same == "lora.alpha_ratio=2  finished: the same run as lora.alpha_ratio=null"
-    assert "1 of 1 runs done" in last
-    said = say("train", "-m", *TINY, "lora.alpha_ratio=null,2", f"output_dir={tmp_path}")
-    assert said.lines[0] == "2 of 2 runs are kept from before, 0 to train"
-
-
-def test_asking_hydra_for_the_config_trains_nothing(tmp_path):
-    said = say("train", *TINY, "lora.r=7", f"output_dir={tmp_path}", "--cfg", "job")
-    assert said.code == 0 and yaml.safe_load(said.out)["lora"]["r"] == 7
-    assert untouched(tmp_path)
-
-
-# --- plan, runs, compare ---------------------------------------------------------------------
-
-
-def test_the_plan_of_a_sweep_says_what_the_sweep_did(output, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    said = say("plan", "-m", "--json", *TINY, *GRID, f"output_dir={output}")
-    assert said.code == 0
-    planned = json.loads(said.out)
-    found = records(output)
-    assert {one["run_id"] for one in planned["runs"]} == set(found)
-    for one in planned["runs"]:
-        record = found[one["run_id"]]
-        assert {k: one[k] for k in record["plan"] if k != "pack"} == {
-            k: v for k, v in record["plan"].items() if k != "pack"
-        }
-        assert one["folder"] == str(output / "default" / one["run_id"])
-        assert (
-            one["head"]["policy"] == record["config"]["head"]["policy"]
-            and one["head"]["tied"] is True
-        )
-        assert ("lm_head" in one["lora_modules"]) is (one["head"]["policy"] == "lora")
-        assert (
-            one["label"]
-            == f"head={record['config']['head']['policy']} seed={record['config']['seed']}"
-        )
-        assert one["memory_bytes"] > 0 and one["disk_bytes"] > 0 and one["seconds"] > 0
-        assert one["tracker"] == "none"
-    assert planned["seconds"] == pytest.approx(sum(one["seconds"] for one in planned["runs"]))
-    assert untouched(tmp_path)
-
-
-def test_plan_creates_no_files_and_shows_brackets_of_labels(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    said = say(
-        "plan",
-        "-m",
-        "target_modules=custom",
-        "target_modules.names=[q_proj],[v_proj]",
-        "head=exclude,lora",
-    )
-    assert said.code == 0
-    assert untouched(tmp_path)
-    labels = re.findall(r"target_modules\.names=\[(\w+)\] head=(\w+)", said.out)
-    assert labels == [
-        ("q_proj", "exclude"),
-        ("q_proj", "lora"),
-        ("v_proj", "exclude"),
-        ("v_proj", "lora"),
-    ]
-    assert "4 runs on tiny-gemma" in said.out and "exclude, tied" in said.out
-    assert "outputs/default/wandb" in said.out  # the tracker's address
-    for word in ("memory", "seconds", "trainable", "outputs/default,"):
-        assert word in said.out
-
-
-def test_the_experiments_sweep_is_planned_whole(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    planned = json.loads(say("plan", "-m", "--json", "experiment=lm_head").out)["runs"]
-    assert len(planned) == len({one["run_id"] for one in planned}) == 12
-    assert {Path(one["folder"]).parent for one in planned} == {Path("outputs/lm_head")}
-    fewer = json.loads(say("plan", "-m", "--json", "experiment=lm_head", "lora.r=16").out)["runs"]
-    assert {one["run_id"] for one in fewer} < {one["run_id"] for one in planned} and len(fewer) == 4
-
-
-def test_runs_lists_every_run(output):
-    found = records(output)
-    rows = json.loads(say("runs", str(output / "default"), "--json").out)
-    assert {row["run_id"]: (row["status"], row["steps_done"], row["seeds"]) for row in rows} == {
-        run_id: ("finished", 4, record["seeds"]) for run_id, record in found.items()
-    }
-    assert all(row["folder"] == str(output / "default" / row["run_id"]) for row in rows)
-    text = say("runs", str(output / "default")).out
-    lines = [line for line in text.splitlines() if line.startswith("│")]
-    assert len(lines) == 4
-    for run_id in found:
-        (line,) = [line for line in lines if run_id in line]
-        assert "finished" in line and "4/4" in line
-
-
-def test_compare_has_one_row_a_setting(output):
-    said = say("compare", str(output / "default"), "--json")
-    content = json.loads(said.out)
-    found = list(records(output).values())
-    assert [row["setting"] for row in content["rows"]] == [
-        {"head.policy": "exclude"},
-        {"head.policy": "lora"},
-    ]
-    assert {one["run_id"] for one in content["runs"]} == {record["run_id"] for record in found}
-    text = say("compare", str(output / "default")).out
-    lines = [line for line in text.splitlines() if line.startswith("│")]
-    assert len(lines) == 2
-    for row, line in zip(content["rows"], lines, strict=True):
-        policy = row["setting"]["head.policy"]
-        values = [
-            r["metrics"]["test"]["nll"]["value"]
-            for r in found
-            if r["config"]["head"]["policy"] == policy
-        ]
-        assert row["seeds"] == [0, 1] and len(values) == 2
-        nll = row["metrics"]["test"]["nll"]
-        assert nll["mean"] == pytest.approx(
-            statistics.mean(values), rel=1e-12
-        )  # last bits of float64
-        assert nll["sd"] == pytest.approx(statistics.stdev(values), rel=1e-9)  # close values cancel
-        assert (
-            policy in line
-            and f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}" in line
-        )

@@ -38,6 +38,17 @@ def answering(status: int, code: str) -> HTTPServer:
     return server
 
 
+def planned(model: str, hub: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """`lorabench plan` in a process that knows this hub alone."""
+    return subprocess.run(
+        [sys.executable, "-m", "lorabench", "plan", f"model={model}", "tracker=none"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home)},
+    )
+
+
 @pytest.mark.parametrize(
     ("status", "code", "said"),
     [
@@ -50,18 +61,7 @@ def test_a_hub_that_refuses_is_told_in_one_line(
 ) -> None:
     server = answering(status, code)
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "lorabench", "plan", "model=gemma-2b", "tracker=none"],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env=os.environ
-            | {
-                "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-                "HF_HUB_OFFLINE": "0",
-                "HF_HOME": str(tmp_path),
-            },
-        )
+        done = planned("gemma-2b", f"http://127.0.0.1:{server.server_port}", tmp_path)
     finally:
         server.shutdown()
         server.server_close()
@@ -74,14 +74,7 @@ def test_a_hub_that_refuses_is_told_in_one_line(
 
 def test_no_network_is_told_in_one_line(tmp_path: Path) -> None:
     """A name that does not resolve, as on a machine without a network."""
-    done = subprocess.run(
-        [sys.executable, "-m", "lorabench", "plan", "model=qwen3-0.6b", "tracker=none"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ
-        | {"HF_ENDPOINT": "https://hub.invalid", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)},
-    )
+    done = planned("qwen3-0.6b", "https://hub.invalid", tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert "hub.invalid does not resolve" in line and "model.path=/path/to/checkpoint" in line

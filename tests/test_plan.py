@@ -139,21 +139,12 @@ def test_names_that_match_nothing_are_refused(overrides: list[str], message: str
     assert message in str(refused.value)
 
 
-def test_auto_without_a_default_names_what_is_worth_naming(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, Phi3Config
-
-    config = Phi3Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+def test_auto_without_a_default_names_what_is_worth_naming(
+    tiny_folder: Callable[[str], Path],
+) -> None:
+    words = ["model=local", f"model.path={tiny_folder('phi3')}", "target_modules=auto"]
     with pytest.raises(ConfigErrors) as refused:
-        plan.make(composed("model=local", f"model.path={tmp_path}", "target_modules=auto"))
+        plan.make(composed(*words))
     assert "qkv_proj" in str(refused.value) and "all-linear" in str(refused.value)
 
 

@@ -5,28 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import composed
+from conftest import composed, stock_state
 from peft import LoraConfig, get_peft_model
+from stock import TINY, relative, tokens_of
 from torch import nn
 
 from lorabench import adapters, data, plan
 from lorabench import model as base_model
-from lorabench.config import Config, ModelConfig, lora_alpha
+from lorabench.config import Config, lora_alpha
 from lorabench.pack import Batch, ModulePack
 from lorabench.train import learning_rate, train
-
-TINY = ["tracker=none", "data.num_train=64", "data.num_validation=8", "data.num_test=8"]
-
-
-def tokens_of(config: Config) -> tuple[data.Tokens, int]:
-    # The embedded tokenizer for every architecture: AutoTokenizer rebuilds some classes by type.
-    tokenizer = base_model.tokenizer(ModelConfig(path="lorabench:tiny-gemma"))
-    tokens = data.tokenise(data.load(config.data).train, tokenizer, config.data)
-    return tokens, data.pad_id(tokenizer)
 
 
 def ours(config: Config) -> tuple[ModulePack, dict[str, torch.Tensor], list[float]]:
@@ -93,16 +84,6 @@ def plain(config: Config, initial: dict[str, torch.Tensor]) -> tuple[nn.Module, 
     return wrapped, losses
 
 
-def state(wrapped: Any) -> dict[str, torch.Tensor]:
-    from peft import get_peft_model_state_dict
-
-    return get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm().clamp_min(1e-30))
-
-
 @pytest.mark.parametrize("head", ["exclude", "lora", "full"])
 def test_twelve_float32_steps_equal_a_plain_peft_loop(head: str) -> None:
     config = composed(
@@ -110,7 +91,7 @@ def test_twelve_float32_steps_equal_a_plain_peft_loop(head: str) -> None:
     )
     pack, initial, losses = ours(config)
     reference, expected = plain(config, initial)
-    theirs = state(reference)
+    theirs = stock_state(reference)
     assert set(theirs) == set(adapters.adapter_state(pack.wrapped))
     for name, tensor in adapters.adapter_state(pack.wrapped).items():
         assert not torch.equal(tensor, initial[name]), f"{name} did not train"
@@ -137,7 +118,7 @@ def test_fifty_float64_steps_equal_a_plain_peft_loop(
     )
     pack, initial, losses = ours(config)
     reference, expected = plain(config, initial)
-    theirs = state(reference)
+    theirs = stock_state(reference)
     mine = adapters.adapter_state(pack.wrapped)
     assert set(theirs) == set(mine)
     # Float64 rounding (1e-16) times 50 steps; models cast to float32 in norms (2e-7 relative,

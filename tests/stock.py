@@ -1,0 +1,293 @@
+"""The two sides of packed = solo: packs of several runs, and each run by stock PEFT.
+
+Stock PEFT is `get_peft_model` on a freshly loaded base and a hand-written loop, never another pack.
+BERT is a decoder here, with a bias on its head; stock_classifier.py has the encoder.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import composed, stock_state
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from lorabench import adapters, data, plan
+from lorabench import model as base_model
+from lorabench.config import Config, ModelConfig, lora_alpha
+from lorabench.pack import ModulePack, StackedPack
+from lorabench.train import train
+
+TINY = ["tracker=none", "data.num_train=64", "data.num_validation=8", "data.num_test=8"]
+
+OTHER_TRAINER = [
+    "trainer.lr=2e-3",
+    "trainer.weight_decay=0.1",
+    "trainer.beta2=0.99",
+    "trainer.max_grad_norm=null",
+    "trainer.warmup_steps=3",
+]
+# Runs of one pack, mixed in everything a run has for itself.
+MIXED = [
+    ["lora.r=4", "head=exclude", "target_modules=all-linear"],
+    ["lora.r=16", "head=lora", "target_modules=attention", "lora.use_rslora=true"],
+    ["lora.r=64", "head=full", "target_modules=mlp", "lora.alpha_ratio=0.5", *OTHER_TRAINER],
+    [
+        "lora.r=8",
+        "head=lora",
+        "target_modules=custom",
+        "target_modules.names=[{one},{two}]",
+        "lora.rank_pattern={{{one}:12}}",
+        "lora.alpha_pattern={{{two}:5}}",
+        "trainer.schedule=constant",
+    ],
+]
+NAMES = {"gpt2": ("c_attn", "c_fc"), "bert": ("query", "value")}
+BIASES = {  # of the models that have some, run by run
+    "qwen2": ["none", "lora_only", "none", "all"],
+    "gpt2": ["all", "none", "lora_only", "all"],
+    "bert": ["none", "none", "lora_only", "none"],
+    # Not the keys': softmax undoes a bias of all keys, and its gradient is rounding alone.
+    "opt": ["none", "none", "lora_only", "none"],
+}
+
+
+def mixture(kind: str, folder: Path, dropout: float, *common: str) -> list[Config]:
+    """Four runs of different r, alpha, targets, head, bias and optimizer on one base.
+
+    Without dropout all see the same batch; with it each has its own data and half have none.
+    """
+    one, two = NAMES.get(kind, ("q_proj", "v_proj"))
+    biases = BIASES.get(kind, ["none"] * len(MIXED))
+    return [
+        composed(
+            *TINY,
+            *common,
+            "model=local",
+            f"model.path={folder}",
+            *(["model.attn_implementation=eager"] if kind == "gemma2" else []),
+            *(w.format(one=one, two=two) for w in words),
+            f"lora.bias={bias}",
+            f"lora.lora_dropout={dropout if i % 2 else 0}",
+            f"seeds.init={i}",
+            f"seeds.dropout={i}",
+            f"seeds.data={i if dropout else 0}",
+        )
+        for i, (words, bias) in enumerate(zip(MIXED, biases, strict=True))
+    ]
+
+
+# --- ours ------------------------------------------------------------------------------------
+
+
+def packed(configs: list[Config]) -> StackedPack:
+    assert len(configs) > 1, "every case has a pack size above one"
+    plans = [plan.make(config) for config in configs]
+    assert [one.alone for one in plans] == [None] * len(plans)
+    base = base_model.load(configs[0].model, "cpu")
+    modules = [one.lora_modules for one in plans]
+    return StackedPack(base, plan.skeleton(configs[0].model), configs, modules, "cpu")
+
+
+def copy_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def gradients(pack: StackedPack, run: int) -> dict[str, Tensor]:
+    """A run's gradients under the names of its saved adapter."""
+    return {place.state_name: pack._view(run, place, "grad") for place in pack.places[run]}
+
+
+def tokens_of(config: Config) -> tuple[data.Tokens, int]:
+    # The embedded tokenizer for every architecture: AutoTokenizer rebuilds some classes by type.
+    tokenizer = base_model.tokenizer(ModelConfig(path="lorabench:tiny-gemma"))
+    tokens = data.tokenise(data.load(config.data).train, tokenizer, config.data)
+    return tokens, data.pad_id(tokenizer)
+
+
+def train_pack(pack: ModulePack | StackedPack) -> list[list[float]]:
+    """Losses, one list a run."""
+    tokens, pad_id = tokens_of(pack.configs[0])
+    return list(zip(*(step.loss for step in train(pack, tokens, pad_id)), strict=True))
+
+
+# --- theirs ----------------------------------------------------------------------------------
+
+
+class Stock:
+    """One run as a user of PEFT writes it by hand."""
+
+    def __init__(self, config: Config, initial: dict[str, Tensor]):
+        from transformers import AutoModelForCausalLM
+
+        self.config = config
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            base_model.location(config.model),
+            dtype=getattr(torch, config.model.dtype),
+            attn_implementation=config.model.attn_implementation,
+        )
+        lora = config.lora
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about tied layers
+            self.wrapped = get_peft_model(
+                model,
+                LoraConfig(
+                    task_type="CAUSAL_LM",
+                    r=lora.r,
+                    lora_alpha=lora_alpha(lora),  # type: ignore[arg-type]
+                    lora_dropout=lora.lora_dropout,
+                    use_rslora=lora.use_rslora,
+                    rank_pattern=dict(lora.rank_pattern or {}),
+                    alpha_pattern=dict(lora.alpha_pattern or {}),
+                    target_modules=plan.make(config).lora_modules,
+                    modules_to_save=plan.make(config).saved_modules or None,
+                    bias=lora.bias,  # type: ignore[arg-type]
+                ),
+            )
+        self.load(initial)
+        self.wrapped.eval()  # the base's own dropouts (GPT-2) are off, as in lorabench
+        self.clock = adapters.Clock(config.seeds.dropout, training=True)
+        adapters.key_dropout(self.wrapped, self.clock)
+        self._key_head_dropout()
+        self.parameters = {
+            name.replace(".modules_to_save.default", "").replace(".default", ""): p
+            for name, p in self.wrapped.named_parameters()
+            if p.requires_grad
+        }
+        tokens, self.pad_id = tokens_of(config)
+        self.tokens = tokens
+        self.length = data.padded_length(tokens, config.data.max_length)
+        trainer = config.trainer
+        self.order = list(
+            data.order(len(tokens), trainer.batch_size, config.seeds.data, trainer.steps)
+        )
+
+    def _key_head_dropout(self) -> None:
+        """Lay the head's mask on the rows it is drawn for: those that predict a completion token.
+
+        lorabench hands the head no other rows; stock PEFT does, and they carry no loss.
+        """
+        name, _ = base_model.output_head(self.wrapped.get_base_model()) or ("", None)
+        head: Any = adapters.lora_layers(self.wrapped).get(name)
+        keyed = head and head.lora_dropout["default"]
+        if not isinstance(keyed, adapters.KeyedDropout):
+            return
+        stock = self
+
+        class OnRows(nn.Module):
+            def forward(self, x_BTD: Tensor) -> Tensor:
+                size, _, inputs = x_BTD.shape
+                width = data.longest_completion(stock.tokens)
+                mask_BWD = keyed.mask(torch.Size((size * width, inputs)), x_BTD.device)
+                mask_BWD = mask_BWD.reshape(size, width, inputs).to(x_BTD.dtype)
+                spread_BTD = torch.ones_like(x_BTD)
+                for row, there in enumerate(stock.labels != data.IGNORED):
+                    places = there.nonzero().flatten()
+                    spread_BTD[row, places - 1] = mask_BWD[row, : len(places)]
+                return x_BTD * spread_BTD
+
+        head.lora_dropout["default"] = OnRows()
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = set_peft_model_state_dict(self.wrapped, dict(state))  # 0.19 takes keys out
+        assert not result.unexpected_keys
+
+    def state(self) -> dict[str, Tensor]:
+        return stock_state(self.wrapped)
+
+    def loss(self, step: int) -> float:
+        """Mean nll of the step's batch; its gradient is left in the parameters."""
+        ids, labels = data.batch(self.tokens, self.order[step], self.length, self.pad_id)
+        input_ids, targets = torch.from_numpy(ids), torch.from_numpy(labels)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        micro = self.config.trainer.micro_batch_size or len(ids)
+        count, total = int((targets != -100).sum()), 0.0
+        self.clock.step = step
+        for self.clock.micro_step, first in enumerate(range(0, len(ids), micro)):
+            rows = slice(first, first + micro)
+            self.labels = targets[rows]
+            # The model's own loss upcasts to float32: spelt out, in the dtype of the model.
+            logits = self.wrapped(input_ids=input_ids[rows]).logits[:, :-1]
+            logits = logits if logits.dtype == torch.float64 else logits.to(torch.float32)
+            nll = nn.functional.cross_entropy(
+                logits.flatten(0, 1), targets[rows, 1:].flatten(), reduction="sum"
+            )
+            (nll / count).backward()
+            total += nll.item() / count
+        return total
+
+    def gradients(self, step: int) -> dict[str, Tensor]:
+        self.loss(step)
+        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+
+    def train(self) -> list[float]:
+        from transformers import get_scheduler
+
+        trainer, parameters = self.config.trainer, list(self.parameters.values())
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=trainer.lr,
+            betas=(trainer.beta1, trainer.beta2),
+            eps=trainer.eps,
+            weight_decay=trainer.weight_decay,
+        )
+        constant = trainer.schedule == "constant"
+        schedule = "constant_with_warmup" if constant else trainer.schedule
+        scheduler = get_scheduler(schedule, optimizer, trainer.warmup_steps, trainer.steps)
+        losses = []
+        for step in range(trainer.steps):
+            losses.append(self.loss(step))
+            if trainer.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, trainer.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+        return losses
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    found = float((a - b).norm() / b.norm().clamp_min(1e-30))
+    assert not math.isnan(found), "a NaN is not below a bound, but max() would pass over it"
+    return found
+
+
+def compare_training(configs: list[Config]) -> tuple[float, tuple[float, str]]:
+    """`differences` of a pack of these runs from stock PEFT's own training of each."""
+    pack = packed(configs)
+    initial = [copy_of(pack.adapter_state(run)) for run in range(pack.size)]
+    losses = train_pack(pack)
+    trained = ((stock, stock.train()) for stock in map(Stock, configs, initial))
+    return differences(pack, initial, losses, trained)
+
+
+def differences(
+    pack: ModulePack | StackedPack,
+    initial: list[dict[str, Tensor]],
+    losses: list[list[float]],
+    trained: Iterable[tuple[Any, list[float]]],
+) -> tuple[float, tuple[float, str]]:
+    """Largest difference of a loss, and of a trained tensor in relative norm with its name.
+
+    Args:
+        initial, losses: adapters before the training, and losses, one of each a run of the pack.
+        trained: what stock PEFT made of each run (anything with `state()`), and its losses.
+    """
+    worst_loss, worst = 0.0, (0.0, "")
+    for run, (stock, expected) in zip(range(pack.size), trained, strict=True):
+        gaps = [abs(mine - theirs) for mine, theirs in zip(losses[run], expected, strict=True)]
+        assert not any(map(math.isnan, gaps)), f"run {run}: a loss is NaN"
+        worst_loss = max(worst_loss, *gaps)
+        mine, theirs = pack.adapter_state(run), stock.state()
+        assert set(mine) == set(theirs)
+        for name, tensor in mine.items():
+            assert not torch.equal(tensor, initial[run][name]), f"run {run}: {name} did not train"
+            worst = max(worst, (relative(tensor, theirs[name]), f"run {run}: {name}"))
+    print(f"\nlargest differences: loss {worst_loss:.2e}, weights {worst[0]:.2e} ({worst[1]})")
+    return worst_loss, worst

@@ -1,0 +1,336 @@
+"""A sweep from the command line: its folders, what is kept, its plan, its runs, its table."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import SMOKE, records, say, untouched
+from safetensors import safe_open
+
+from lorabench import adapters, cli
+from lorabench import model as base_model
+
+GRID = ["head=exclude,lora", "seed=0,1"]
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A multirun of four runs; tests may repeat its commands."""
+    folder = tmp_path_factory.mktemp("outputs")
+    said = say("train", "-m", *SMOKE, *GRID, f"output_dir={folder}")
+    assert said.code == 0, said.err
+    assert said.lines[-1] == (
+        f"{folder}/default: 4 of 4 runs done; lorabench compare {folder}/default"
+    )
+    return folder
+
+
+def adapter_files(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Content and time of every saved adapter."""
+    return {
+        path.parent.parent.name: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.glob("*/*/adapter/adapter_model.safetensors")
+    }
+
+
+# --- a sweep ---------------------------------------------------------------------------------
+
+
+def test_a_multirun_leaves_a_whole_folder_for_each_run(output):
+    found = records(output)
+    assert len(found) == 4
+    assert {path.name for path in (output / "default").iterdir()} == {*found, "multirun.yaml"}
+    for run_id, record in found.items():
+        folder = output / "default" / run_id
+        assert {path.name for path in folder.iterdir()} == {
+            "record.json",
+            "config.yaml",
+            "metrics.jsonl",
+            "predictions.parquet",
+            "adapter",
+            ".hydra",
+            "train.log",
+        }
+        assert (
+            record["status"] == "finished" and record["error"] is None and record["steps_done"] == 4
+        )
+        assert record["run_id"] == run_id and record["sweep"] == "default"
+        assert yaml.safe_load((folder / "config.yaml").read_text()) == record["config"]
+        assert {p.name for p in (folder / "adapter").iterdir()} >= {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
+        overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
+        assert f"seed={record['config']['seed']}" in overrides
+        assert f"head={record['config']['head']['policy']}" in overrides
+        assert not any(output.glob("**/*.part"))
+    chosen = {(r["config"]["head"]["policy"], r["config"]["seed"]) for r in found.values()}
+    assert chosen == {("exclude", 0), ("exclude", 1), ("lora", 0), ("lora", 1)}
+
+
+def test_the_files_of_a_run_agree_with_its_record(output):
+    """pandas' mean of the per-example values: 1e-12 for another order of summation."""
+    for run_id, record in records(output).items():
+        folder = output / "default" / run_id
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2, 3, 4]
+        assert all(row["train/loss"] > 0 for row in rows)
+        table = pd.read_parquet(folder / "predictions.parquet")
+        assert table.groupby("split").size().to_dict() == {
+            "validation": 8,
+            "test": 8,
+        }  # eval_examples=8
+        for split, scores in record["metrics"].items():
+            part = table[table["split"] == split]
+            assert part["example"].is_unique
+            for name in ("nll", "exact_match"):
+                assert scores[name]["value"] == pytest.approx(part[name].mean(), rel=1e-12)
+                assert scores[name]["num_examples"] == 8
+        with safe_open(folder / "adapter" / "adapter_model.safetensors", "np") as tensors:
+            count = sum(tensors.get_tensor(name).size for name in tensors.keys())  # noqa: SIM118
+        assert count == record["plan"]["trainable_parameters"]
+
+
+def test_the_same_command_again_keeps_everything_and_takes_seconds(output, monkeypatch):
+    """Nothing is loaded; composing and planning four runs takes about a second, 10 is generous."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("weights were read for runs that are kept")
+
+    monkeypatch.setattr(base_model, "load", refuse)
+    files, before = adapter_files(output), records(output)
+    assert len(files) == 4
+    begun = time.perf_counter()
+    said = say("train", "-m", *SMOKE, *GRID, f"output_dir={output}")
+    assert time.perf_counter() - begun < 10
+    assert said.code == 0 and said.lines[0] == "4 of 4 runs are kept from before, 0 to train"
+    assert adapter_files(output) == files and records(output) == before
+
+
+def test_a_single_run_lands_in_the_folder_of_the_same_run_of_a_multirun(output):
+    files, before = adapter_files(output), records(output)
+    said = say("train", *SMOKE, "head=lora", "seed=1", f"output_dir={output}")
+    assert said.code == 0 and said.lines[0] == "1 of 1 runs are kept from before, 0 to train"
+    assert adapter_files(output) == files and records(output) == before
+
+
+def test_the_same_run_alone_and_elsewhere_has_the_same_adapter(output, tmp_path):
+    """Bit for bit in the same pack; alone, with other matrix shapes, up to rounding."""
+    same = tmp_path / "same"
+    grid = ["head=exclude,lora", "seed=0,1"]
+    assert say("train", "-m", *SMOKE, *grid, f"output_dir={same}").code == 0
+    for run_id, record in records(same).items():
+        there = records(output)[run_id]
+        assert record["plan"]["pack"] == there["plan"]["pack"]
+        assert record["hashes"] == there["hashes"] and len(record["hashes"]["adapter"]) >= 12
+        assert adapter_files(same)[run_id][0] == adapter_files(output)[run_id][0]
+        assert record["metrics"] == there["metrics"]
+
+    alone = tmp_path / "alone"
+    assert say("train", *SMOKE, "head=lora", "seed=1", f"output_dir={alone}").code == 0
+    ((run_id, record),) = records(alone).items()
+    there = records(output)[run_id]
+    assert there["config"]["head"]["policy"] == "lora" and there["config"]["seed"] == 1
+    assert record["plan"]["pack"]["size"] == 1 and there["plan"]["pack"]["size"] == 4
+    for name in ("base", "data", "data_order", "initial_adapter"):
+        assert record["hashes"][name] == there["hashes"][name]
+    # A few float32 steps: rounding of a loss near 10, grown by AdamW's division.
+    nll = [one["metrics"]["test"]["nll"]["value"] for one in (record, there)]
+    assert nll[0] == pytest.approx(nll[1], rel=1e-4)
+    assert (
+        len({one["hashes"]["adapter"] for one in records(output).values()}) == 4
+    )  # a hash can differ
+
+
+def test_a_failing_run_does_not_end_the_sweep_and_is_tried_again(tmp_path, monkeypatch):
+    save, calls = adapters.save, []
+
+    def first_fails(*arguments: Any) -> str:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError(28, "No space left [on device]")
+        return save(*arguments)
+
+    monkeypatch.setattr(adapters, "save", first_fails)
+    command = ["train", "-m", *SMOKE, "lora.r=4,8,4", f"output_dir={tmp_path}"]
+    said = say(*command)
+    assert said.code == 1 and "Traceback" not in said.err
+    found = {record["config"]["lora"]["r"]: record for record in records(tmp_path).values()}
+    assert (found[4]["status"], found[8]["status"]) == ("failed", "finished")
+    assert "No space left [on device]" in found[4]["error"]
+    folder = tmp_path / "default" / found[4]["run_id"]
+    assert said.lines[-2] == "1 of 2 runs did not finish:"
+    assert said.lines[-1].startswith(f"  lora.r=4 ({folder}): failed: OSError: ")
+    assert "Traceback" in (folder / "train.log").read_text()  # for the one who looks for the cause
+    shown = say("runs", str(tmp_path / "default"))
+    assert shown.code == 0 and "No space left [on device]" in " ".join(shown.out.split())
+
+    finished = adapter_files(tmp_path)[found[8]["run_id"]]
+    said = say(*command)
+    assert said.code == 0, said.err
+    assert len(calls) == 3  # the failed one alone was tried again
+    found = {record["config"]["lora"]["r"]: record for record in records(tmp_path).values()}
+    assert found[4]["status"] == "finished" and found[4]["error"] is None
+    assert adapter_files(tmp_path)[found[8]["run_id"]] == finished
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_grid_point_that_is_another_run_becomes_what_that_became(tmp_path, monkeypatch, fails):
+    """Two spellings of the default scale: one run, told twice and only once it has ended."""
+    if fails:
+        monkeypatch.setattr(adapters, "save", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    command = [*SMOKE, "lora.alpha_ratio=null,2", f"output_dir={tmp_path}"]
+    task = cli.Train()
+    kept, packs = task.plan(*cli.compose(["-m", *command]), 16)
+    assert packs == [[0]] and kept == {}
+    (first,) = task.run([0])
+    assert set(kept) == {1} and kept[1]["label"] == "lora.alpha_ratio=2"
+    for key in ("run_id", "status", "folder", "error"):
+        assert kept[1][key] == first[key]
+    assert first["status"] == ("failed" if fails else "finished")
+
+
+def test_the_line_about_the_same_run_comes_behind_that_run(tmp_path):
+    said = say("train", "-m", *SMOKE, "lora.alpha_ratio=null,2", f"output_dir={tmp_path}")
+    assert said.code == 0 and len(records(tmp_path)) == 1
+    assert said.lines[0] == "0 of 2 runs are kept from before, 1 to train, 1 the same as another"
+    trained, same, last = said.lines[-3:]
+    assert trained.startswith("run 1/1  lora.alpha_ratio=null  finished")
+    assert same == "lora.alpha_ratio=2  finished: the same run as lora.alpha_ratio=null"
+    assert "1 of 1 runs done" in last
+    said = say("train", "-m", *SMOKE, "lora.alpha_ratio=null,2", f"output_dir={tmp_path}")
+    assert said.lines[0] == "2 of 2 runs are kept from before, 0 to train"
+
+
+def test_asking_hydra_for_the_config_trains_nothing(tmp_path):
+    said = say("train", *SMOKE, "lora.r=7", f"output_dir={tmp_path}", "--cfg", "job")
+    assert said.code == 0 and yaml.safe_load(said.out)["lora"]["r"] == 7
+    assert untouched(tmp_path)
+
+
+# --- plan, runs, compare ---------------------------------------------------------------------
+
+
+def test_the_plan_of_a_sweep_says_what_the_sweep_did(output, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = say("plan", "-m", "--json", *SMOKE, *GRID, f"output_dir={output}")
+    assert said.code == 0
+    planned = json.loads(said.out)
+    found = records(output)
+    assert {one["run_id"] for one in planned["runs"]} == set(found)
+    for one in planned["runs"]:
+        record = found[one["run_id"]]
+        assert {k: one[k] for k in record["plan"] if k != "pack"} == {
+            k: v for k, v in record["plan"].items() if k != "pack"
+        }
+        assert one["folder"] == str(output / "default" / one["run_id"])
+        assert (
+            one["head"]["policy"] == record["config"]["head"]["policy"]
+            and one["head"]["tied"] is True
+        )
+        assert ("lm_head" in one["lora_modules"]) is (one["head"]["policy"] == "lora")
+        assert (
+            one["label"]
+            == f"head={record['config']['head']['policy']} seed={record['config']['seed']}"
+        )
+        assert one["memory_bytes"] > 0 and one["disk_bytes"] > 0 and one["seconds"] > 0
+        assert one["tracker"] == "none"
+    assert planned["seconds"] == pytest.approx(sum(one["seconds"] for one in planned["runs"]))
+    assert untouched(tmp_path)
+
+
+def test_plan_creates_no_files_and_shows_brackets_of_labels(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = say(
+        "plan",
+        "-m",
+        "target_modules=custom",
+        "target_modules.names=[q_proj],[v_proj]",
+        "head=exclude,lora",
+    )
+    assert said.code == 0
+    assert untouched(tmp_path)
+    labels = re.findall(r"target_modules\.names=\[(\w+)\] head=(\w+)", said.out)
+    assert labels == [
+        ("q_proj", "exclude"),
+        ("q_proj", "lora"),
+        ("v_proj", "exclude"),
+        ("v_proj", "lora"),
+    ]
+    assert "4 runs on tiny-gemma" in said.out and "exclude, tied" in said.out
+    assert "outputs/default/wandb" in said.out  # the tracker's address
+    for word in ("memory", "seconds", "trainable", "outputs/default,"):
+        assert word in said.out
+
+
+def test_the_experiments_sweep_is_planned_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    planned = json.loads(say("plan", "-m", "--json", "experiment=lm_head").out)["runs"]
+    assert len(planned) == len({one["run_id"] for one in planned}) == 12
+    assert {Path(one["folder"]).parent for one in planned} == {Path("outputs/lm_head")}
+    fewer = json.loads(say("plan", "-m", "--json", "experiment=lm_head", "lora.r=16").out)["runs"]
+    assert {one["run_id"] for one in fewer} < {one["run_id"] for one in planned} and len(fewer) == 4
+
+
+def test_runs_lists_every_run(output):
+    found = records(output)
+    rows = json.loads(say("runs", str(output / "default"), "--json").out)
+    assert {row["run_id"]: (row["status"], row["steps_done"], row["seeds"]) for row in rows} == {
+        run_id: ("finished", 4, record["seeds"]) for run_id, record in found.items()
+    }
+    assert all(row["folder"] == str(output / "default" / row["run_id"]) for row in rows)
+    text = say("runs", str(output / "default")).out
+    lines = [line for line in text.splitlines() if line.startswith("│")]
+    assert len(lines) == 4
+    for run_id in found:
+        (line,) = [line for line in lines if run_id in line]
+        assert "finished" in line and "4/4" in line
+
+
+def test_compare_has_one_row_a_setting(output):
+    said = say("compare", str(output / "default"), "--json")
+    content = json.loads(said.out)
+    found = list(records(output).values())
+    assert [row["setting"] for row in content["rows"]] == [
+        {"head.policy": "exclude"},
+        {"head.policy": "lora"},
+    ]
+    assert {one["run_id"] for one in content["runs"]} == {record["run_id"] for record in found}
+    text = say("compare", str(output / "default")).out
+    lines = [line for line in text.splitlines() if line.startswith("│")]
+    assert len(lines) == 2
+    for row, line in zip(content["rows"], lines, strict=True):
+        policy = row["setting"]["head.policy"]
+        values = [
+            r["metrics"]["test"]["nll"]["value"]
+            for r in found
+            if r["config"]["head"]["policy"] == policy
+        ]
+        assert row["seeds"] == [0, 1] and len(values) == 2
+        nll = row["metrics"]["test"]["nll"]
+        assert nll["mean"] == pytest.approx(
+            statistics.mean(values), rel=1e-12
+        )  # last bits of float64
+        assert nll["sd"] == pytest.approx(statistics.stdev(values), rel=1e-9)  # close values cancel
+        assert (
+            policy in line
+            and f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}" in line
+        )
+
+
+@pytest.mark.parametrize("verb", ["runs", "compare"])
+def test_a_folder_that_is_not_there_names_the_sweeps_that_are(verb, output, tmp_path):
+    said = say(verb, str(output / "defualt"))
+    assert said.code == 2 and said.out == "" and len(said.lines) == 1
+    assert "does not exist" in said.err and str(output / "default") in said.err
+    said = say(verb, str(tmp_path))
+    assert said.code == 2 and len(said.lines) == 1
+    assert f"'{tmp_path}' has none" in said.err and "lorabench train" in said.err

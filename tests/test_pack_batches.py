@@ -1,0 +1,137 @@
+"""Packed = solo in parts of a batch, recomputed, over shared layers and in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import composed
+from stock import (
+    TINY,
+    Stock,
+    compare_training,
+    copy_of,
+    gradients,
+    mixture,
+    packed,
+    relative,
+    tokens_of,
+    train_pack,
+)
+
+from lorabench import data
+from lorabench.pack import Batch
+
+
+@pytest.mark.usefixtures("float64_inside")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["trainer.micro_batch_size=2", "lora.lora_dropout=0.1"],
+        ["trainer.gradient_checkpointing=true", "lora.lora_dropout=0.1"],
+    ],
+)
+@pytest.mark.parametrize("shared", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_micro_batches_and_checkpointing(
+    words: list[str], shared: bool, tiny_folder: Callable[[str], Path]
+) -> None:
+    common = ["model.dtype=float64", "model=local", f"model.path={tiny_folder('llama')}"]
+    configs = [
+        composed(*TINY, *common, *words, "trainer.steps=4", f"seed={i}", *own)
+        for i, own in enumerate((["head=lora", "lora.r=4"], ["head=full", "lora.r=6"]))
+    ]
+    for config in configs if shared else ():
+        config.seeds.data = 0
+    loss, (weights, name) = compare_training(configs)
+    assert loss < 1e-12  # float64 sums in another order
+    assert weights < 1e-11, name
+
+
+@pytest.mark.usefixtures("float64_inside")
+@pytest.mark.parametrize(
+    ("kind", "words", "repeated"),
+    [
+        # Adapters in the last layer and on the head: layer 0 runs once, layer 1 R times.
+        ("llama", ["target_modules.names='.*layers[.]1[.].*_proj'"], True),
+        ("gpt2", ["target_modules.names='.*[.]h[.]1[.].*c_(attn|fc)'"], True),
+        # The head alone: every layer runs once.
+        (
+            "gemma",
+            [
+                "target_modules.names=[q_proj]",
+                "target_modules.exclude=[q_proj]",
+            ],
+            False,
+        ),
+    ],
+)
+def test_layers_below_the_first_adapted_one_run_once(
+    kind: str, words: list[str], repeated: bool, tiny_folder: Callable[[str], Path]
+) -> None:
+    configs = [
+        composed(
+            *TINY,
+            "model.dtype=float64",
+            "model=local",
+            f"model.path={tiny_folder(kind)}",
+            "target_modules=custom",
+            *words,
+            "head=lora",
+            "trainer.steps=6",
+            f"lora.r={r}",
+            f"seeds.init={r}",
+        )
+        for r in (2, 5, 3)
+    ]
+    sizes: dict[str, set[int]] = {}
+    pack = packed(configs)
+    layers = pack.tree.transformer.h if kind == "gpt2" else pack.tree.model.layers
+    for name, layer in (("first", layers[0]), ("last", layers[1])):
+        # The module inside the layer sees what the layer's own hooks made of its input.
+        inside = next(m for m in layer.children())
+        inside.register_forward_hook(
+            lambda m, args, out, name=name: sizes.setdefault(name, set()).add(
+                (out[0] if isinstance(out, tuple) else out).shape[0]
+            )
+        )
+    train_pack(pack)
+    batch = configs[0].trainer.batch_size
+    assert sizes == {"first": {batch}, "last": {3 * batch if repeated else batch}}
+    loss, (weights, name) = compare_training(configs)
+    assert loss < 1e-12 and weights < 1e-11, name  # float64 sums in another order
+
+
+def test_bfloat16_autocast_equals_stock_peft_under_autocast(
+    tiny_folder: Callable[[str], Path],
+) -> None:
+    """From the same weights, after some steps: neither side is exact, so the bound is loose."""
+    configs = mixture("llama", tiny_folder("llama"), 0.1, "trainer.dtype=bfloat16")
+    for config in configs:
+        config.trainer.steps = 12
+    pack = packed(configs)
+    train_pack(pack)
+    for stacked in pack.stacked.values():
+        assert stacked.value.dtype == torch.float32, "trained weights stay in float32"
+    tokens, pad_id = tokens_of(configs[0])
+    stocks = [Stock(config, copy_of(pack.adapter_state(i))) for i, config in enumerate(configs)]
+    pairs = [data.batch(tokens, stock.order[11], stock.length, pad_id) for stock in stocks]
+    batch = Batch.make(
+        [ids for ids, _ in pairs], [labels for _, labels in pairs],
+        data.longest_completion(tokens), "cpu",
+    )  # fmt: skip
+    counts = [int((labels != data.IGNORED).sum()) for _, labels in pairs]
+    losses = pack.forward_backward(11, 0, batch, counts).tolist()
+    worst = (0.0, "")
+    for run, stock in enumerate(stocks):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            expected = stock.loss(11)
+        assert losses[run] == pytest.approx(expected, rel=5e-3)  # bfloat16: 2^-9 a rounding
+        for name, mine in gradients(pack, run).items():
+            theirs = stock.parameters[name].grad
+            assert theirs is not None
+            worst = max(worst, (relative(mine, theirs), f"run {run}: {name}"))
+    print(f"\nlargest relative difference of a bfloat16 gradient {worst[0]:.2e} ({worst[1]})")
+    # A dozen bfloat16 roundings (2^-9 = 0.002) behind one another, cancelling in small gradients.
+    assert worst[0] < 0.1, worst
