@@ -85,13 +85,13 @@ def mixture(kind: str, folder: Path, dropout: float, *common: str) -> list[Confi
 # --- ours ------------------------------------------------------------------------------------
 
 
-def packed(configs: list[Config]) -> StackedPack:
+def packed(configs: list[Config], device: str = "cpu") -> StackedPack:
     assert len(configs) > 1, "every case has a pack size above one"
     plans = [plan.make(config) for config in configs]
     assert [one.alone for one in plans] == [None] * len(plans)
-    base = base_model.load(configs[0].model, "cpu")
+    base = base_model.load(configs[0].model, device)
     modules = [one.lora_modules for one in plans]
-    return StackedPack(base, plan.skeleton(configs[0].model), configs, modules, "cpu")
+    return StackedPack(base, plan.skeleton(configs[0].model), configs, modules, device)
 
 
 def copy_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -122,15 +122,15 @@ def train_pack(pack: ModulePack | StackedPack) -> list[list[float]]:
 class Stock:
     """One run as a user of PEFT writes it by hand."""
 
-    def __init__(self, config: Config, initial: dict[str, Tensor]):
+    def __init__(self, config: Config, initial: dict[str, Tensor], device: str = "cpu"):
         from transformers import AutoModelForCausalLM
 
-        self.config = config
+        self.config, self.device = config, device
         model: Any = AutoModelForCausalLM.from_pretrained(
             base_model.location(config.model),
             dtype=getattr(torch, config.model.dtype),
             attn_implementation=config.model.attn_implementation,
-        )
+        ).to(device)
         lora = config.lora
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tied layers
@@ -205,7 +205,7 @@ class Stock:
     def loss(self, step: int) -> float:
         """Mean nll of the step's batch; its gradient is left in the parameters."""
         ids, labels = data.batch(self.tokens, self.order[step], self.length, self.pad_id)
-        input_ids, targets = torch.from_numpy(ids), torch.from_numpy(labels)
+        input_ids, targets = (torch.from_numpy(x).to(self.device) for x in (ids, labels))
         for parameter in self.parameters.values():
             parameter.grad = None
         micro = self.config.trainer.micro_batch_size or len(ids)
@@ -258,13 +258,49 @@ def relative(a: Tensor, b: Tensor) -> float:
     return found
 
 
-def compare_training(configs: list[Config]) -> tuple[float, tuple[float, str]]:
+def compare_training(configs: list[Config], device: str = "cpu") -> tuple[float, tuple[float, str]]:
     """`differences` of a pack of these runs from stock PEFT's own training of each."""
-    pack = packed(configs)
+    pack = packed(configs, device)
     initial = [copy_of(pack.adapter_state(run)) for run in range(pack.size)]
     losses = train_pack(pack)
-    trained = ((stock, stock.train()) for stock in map(Stock, configs, initial))
+    stocks = (Stock(*pair, device) for pair in zip(configs, initial, strict=True))
+    trained = ((stock, stock.train()) for stock in stocks)
     return differences(pack, initial, losses, trained)
+
+
+def compare_gradients(
+    configs: list[Config], steps: list[int], device: str = "cpu"
+) -> tuple[float, str]:
+    """Largest relative difference of a gradient from the same weights at any of these steps."""
+    pack = packed(configs, device)
+    stocks = [Stock(one, pack.adapter_state(run), device) for run, one in enumerate(configs)]
+    worst, update, done, zeros = (0.0, ""), pack.update, iter(range(10**6)), 0
+
+    def compare_then_update(lr: list[float]) -> Tensor:
+        nonlocal worst, zeros
+        step = next(done)
+        if step in steps:
+            for run, stock in enumerate(stocks):
+                stock.load(copy_of(pack.adapter_state(run)))
+                mine, theirs = gradients(pack, run), stock.gradients(step)
+                assert set(mine) == set(theirs)
+                for name, tensor in mine.items():
+                    where = f"step {step}, run {run}: {name}"
+                    if step == 0 and ".lora_A." in name:
+                        # dL/dA = s B^T (...) is zero while B = 0: the first step's A
+                        assert tensor.abs().max() <= 1e-12, where
+                        assert theirs[name].abs().max() <= 1e-12, where
+                        zeros += 1
+                    else:
+                        assert theirs[name].norm() > 1e-12, f"{where}: nothing to compare"
+                        worst = max(worst, (relative(tensor, theirs[name]), where))
+        return update(lr)
+
+    pack.update = compare_then_update  # type: ignore[method-assign]
+    train_pack(pack)
+    assert zeros == sum(place.kind == "lora_A" for found in pack.places for place in found)
+    print(f"\nlargest relative difference of a gradient {worst[0]:.2e} ({worst[1]})")
+    return worst
 
 
 def differences(

@@ -18,16 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stock import (
     TINY,
-    Stock,
     compare_training,
-    copy_of,
-    gradients,
     mixture,
     packed,
-    relative,
     train_pack,
 )
-from torch import Tensor
 
 from lorabench import adapters
 from lorabench.config import Config
@@ -84,39 +79,6 @@ def test_twelve_float32_steps_equal_stock_peft(
     # size, which turns rounding into steps.
     assert weights < 1e-4, name
     assert loss < 1e-4
-
-
-def compare_gradients(configs: list[Config], steps: list[int]) -> tuple[float, str]:
-    """Largest relative difference of a gradient from the same weights at any of these steps."""
-    pack = packed(configs)
-    stocks = [Stock(config, pack.adapter_state(run)) for run, config in enumerate(configs)]
-    worst, update, done, zeros = (0.0, ""), pack.update, iter(range(10**6)), 0
-
-    def compare_then_update(lr: list[float]) -> Tensor:
-        nonlocal worst, zeros
-        step = next(done)
-        if step in steps:
-            for run, stock in enumerate(stocks):
-                stock.load(copy_of(pack.adapter_state(run)))
-                mine, theirs = gradients(pack, run), stock.gradients(step)
-                assert set(mine) == set(theirs)
-                for name, tensor in mine.items():
-                    where = f"step {step}, run {run}: {name}"
-                    if step == 0 and ".lora_A." in name:
-                        # dL/dA = s B^T (...) is zero while B = 0: the first step's A
-                        assert tensor.abs().max() <= 1e-12, where
-                        assert theirs[name].abs().max() <= 1e-12, where
-                        zeros += 1
-                    else:
-                        assert theirs[name].norm() > 1e-12, f"{where}: nothing to compare"
-                        worst = max(worst, (relative(tensor, theirs[name]), where))
-        return update(lr)
-
-    pack.update = compare_then_update  # type: ignore[method-assign]
-    train_pack(pack)
-    assert zeros == sum(place.kind == "lora_A" for found in pack.places for place in found)
-    print(f"\nlargest relative difference of a gradient {worst[0]:.2e} ({worst[1]})")
-    return worst
 
 
 @pytest.mark.parametrize(("kind", "dropout"), CASES)

@@ -127,6 +127,7 @@ def train(arguments: list[str]) -> int:
     try:
         hydra.main(config_path=conf_folder(), config_name="train", version_base="1.3")(function)()
     finally:
+        gc.unfreeze()
         gc.enable()
     if task.refused:
         raise ConfigErrors(task.refused)
