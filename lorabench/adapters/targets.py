@@ -16,7 +16,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from lorabench import model as base_model
 from lorabench import tasks
 from lorabench.adapters import anatomy
-from lorabench.config import Config, ConfigErrors, did_you_mean, model_name, nearest
+from lorabench.config import Config, ConfigErrors, and_more, did_you_mean, model_name, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,8 +70,9 @@ def resolve_modules(skeleton: PreTrainedModel, config: Config) -> list[str]:
         chosen = _named(skeleton, targets.names, aside, label)
         if as_experts := _named_like_experts(skeleton, chosen):
             raise ConfigErrors(
-                f"target_modules.names: PEFT takes {_and_more(as_experts)} for the experts of base "
-                f"model '{label}', which get no adapter; got {targets.names!r}; leave it out"
+                f"target_modules.names: PEFT takes {and_more(map(repr, as_experts))} for the "
+                f"experts of base model '{label}', which get no adapter; got "
+                f"{targets.names!r}; leave it out"
             )
     if not chosen:
         raise ConfigErrors(
@@ -142,10 +143,6 @@ def _ends_with(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
 
 
-def _and_more(names: list[str]) -> str:
-    return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
 def _matching(names: Iterable[str] | str, skeleton: PreTrainedModel) -> list[str]:
     """The modules that PEFT matches: name endings in a list, a regex over whole names in a str."""
     wanted = LoraConfig(target_modules=names if isinstance(names, str) else list(names))
@@ -185,8 +182,9 @@ def _named(
         asked = [n for n in found if n in aside and (alone or n == entry or _says(entry, aside[n]))]
         if not plain and not asked:
             raise ConfigErrors(
-                f"{key}: '{entry}' matches only {_and_more(found)} of base model '{label}', left "
-                f"out unless asked for; leave it out, or ask by writing '{aside[found[0]]}' into it"
+                f"{key}: '{entry}' matches only {and_more(map(repr, found))} of base model "
+                f"'{label}', left out unless asked for; leave it out, or ask by writing "
+                f"'{aside[found[0]]}' into it"
             )
         chosen |= {*plain, *asked}
     return [name for name in modules if name in chosen]
@@ -281,4 +279,6 @@ def _must_wrap(skeleton: PreTrainedModel, chosen: list[str], config: Config) -> 
         raise ConfigErrors(refused.format(repr(asked), first)) from error
     missing = sorted(set(chosen) - set(wrapped.targeted_module_names))
     if missing:
-        raise ConfigErrors(refused.format(repr(asked), f"it leaves out {_and_more(missing)}"))
+        raise ConfigErrors(
+            refused.format(repr(asked), f"it leaves out {and_more(map(repr, missing))}")
+        )

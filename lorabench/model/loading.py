@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lorabench import tasks, versions
-from lorabench.config import ConfigErrors, ModelConfig, model_name
+from lorabench.config import ConfigErrors, ModelConfig, and_more, model_name
 from lorabench.model.hub import hub_failure, must_be_reachable
 from lorabench.model.place import local_folder, location
 
@@ -157,9 +157,8 @@ def _quiet_loading(quiet: bool) -> Iterator[None]:
 def _must_be_whole(base: PreTrainedModel, missing: list[str], model: ModelConfig) -> None:
     """Refuse a checkpoint without some weights: transformers draws them at random, and goes on."""
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ConfigErrors(
             f"model.path: a checkpoint must hold every weight of {type(base).__name__}; "
-            f"'{model.path}' lacks {missing[0]}{more}, which would be random; save the whole model "
-            f"with save_pretrained, or correct tie_word_embeddings in its config.json"
+            f"'{model.path}' lacks {and_more(missing)}, which would be random; save the whole "
+            f"model with save_pretrained, or correct tie_word_embeddings in its config.json"
         )
