@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
 from lorabench import model as base_model
-from lorabench import tasks
 from lorabench.adapters import anatomy
 from lorabench.config import Config, ConfigErrors, and_more, did_you_mean, model_name, nearest
 
@@ -90,7 +88,6 @@ def resolve_modules(skeleton: PreTrainedModel, config: Config) -> list[str]:
             f"target_modules.names: the head ({head_name}) belongs to the head policy; got "
             f"{targets.names!r}; leave it out and use head=lora"
         )
-    _must_wrap(skeleton, chosen, config)
     _must_match("target_modules.exclude", targets.exclude, chosen, "an adapted module", label)
     adapted = [n for n in chosen if not any(_ends_with(n, e) for e in targets.exclude)]
     if config.head.policy == "lora":
@@ -260,25 +257,3 @@ def _named_like_experts(skeleton: PreTrainedModel, names: list[str]) -> list[str
         except ValueError:  # one of two names that PEFT fuses, without the other
             taken[leaf] = True
     return [name for name in names if taken[name.rpartition(".")[2]]]
-
-
-def _must_wrap(skeleton: PreTrainedModel, chosen: list[str], config: Config) -> None:
-    """Refuse what PEFT cannot adapt, learnt by letting it wrap a skeleton."""
-    refused = f"target_modules: PEFT refuses {{}} on base model '{model_name(config.model)}': {{}}"
-    asked = config.target_modules.names or config.target_modules.select
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            wrapped = get_peft_model(
-                base_model.share(skeleton),
-                LoraConfig(r=1, target_modules=chosen, task_type=tasks.PEFT_TYPES[config.task]),
-                low_cpu_mem_usage=True,
-            )
-    except (ValueError, TypeError) as error:
-        first = str(error).strip().splitlines()[0].partition(". ")[0]
-        raise ConfigErrors(refused.format(repr(asked), first)) from error
-    missing = sorted(set(chosen) - set(wrapped.targeted_module_names))
-    if missing:
-        raise ConfigErrors(
-            refused.format(repr(asked), f"it leaves out {and_more(map(repr, missing))}")
-        )
