@@ -21,14 +21,6 @@ class Mismatch(ValueError):
     """A checkpoint that belongs to another run, or is damaged."""
 
 
-def save(
-    folder: Path, state: dict[str, Tensor], steps_done: int, fingerprint: dict[str, Any]
-) -> None:
-    """Make this the newest checkpoint in `folder`."""
-    write(folder, state, steps_done, fingerprint)
-    commit(folder)
-
-
 def write(
     folder: Path,
     state: dict[str, Tensor],

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorabench import tasks
-from lorabench.config import LoraSettings, did_you_mean, lora_alpha
+from lorabench.config import LoraSettings, and_more, did_you_mean, lora_alpha
 
 YES = "yes"
 KINDS = ("adapter", "merged", "gguf")
@@ -112,7 +112,7 @@ def gguf(
         )
     unmapped = [module for module, tensor in found.items() if tensor is None]
     if unmapped:
-        reasons.append(f"a GGUF of {name} has no tensor for {_and_more(unmapped)}")
+        reasons.append(f"a GGUF of {name} has no tensor for {and_more(unmapped)}")
     if name == "gpt2" and any(m.rpartition(".")[2] in CONV1D for m in modules):
         reasons.append(
             f"the converter transposes GPT-2's {', '.join(CONV1D)}, and the adapter's A and B with "
@@ -154,10 +154,6 @@ def gguf_architecture(base: Any) -> Any | None:
 
 def _plain(name: str) -> str:
     return re.sub("[-_]", "", name)
-
-
-def _and_more(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def way_out(reason: str, run: str) -> str:

@@ -159,9 +159,9 @@ def _resolve(config: Config, base: Any) -> Resolved:
         if too_old and adapters.experts(base):
             raise ConfigErrors(f"model.path: '{model_name(config.model)}': {too_old}")
         modules = adapters.resolve_modules(base, config)
+        wrapped = adapters.attach_skeleton(base, config, modules)
         adapters.check_bias(base, config, modules)
         adapters.check_init(base, config, modules)
-        wrapped = adapters.attach_skeleton(base, config, modules)
         adapters.check_saved(wrapped, base, config)
         found = adapters.trainable(wrapped)
         trained = list(dict.fromkeys(map(adapters.owner, found)))

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -217,7 +218,9 @@ def provenance(device: str) -> dict[str, Any]:
     }
 
 
+@cache
 def versions() -> dict[str, str]:
+    """The packages this process runs with; reading their metadata takes milliseconds."""
     found = {}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

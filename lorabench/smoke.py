@@ -1,4 +1,4 @@
-"""A pack tried before its day of GPU: two steps on two examples, then back by plain PEFT.
+"""A pack tried before its day of GPU: a few steps on two examples, then back by plain PEFT.
 
 Uses the runs' own model, tokenizer, data and settings, and leaves nothing behind.
 """
@@ -29,7 +29,7 @@ from lorabench.train import train
 
 log = logging.getLogger(__name__)
 
-STEPS = 2  # B moves in the first, A in the second
+LAST_STEPS = 2  # steps of the last stage, or the only one: B moves in the first, A in the second
 EXAMPLES = 2
 ROWS = 8  # of each example's completion whose logits are compared: a vocabulary is large
 # Largest relative difference of logits: roundings (6e-8; 4e-3 in bfloat16) of products of other
@@ -42,6 +42,7 @@ class Attempt:
     """How a pack fared."""
 
     runs: list[str]  # run ids
+    steps: int
     error: str | None  # None: all went well
     logits_difference: float | None  # largest of the reloaded adapters, relative
     seconds: float
@@ -50,34 +51,44 @@ class Attempt:
         size = f"{len(self.runs)} run{'s' if len(self.runs) > 1 else ''}"
         if self.error is not None:
             return f"{size}: failed: {self.error}"
+        through = " through every stage" if self.steps > LAST_STEPS else ""
         return (
-            f"{size}: {STEPS} steps on {EXAMPLES} examples, adapters reloaded by plain PEFT, "
-            f"logits within {self.logits_difference:.1e}, {self.seconds:.0f} s"
+            f"{size}: {self.steps} steps{through} on {EXAMPLES} examples, adapters reloaded by "
+            f"plain PEFT, logits within {self.logits_difference:.1e}, {self.seconds:.0f} s"
         )
 
 
 def attempt(jobs: list[Job]) -> Attempt:
     """Try the runs of a pack; whatever goes wrong is told, never raised."""
     begun, error, difference = time.perf_counter(), None, None
+    shortened = [_shortened(job) for job in jobs]
     try:
-        difference = _there_and_back([_shortened(job) for job in jobs])
+        difference = _there_and_back(shortened)
     except ConfigErrors as refused:
         error = "; ".join(refused.errors)
     except Exception as failure:
         log.info("smoke failed", exc_info=True)
         first = (str(failure).strip().splitlines() or [""])[0]
         error = f"{type(failure).__name__}: {first}"
-    ids = [job.plan.run_id for job in jobs]
-    return Attempt(ids, error, difference, time.perf_counter() - begun)
+    ids, steps = [job.plan.run_id for job in jobs], shortened[0].config.trainer.steps
+    return Attempt(ids, steps, error, difference, time.perf_counter() - begun)
 
 
 def _shortened(job: Job) -> Job:
-    """The same run, a few steps long, at its full learning rate from the first."""
+    """The same run at its full learning rate: one step a stage, but for the last."""
+    starts = sorted({stage["from_step"] for stage in job.config.stages} | {0})
     trainer = dataclasses.replace(
         job.config.trainer,
-        steps=STEPS, batch_size=EXAMPLES, micro_batch_size=None, warmup_steps=0,
-    )  # fmt: skip
-    return dataclasses.replace(job, config=dataclasses.replace(job.config, trainer=trainer))
+        steps=len(starts) - 1 + LAST_STEPS,
+        batch_size=EXAMPLES,
+        micro_batch_size=None,
+        warmup_steps=0,
+    )
+    stages = [
+        stage | {"from_step": starts.index(stage["from_step"])} for stage in job.config.stages
+    ]
+    config = dataclasses.replace(job.config, trainer=trainer, stages=stages)
+    return dataclasses.replace(job, config=config)
 
 
 def _there_and_back(jobs: list[Job]) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from lorabench.config import nearest
+from lorabench.config import and_more, nearest
 
 ALL = "all"  # in `train`: every module the run trains
 
@@ -105,10 +105,7 @@ def errors(entries: list[dict[str, Any]], modules: Iterable[str]) -> list[str]:
 
 
 def _some(modules: list[str]) -> str:
-    if len(modules) == 1:
-        return f"{modules[0]} is"
-    more = f" and {len(modules) - 2} more" if len(modules) > 2 else ""
-    return f"{', '.join(modules[:2])}{more} are"
+    return f"{and_more(modules, 2)} {'is' if len(modules) == 1 else 'are'}"
 
 
 def _nearest(name: str, modules: list[str]) -> str:

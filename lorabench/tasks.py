@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lorabench.config import ConfigErrors
+from lorabench.config import ConfigErrors, and_more
 
 if TYPE_CHECKING:
     from torch import nn
@@ -110,10 +110,9 @@ def blank_head(base: PreTrainedModel, loaded: dict[str, Any], name: str) -> None
     random = sorted({*loaded["missing_keys"], *mismatched})
     random = [key for key in random if not key.startswith(f"{head[0]}.")]
     if random:
-        more = f" and {len(random) - 4} more" if len(random) > 4 else ""
         raise ConfigErrors(
             f"model.path: with task=seq_cls a checkpoint must hold every weight but the head's; "
-            f"'{name}' lacks {', '.join(random[:4])}{more}, which would be random in every load; "
+            f"'{name}' lacks {and_more(random, 4)}, which would be random in every load; "
             f"use a checkpoint that has them, or save this one once as {type(base).__name__}"
         )
     with torch.no_grad():

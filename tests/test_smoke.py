@@ -89,6 +89,21 @@ def test_examples_that_are_all_too_long_fail_before_the_day_of_gpu(
     assert nothing_is_left(places)
 
 
+@pytest.mark.parametrize("lora", ["lora.r=4,8", "lora.init=olora"])  # a pack; alone
+def test_every_stage_is_tried(lora: str, places: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second stage begins at step 100, and breaks the run in its first step."""
+    shipped = Path(__file__).parent.parent / "conf" / "stages" / "last_layer_first.yaml"
+    (places / "conf" / "stages").mkdir(parents=True)
+    breaking = places / "conf" / "stages" / "breaking.yaml"
+    breaking.write_text(shipped.read_text().replace("lr_scale: 0.5", "lr_scale: 1.0e30"))
+    words = ["plan", "-m", "--smoke", *TINY, lora, f"hydra.searchpath=[file://{places / 'conf'}]"]
+    assert cli.main([*words, "stages=last_layer_first"]) == 0
+    assert "3 steps through every stage on 2 examples" in capsys.readouterr().out
+    assert cli.main([*words, "stages=breaking"]) == 1
+    assert "loss or gradient is not finite at step 3" in capsys.readouterr().out
+    assert nothing_is_left(places) and base_is_as_loaded()
+
+
 def test_broken_weights_fail_and_the_other_packs_are_tried(
     tiny_folder: Callable[[str], Path], places: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

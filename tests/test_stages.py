@@ -223,7 +223,8 @@ def test_resumed_across_a_change_is_bitwise_the_uninterrupted_run(
         steps.append(step)
         for run in range(whole.size) if step.step in stops else ():
             folder = tmp_path / f"{step.step}-{run}"
-            checkpoint.save(folder, whole.state(run), step.step, {})
+            checkpoint.write(folder, whole.state(run), step.step, {})
+            checkpoint.commit(folder)
     expected = [adapters.state_hash(state) for state in states(whole)]
     for stop in stops:
         resumed, _ = make("bert", pack_kind)

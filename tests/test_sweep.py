@@ -88,7 +88,8 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:
     config = composed(*FAST, "trainer.steps=12", "lora.lora_dropout=0.2", "head=full")
     whole = run_to(config, None)
     half = run_to(config, 5)
-    checkpoint.save(tmp_path / "checkpoint", half.state(0), 5, {"run": 1})
+    checkpoint.write(tmp_path / "checkpoint", half.state(0), 5, {"run": 1})
+    checkpoint.commit(tmp_path / "checkpoint")
     assert list(checkpoint.steps(tmp_path / "checkpoint")) == [5]
     loaded = checkpoint.load(tmp_path / "checkpoint", 5, {"run": 1})
     resumed = run_to(config, None, loaded, 5)
@@ -189,7 +190,8 @@ def test_a_checkpoint_of_other_versions_is_refused_before_anything_loads(
 @pytest.mark.parametrize("break_it", ["fingerprint", "tensors"])
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, break_it: str) -> None:
     folder = tmp_path / "checkpoint"
-    checkpoint.save(folder, {"w": torch.arange(8.0)}, 3, {"r": 16, "lr": 1e-3})
+    checkpoint.write(folder, {"w": torch.arange(8.0)}, 3, {"r": 16, "lr": 1e-3})
+    checkpoint.commit(folder)
     wanted = {"r": 16, "lr": 1e-3}
     if break_it == "fingerprint":
         wanted = {"r": 32, "lr": 1e-3}
@@ -206,7 +208,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, break_it: str
 
 def test_a_crash_between_the_renames_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
-    checkpoint.save(folder, {"w": torch.zeros(2)}, 3, {})
+    checkpoint.write(folder, {"w": torch.zeros(2)}, 3, {})
+    checkpoint.commit(folder)
     folder.rename(tmp_path / ".checkpoint.old")
     assert list(checkpoint.steps(folder)) == [3]
     assert checkpoint.load(folder, 3, {})["w"].tolist() == [0, 0]

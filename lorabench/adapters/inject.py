@@ -17,7 +17,7 @@ from torch import nn
 from lorabench import model as base_model
 from lorabench import tasks
 from lorabench.adapters.seeding import drawn_head, initial_a
-from lorabench.config import Config, ConfigErrors, lora_alpha, model_name
+from lorabench.config import Config, ConfigErrors, and_more, lora_alpha, model_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,19 +89,33 @@ def attach(base: PreTrainedModel, config: Config, modules: list[str]) -> PeftMod
 
 
 def attach_skeleton(skeleton: PreTrainedModel, config: Config, modules: list[str]) -> PeftModel:
-    """The adapter on the meta device: names and shapes of everything a run trains."""
+    """The adapter on the meta device: names and shapes of everything a run trains.
+
+    Raises:
+        ConfigErrors: PEFT refuses a module, or leaves one out.
+    """
     head = base_model.output_head(skeleton)
+    asked = config.target_modules.names or config.target_modules.select
+    refused = f"target_modules: PEFT refuses {asked!r} on base model '{model_name(config.model)}'"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         settings = peft_config(config, modules, head[0] if head else None)
         if settings.init_lora_weights not in (True, "gaussian"):
             settings.init_lora_weights = True  # pissa and olora need weights; shapes are the same
-        return get_peft_model(
-            base_model.share(skeleton, owned=lambda name: name.endswith("bias")),
-            settings,
-            adapter_name=ADAPTER,
-            low_cpu_mem_usage=True,
-        )
+        try:
+            wrapped = get_peft_model(
+                base_model.share(skeleton, owned=lambda name: name.endswith("bias")),
+                settings,
+                adapter_name=ADAPTER,
+                low_cpu_mem_usage=True,
+            )
+        except (ValueError, TypeError) as error:
+            first = str(error).strip().splitlines()[0].partition(". ")[0]
+            raise ConfigErrors(f"{refused}: {first}") from error
+    missing = sorted(set(modules) - set(wrapped.targeted_module_names))
+    if missing:
+        raise ConfigErrors(f"{refused}: it leaves out {and_more(map(repr, missing))}")
+    return wrapped
 
 
 def _trained_biases(base: PreTrainedModel, config: Config, modules: list[str]) -> set[str]:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
 from lorabench import model as base_model
-from lorabench import tasks
 from lorabench.adapters import anatomy
-from lorabench.config import Config, ConfigErrors, did_you_mean, model_name, nearest
+from lorabench.config import Config, ConfigErrors, and_more, did_you_mean, model_name, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,8 +68,9 @@ def resolve_modules(skeleton: PreTrainedModel, config: Config) -> list[str]:
         chosen = _named(skeleton, targets.names, aside, label)
         if as_experts := _named_like_experts(skeleton, chosen):
             raise ConfigErrors(
-                f"target_modules.names: PEFT takes {_and_more(as_experts)} for the experts of base "
-                f"model '{label}', which get no adapter; got {targets.names!r}; leave it out"
+                f"target_modules.names: PEFT takes {and_more(map(repr, as_experts))} for the "
+                f"experts of base model '{label}', which get no adapter; got "
+                f"{targets.names!r}; leave it out"
             )
     if not chosen:
         raise ConfigErrors(
@@ -89,7 +88,6 @@ def resolve_modules(skeleton: PreTrainedModel, config: Config) -> list[str]:
             f"target_modules.names: the head ({head_name}) belongs to the head policy; got "
             f"{targets.names!r}; leave it out and use head=lora"
         )
-    _must_wrap(skeleton, chosen, config)
     _must_match("target_modules.exclude", targets.exclude, chosen, "an adapted module", label)
     adapted = [n for n in chosen if not any(_ends_with(n, e) for e in targets.exclude)]
     if config.head.policy == "lora":
@@ -142,10 +140,6 @@ def _ends_with(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
 
 
-def _and_more(names: list[str]) -> str:
-    return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
 def _matching(names: Iterable[str] | str, skeleton: PreTrainedModel) -> list[str]:
     """The modules that PEFT matches: name endings in a list, a regex over whole names in a str."""
     wanted = LoraConfig(target_modules=names if isinstance(names, str) else list(names))
@@ -185,8 +179,9 @@ def _named(
         asked = [n for n in found if n in aside and (alone or n == entry or _says(entry, aside[n]))]
         if not plain and not asked:
             raise ConfigErrors(
-                f"{key}: '{entry}' matches only {_and_more(found)} of base model '{label}', left "
-                f"out unless asked for; leave it out, or ask by writing '{aside[found[0]]}' into it"
+                f"{key}: '{entry}' matches only {and_more(map(repr, found))} of base model "
+                f"'{label}', left out unless asked for; leave it out, or ask by writing "
+                f"'{aside[found[0]]}' into it"
             )
         chosen |= {*plain, *asked}
     return [name for name in modules if name in chosen]
@@ -262,23 +257,3 @@ def _named_like_experts(skeleton: PreTrainedModel, names: list[str]) -> list[str
         except ValueError:  # one of two names that PEFT fuses, without the other
             taken[leaf] = True
     return [name for name in names if taken[name.rpartition(".")[2]]]
-
-
-def _must_wrap(skeleton: PreTrainedModel, chosen: list[str], config: Config) -> None:
-    """Refuse what PEFT cannot adapt, learnt by letting it wrap a skeleton."""
-    refused = f"target_modules: PEFT refuses {{}} on base model '{model_name(config.model)}': {{}}"
-    asked = config.target_modules.names or config.target_modules.select
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            wrapped = get_peft_model(
-                base_model.share(skeleton),
-                LoraConfig(r=1, target_modules=chosen, task_type=tasks.PEFT_TYPES[config.task]),
-                low_cpu_mem_usage=True,
-            )
-    except (ValueError, TypeError) as error:
-        first = str(error).strip().splitlines()[0].partition(". ")[0]
-        raise ConfigErrors(refused.format(repr(asked), first)) from error
-    missing = sorted(set(chosen) - set(wrapped.targeted_module_names))
-    if missing:
-        raise ConfigErrors(refused.format(repr(asked), f"it leaves out {_and_more(missing)}"))

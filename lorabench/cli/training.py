@@ -194,8 +194,8 @@ def plan(arguments: list[str]) -> int:
             "lorabench plan [-m] [--json] [--smoke] KEY=VALUE ...\n\n"
             "what `lorabench train` with the same words would do\n\n"
             "--json   the same for programs, with every adapted module\n"
-            "--smoke  also two steps of every pack on two examples, and its adapters reloaded;\n"
-            "         exit code 1 where that fails"
+            "--smoke  also two steps of every pack on two examples, one more for every further\n"
+            "         stage, and its adapters reloaded; exit code 1 where that fails"
         )
         return 0
     jobs = sweep.plan_jobs(*compose([a for a in arguments if a not in ("--json", "--smoke")]))

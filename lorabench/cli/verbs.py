@@ -13,7 +13,7 @@ examples:
   lorabench train -m head=exclude,lora lora.r=16,32 four runs
   lorabench compare outputs/default                 their table
   lorabench plan -m experiment=lm_head              what a sweep will do
-  lorabench plan --smoke -m experiment=lm_head      and two steps of each pack, reloaded
+  lorabench plan --smoke -m experiment=lm_head      and a few steps of each pack, reloaded
   lorabench export outputs/default/ID --to merged D a transformers folder, checked
   lorabench train --cfg job                         every key and its value
 """

@@ -1,7 +1,7 @@
 """What a user may write, checked: dataclasses of the groups, their ranges, all errors at once."""
 
 from lorabench.config.build import register, typed
-from lorabench.config.errors import ConfigErrors, did_you_mean, nearest
+from lorabench.config.errors import ConfigErrors, and_more, did_you_mean, nearest
 from lorabench.config.ranges import range_errors
 from lorabench.config.schema import (
     Config,
@@ -32,6 +32,7 @@ __all__ = [
     "TargetModulesConfig",
     "TrackerConfig",
     "TrainerConfig",
+    "and_more",
     "did_you_mean",
     "keys",
     "lora_alpha",

@@ -23,3 +23,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`'x' (did you mean 'y'?)`, or `'x'` alone."""
     close = nearest(name, known)
     return f"'{name}' (did you mean '{close[0]}'?)" if close else f"'{name}'"
+
+
+def and_more(names: Iterable[str], shown: int = 1) -> str:
+    """`a, b and 3 more`: the first names, and how many there are besides."""
+    found = list(names)
+    more = f" and {len(found) - shown} more" if len(found) > shown else ""
+    return ", ".join(found[:shown]) + more

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lorabench.config import ConfigErrors, DataConfig, did_you_mean
+from lorabench.config import ConfigErrors, DataConfig, and_more, did_you_mean
 from lorabench.data.splits import Example, load
 from lorabench.data.templates import SPLITS
 from lorabench.data.tokens import Tokens
@@ -35,12 +35,12 @@ def labels_of(cfg: DataConfig, content: str) -> list[str]:
         for split in SPLITS:
             unknown = [e for e in getattr(examples, split) if e.completion not in labels]
             if unknown:
-                more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+                prompts = and_more(f"{example.prompt!r:.60}" for example in unknown)
                 shown = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
                 errors.append(
                     f"data.{split}: every completion must be one of the {len(labels)} labels "
                     f"({shown}); got {did_you_mean(unknown[0].completion, labels)} for the prompt "
-                    f"{unknown[0].prompt!r:.60}{more}; mend it, or name it in data.labels"
+                    f"{prompts}; mend it, or name it in data.labels"
                 )
         if errors:
             raise ConfigErrors(errors)

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorabench import model as base_model
 from lorabench import record, tasks
-from lorabench.config import Config, ConfigErrors, ModelConfig, nearest, typed
+from lorabench.config import Config, ConfigErrors, ModelConfig, and_more, nearest, typed
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -100,9 +100,8 @@ def _finished_near(folder: Path) -> str:
         ]
         if names:
             close = nearest(folder.name, names, 3)
-            shown = [*close, *(name for name in names if name not in close)][:3]
-            more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-            return f"; finished in {level}: {', '.join(shown)}{more}"
+            others = [name for name in names if name not in close]
+            return f"; finished in {level}: {and_more([*close, *others], 3)}"
     return ""
 
 

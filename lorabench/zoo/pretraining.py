@@ -113,17 +113,22 @@ def optimise(
     model.eval()
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def write(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    scores: dict[str, Any],
+    recipe: dict[str, Any],
+    readme: Callable[[dict, PreTrainedModel], str],
+) -> dict[str, Any]:
+    """Save a base with its card: card.json for machines, README.md for people; returns the card."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)  # safetensors leaves it to its owner alone
-    tokenizer.save_pretrained(folder)
-
-
-def build_card(name: str, model: PreTrainedModel, folder: Path, scores: dict, recipe: dict) -> dict:
-    """What is known about the checkpoint in `folder`, for machines; README.md says it to people."""
     weights = folder / "model.safetensors"
-    return {
+    weights.chmod(0o644)  # safetensors leaves it to its owner alone
+    tokenizer.save_pretrained(folder)
+    card = {
         "name": name,
         "licence": "Apache-2.0",
         "architecture": type(model).__name__,
@@ -139,8 +144,7 @@ def build_card(name: str, model: PreTrainedModel, folder: Path, scores: dict, re
             "machine": platform.machine(),
         },
     }
-
-
-def write_card(card: dict, readme: str, folder: Path) -> None:
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(readme, encoding="utf-8")
+    (folder / "README.md").write_text(readme(card, model), encoding="utf-8")
+    print(f"{card['num_parameters']:,} parameters, {recipe['train_seconds']} s, {folder}")
+    return card

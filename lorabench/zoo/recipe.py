@@ -225,7 +225,6 @@ def main() -> None:
     pretrain(model, tokenizer)
     train_seconds = time.perf_counter() - start
 
-    pretraining.save(model, tokenizer, folder)
     recipe = {
         "seed": SEED,
         "steps": STEPS,
@@ -237,13 +236,11 @@ def main() -> None:
         "train_seconds": round(train_seconds),
     }
     scores = measure(model, tokenizer)
-    card = pretraining.build_card("tiny-gemma", model, folder, scores, recipe)
-    pretraining.write_card(card, render_readme(card, model), folder)
+    card = pretraining.write("tiny-gemma", model, tokenizer, folder, scores, recipe, render_readme)
     for name, score in (
         card["exact_match"]["base_skills"] | card["exact_match"]["new_skills"]
     ).items():
         print(f"{name:15s} {score:.3f}")
-    print(f"{card['num_parameters']:,} parameters, {train_seconds:.0f} s, {folder}")
 
 
 if __name__ == "__main__":

@@ -275,7 +275,6 @@ def main() -> None:
     pretrain(model, tokenizer)
     train_seconds = time.process_time() - start
 
-    pretraining.save(model, tokenizer, folder)
     recipe = {
         "seed": SEED,
         "steps": STEPS,
@@ -289,11 +288,9 @@ def main() -> None:
         "train_seconds": round(train_seconds),
     }
     scores = measure(model, tokenizer)
-    card = pretraining.build_card("tiny-bert", model, folder, scores, recipe)
-    pretraining.write_card(card, render_readme(card, model), folder)
+    card = pretraining.write("tiny-bert", model, tokenizer, folder, scores, recipe, render_readme)
     for name, kind in card["scores"]["kinds"].items():
         print(f"{name:15s}", *(f"{key} {score:.3f}" for key, score in kind.items()))
-    print(f"{card['num_parameters']:,} parameters, {train_seconds:.0f} s, {folder}")
 
 
 if __name__ == "__main__":

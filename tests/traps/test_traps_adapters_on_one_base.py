@@ -157,7 +157,8 @@ def test_keys_that_do_not_fit(falls_in: Falls, tmp_path: Path) -> None:
 
     parameters = [[f"layers.{i}.q_proj", [4, 32]] for i in range(3)]
     place = tmp_path / "checkpoint"
-    checkpoint.save(place, {"w": torch.zeros(1)}, 1, {"parameters": parameters[:2]})
+    checkpoint.write(place, {"w": torch.zeros(1)}, 1, {"parameters": parameters[:2]})
+    checkpoint.commit(place)
     for other in (parameters[:1], parameters):
         with pytest.raises(checkpoint.Mismatch, match="parameters: "):
             checkpoint.load(place, 1, {"parameters": other})

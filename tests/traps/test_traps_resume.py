@@ -88,7 +88,8 @@ def refuses(first: list[str], then: list[str], folder: Path) -> str:
     """What is said of the first run's checkpoint in the other's folder."""
     one, other = fingerprint(*first), fingerprint(*then)
     assert one["run_id"] != other["run_id"]
-    checkpoint.save(folder / "checkpoint", {"w": torch.zeros(1)}, 2, one)
+    checkpoint.write(folder / "checkpoint", {"w": torch.zeros(1)}, 2, one)
+    checkpoint.commit(folder / "checkpoint")
     with pytest.raises(checkpoint.Mismatch) as refused:
         checkpoint.load(folder / "checkpoint", 2, other)
     assert "run_id: " in str(refused.value)

@@ -1,0 +1,41 @@
+"""The base model: where it is, which bytes it is, its skeleton, its weights, its tokenizer.
+
+Knows nothing of adapters. Torch and transformers are imported only where weights or shapes are
+needed, so that run ids and checks of a sweep cost no import.
+"""
+
+from lorabench.model.hub import hub_commit, hub_failure
+from lorabench.model.loading import architecture, dtype, load, plain, skeleton, tokenizer
+from lorabench.model.place import (
+    TOKENIZER_FILES,
+    WEIGHT_PATTERNS,
+    ZOO,
+    check,
+    identity,
+    local_folder,
+    location,
+)
+from lorabench.model.tensors import checksum, is_tied, num_parameters, output_head, share
+
+__all__ = [
+    "TOKENIZER_FILES",
+    "WEIGHT_PATTERNS",
+    "ZOO",
+    "architecture",
+    "check",
+    "checksum",
+    "dtype",
+    "hub_commit",
+    "hub_failure",
+    "identity",
+    "is_tied",
+    "load",
+    "local_folder",
+    "location",
+    "num_parameters",
+    "output_head",
+    "plain",
+    "share",
+    "skeleton",
+    "tokenizer",
+]

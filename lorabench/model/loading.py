@@ -1,0 +1,164 @@
+"""A base as transformers builds it: config, skeleton, weights, tokenizer; failures as one line.
+
+Torch and transformers are imported where they are called.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lorabench import tasks, versions
+from lorabench.config import ConfigErrors, ModelConfig, and_more, model_name
+from lorabench.model.hub import hub_failure, must_be_reachable
+from lorabench.model.place import local_folder, location
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def dtype(name: str) -> torch.dtype:
+    """torch's dtype of that name."""
+    import torch
+
+    return getattr(torch, name)
+
+
+def architecture(model: ModelConfig, classes: int = 0) -> Any:
+    """The transformers config, base dropouts at zero.
+
+    Only lora_dropout is an experiment's business: masks inside the base would tie a run's
+    randomness to what else is computed.
+
+    Args:
+        classes: of a classification; 0: a language model.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+    def load(where: str, **options: Any) -> Any:
+        content, _ = PreTrainedConfig.get_config_dict(where, **options)
+        if unknown := versions.unknown_architecture(content, CONFIG_MAPPING):
+            raise ConfigErrors(f"model.path: '{model.path}' cannot be built: {unknown}")
+        return AutoConfig.from_pretrained(where, **options)
+
+    config = _call(model, load)
+    for part in {
+        id(config): config,
+        id(config.get_text_config()): config.get_text_config(),
+    }.values():
+        for key, value in list(vars(part).items()):
+            if isinstance(value, float) and re.search(r"dropout|pdrop", key) and value:
+                setattr(part, key, 0.0)
+    if classes:
+        config.num_labels = classes
+    return config
+
+
+def skeleton(model: ModelConfig, classes: int = 0) -> PreTrainedModel:
+    """The model on the meta device: every name and shape, no weights."""
+    import torch
+
+    config = architecture(model, classes)
+    loader = tasks.model_class(config, classes, model_name(model))
+    try:
+        # Quiet: transformers advises on an encoder that `tasks.check` refuses below.
+        with torch.device("meta"), _quiet_loading(True):
+            built = loader.from_config(
+                config, attn_implementation=model.attn_implementation, dtype=dtype(model.dtype)
+            )
+    except (ValueError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigErrors(f"model.path: '{model.path}' cannot be built: {first}") from error
+    tasks.check(built, classes, model_name(model))
+    return built
+
+
+def load(model: ModelConfig, device: str, classes: int = 0) -> PreTrainedModel:
+    """The frozen base on its device, in evaluation mode, no parameter trainable.
+
+    Args:
+        classes: of a classification, whose head is zero here; 0: a language model.
+    """
+    config = architecture(model, classes)
+    # A checkpoint that is a classifier itself may have another number of classes.
+    options = {"ignore_mismatched_sizes": True} if classes else {}
+    with _quiet_loading(bool(classes)):
+        base, loaded = _call(
+            model,
+            tasks.model_class(config, classes, model_name(model)).from_pretrained,
+            config=config,
+            attn_implementation=model.attn_implementation,
+            dtype=dtype(model.dtype),
+            output_loading_info=True,
+            **options,
+        )
+    if classes:
+        tasks.blank_head(base, loaded, model_name(model))
+    else:
+        _must_be_whole(base, sorted(loaded["missing_keys"]), model)
+    base.requires_grad_(False)
+    base.config.use_cache = False
+    return base.to(device).eval()
+
+
+def plain(model: ModelConfig, auto: Any, dtype_name: str, **options: Any) -> Any:
+    """The base as `auto`, an Auto class, loads it: its own config, nothing switched off, CPU."""
+    if "num_labels" in options:  # of a checkpoint that is a classifier itself
+        options["ignore_mismatched_sizes"] = True
+    with _quiet_loading("num_labels" in options):
+        return _call(model, auto.from_pretrained, dtype=dtype(dtype_name), **options).eval()
+
+
+def tokenizer(model: ModelConfig) -> Any:
+    """The base's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    return _call(model, AutoTokenizer.from_pretrained)
+
+
+def _call(model: ModelConfig, load: Callable[..., Any], **options: Any) -> Any:
+    """A transformers loader on this base, its failures as one line."""
+    folder = local_folder(model)
+    if folder is None:
+        options["revision"] = model.revision or "main"
+        must_be_reachable(model)
+    try:
+        return load(location(model), **options)
+    except (OSError, ConnectionError) as error:
+        if folder is None:
+            raise ConfigErrors(hub_failure("model.path", model.path, error)) from error
+        raise ConfigErrors(
+            f"model.path: '{model.path}' does not load: {str(error).splitlines()[0]}"
+        ) from error
+    except ConfigErrors:
+        raise
+    except ValueError as error:  # a file this transformers does not know
+        first = str(error).strip().splitlines()[0]
+        raise ConfigErrors(f"model.path: '{model.path}' does not load: {first}") from error
+
+
+@contextmanager
+def _quiet_loading(quiet: bool) -> Iterator[None]:
+    """Keep transformers' report of a head that is new, as it must be, off the screen."""
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    if quiet:
+        transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def _must_be_whole(base: PreTrainedModel, missing: list[str], model: ModelConfig) -> None:
+    """Refuse a checkpoint without some weights: transformers draws them at random, and goes on."""
+    if missing:
+        raise ConfigErrors(
+            f"model.path: a checkpoint must hold every weight of {type(base).__name__}; "
+            f"'{model.path}' lacks {and_more(missing)}, which would be random; save the whole "
+            f"model with save_pretrained, or correct tie_word_embeddings in its config.json"
+        )
