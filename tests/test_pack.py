@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stock import (
     TINY,
+    compare_gradients,
     compare_training,
     mixture,
     packed,
