@@ -40,6 +40,15 @@ def guarded(act: Callable[[], int]) -> int:
             os.environ.pop("HYDRA_FULL_ERROR", None)
 
 
+def _unreadable(override: str, reason: str) -> str:
+    key, _, value = override.partition("=")
+    quoted = value.replace('"', '\\"')
+    return (
+        f"{key}: the value cannot be read ({reason}); got {value}; a text with braces, colons, "
+        f"commas or quotes goes into quotes of its own: '{key}=\"{quoted}\"'"
+    )
+
+
 def _explain(error: BaseException) -> list[str] | None:
     """The user's mistake behind an exception, one line each; None where there is none."""
     import re
@@ -59,13 +68,7 @@ def _explain(error: BaseException) -> list[str] | None:
 
     for link in chain:
         if isinstance(link, hydra.errors.OverrideParseException):
-            key, _, value = link.override.partition("=")
-            reason = str(link).strip().splitlines()[0]
-            quoted = value.replace('"', '\\"')
-            return [
-                f"{key}: the value cannot be read ({reason}); got {value}; a text with braces, "
-                f"colons, commas or quotes goes into quotes of its own: '{key}=\"{quoted}\"'"
-            ]
+            return [_unreadable(link.override, str(link).strip().splitlines()[0])]
 
     text = "\n".join(str(link) for link in chain)
     found = re.search(
