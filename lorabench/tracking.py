@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorabench.config import TrackerConfig
+from lorabench.config import TrackerConfig, first_line
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class WandbTracker(NoTracker):
         try:
             act()
         except Exception as error:  # whatever a network or a disk does, the run goes on
-            self.notify(f"wandb: {what} failed ({_first_line(error)}); the run goes on without it")
+            self.notify(f"wandb: {what} failed ({first_line(error)}); the run goes on without it")
             self.run = None
 
     def log(self, row: dict[str, float], step: int) -> None:
@@ -82,7 +82,7 @@ def start(
     try:
         import wandb
     except ImportError as error:
-        notify(f"wandb: cannot be imported ({_first_line(error)}); the run goes on without it")
+        notify(f"wandb: cannot be imported ({first_line(error)}); the run goes on without it")
         return NoTracker()
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,21 +119,16 @@ def start(
                 run.define_metric(pattern, step_metric="step", summary="last")
         except Exception as error:  # no key, no network, no server: all end here
             if mode == "online":
-                OFFLINE_SINCE.append(f"online start failed ({_first_line(error)})")
+                OFFLINE_SINCE.append(f"online start failed ({first_line(error)})")
                 # The client keeps the id of the failed start in use until it is torn down.
                 if LIVE:
                     wandb_id = f"{run_id}-offline"
                 else:
                     wandb.teardown()
             told = "goes on offline" if mode != modes[-1] else "goes on without wandb"
-            notify(f"wandb: {mode} start failed ({_first_line(error)}); the run {told}")
+            notify(f"wandb: {mode} start failed ({first_line(error)}); the run {told}")
             continue
         LIVE.add(run.id)
         address = run.url if mode == "online" else str(Path(run.dir).parent)
         return WandbTracker(run, str(address), notify)
     return NoTracker()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:160] if text else type(error).__name__

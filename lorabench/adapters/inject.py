@@ -17,7 +17,7 @@ from torch import nn
 from lorabench import model as base_model
 from lorabench import tasks
 from lorabench.adapters.seeding import drawn_head, initial_a
-from lorabench.config import Config, ConfigErrors, and_more, lora_alpha, model_name
+from lorabench.config import Config, ConfigErrors, and_more, first_line, lora_alpha, model_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,8 +110,7 @@ def attach_skeleton(skeleton: PreTrainedModel, config: Config, modules: list[str
                 low_cpu_mem_usage=True,
             )
         except (ValueError, TypeError) as error:
-            first = str(error).strip().splitlines()[0].partition(". ")[0]
-            raise ConfigErrors(f"{refused}: {first}") from error
+            raise ConfigErrors(f"{refused}: {first_line(error).partition('. ')[0]}") from error
     missing = sorted(set(modules) - set(wrapped.targeted_module_names))
     if missing:
         raise ConfigErrors(f"{refused}: it leaves out {and_more(map(repr, missing))}")

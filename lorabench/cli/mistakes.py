@@ -53,7 +53,7 @@ def _explain(error: BaseException) -> list[str] | None:
     """The user's mistake behind an exception, one line each; None where there is none."""
     import re
 
-    from lorabench.config import ConfigErrors, did_you_mean, keys
+    from lorabench.config import ConfigErrors, did_you_mean, first_line, keys
 
     chain: list[BaseException] = []
     link: BaseException | None = error
@@ -68,7 +68,7 @@ def _explain(error: BaseException) -> list[str] | None:
 
     for link in chain:
         if isinstance(link, hydra.errors.OverrideParseException):
-            return [_unreadable(link.override, str(link).strip().splitlines()[0])]
+            return [_unreadable(link.override, first_line(link))]
 
     text = "\n".join(str(link) for link in chain)
     found = re.search(

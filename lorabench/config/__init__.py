@@ -1,7 +1,7 @@
 """What a user may write, checked: dataclasses of the groups, their ranges, all errors at once."""
 
 from lorabench.config.build import register, typed
-from lorabench.config.errors import ConfigErrors, and_more, did_you_mean, nearest
+from lorabench.config.errors import ConfigErrors, and_more, did_you_mean, first_line, nearest
 from lorabench.config.ranges import range_errors
 from lorabench.config.schema import (
     Config,
@@ -34,6 +34,7 @@ __all__ = [
     "TrainerConfig",
     "and_more",
     "did_you_mean",
+    "first_line",
     "keys",
     "lora_alpha",
     "model_name",

@@ -14,6 +14,12 @@ class ConfigErrors(ValueError):
         super().__init__("\n".join(self.errors))
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says first (160 characters), or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
     """The known names that `name` was probably meant to be, best first."""
     return difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)

@@ -8,7 +8,7 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-from lorabench.config import ConfigErrors, ModelConfig
+from lorabench.config import ConfigErrors, ModelConfig, first_line
 
 
 def hub_commit(model: ModelConfig) -> str:
@@ -73,8 +73,7 @@ def hub_failure(key: str, path: str, error: BaseException) -> str:
             f"{key}: the hub knows no '{path}' at that revision; check the name, or give a local "
             f"folder with {key}=/path/to/checkpoint"
         )
-    first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
     return (
-        f"{key}: '{path}' is no local folder and cannot be had from the hub ({first}); give "
-        f"a local folder with {key}=/path/to/checkpoint, or run once with a network"
+        f"{key}: '{path}' is no local folder and cannot be had from the hub ({first_line(error)}); "
+        f"give a local folder with {key}=/path/to/checkpoint, or run once with a network"
     )

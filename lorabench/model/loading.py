@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lorabench import tasks, versions
-from lorabench.config import ConfigErrors, ModelConfig, and_more, model_name
+from lorabench.config import ConfigErrors, ModelConfig, and_more, first_line, model_name
 from lorabench.model.hub import hub_failure, must_be_reachable
 from lorabench.model.place import local_folder, location
 
@@ -70,8 +70,8 @@ def skeleton(model: ModelConfig, classes: int = 0) -> PreTrainedModel:
                 config, attn_implementation=model.attn_implementation, dtype=dtype(model.dtype)
             )
     except (ValueError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigErrors(f"model.path: '{model.path}' cannot be built: {first}") from error
+        why = first_line(error)
+        raise ConfigErrors(f"model.path: '{model.path}' cannot be built: {why}") from error
     tasks.check(built, classes, model_name(model))
     return built
 
@@ -131,13 +131,13 @@ def _call(model: ModelConfig, load: Callable[..., Any], **options: Any) -> Any:
         if folder is None:
             raise ConfigErrors(hub_failure("model.path", model.path, error)) from error
         raise ConfigErrors(
-            f"model.path: '{model.path}' does not load: {str(error).splitlines()[0]}"
+            f"model.path: '{model.path}' does not load: {first_line(error)}"
         ) from error
     except ConfigErrors:
         raise
     except ValueError as error:  # a file this transformers does not know
-        first = str(error).strip().splitlines()[0]
-        raise ConfigErrors(f"model.path: '{model.path}' does not load: {first}") from error
+        why = first_line(error)
+        raise ConfigErrors(f"model.path: '{model.path}' does not load: {why}") from error
 
 
 @contextmanager

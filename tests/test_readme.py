@@ -1,0 +1,93 @@
+"""The README's command lines, as typed: each plans what it says, or is refused as it says."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import Said, say
+
+from lorabench import model as base_model
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+SHELL = "\n".join(re.findall(r"^```sh\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE))
+LINES = [line for line in SHELL.splitlines() if line.startswith("lorabench ")]
+INLINE = re.findall(r"`(lorabench (?:train|plan) [^`]+)`", TEXT.replace("\n", " "))
+PLANNED = [
+    line
+    for line in LINES + INLINE
+    if line.split()[1] in ("train", "plan") and "--cfg" not in line and "--smoke" not in line
+]
+NEEDS_THE_HUB = ("metamathqa", "gemma-2b", "bert-base")
+
+
+@pytest.fixture(autouse=True)
+def files_of_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files that the README's lines name, in the folder the reader works in."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(40)]
+    Path("train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in range(40)]
+    Path("qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shutil.copytree(base_model.ZOO / "tiny-gemma", "my-model")
+
+
+def typed(line: str, *more: str) -> Said:
+    words = shlex.split(line, comments=True)[1:]
+    words = [word.replace("/data/my-model", "my-model") for word in words]
+    return say(*words, *more)
+
+
+def test_there_are_lines_to_try() -> None:
+    assert len(PLANNED) > 10 and len(INLINE) > 0
+
+
+@pytest.mark.parametrize("line", PLANNED)
+def test_a_line_plans(line: str) -> None:
+    said = typed(line.replace("lorabench train", "lorabench plan"), "--json")
+    if any(name in line for name in NEEDS_THE_HUB):
+        assert said.code == 2 and "cannot be had from the hub" in said.err
+        return
+    assert said.code == 0, said.err
+    runs = json.loads(said.out)["runs"]
+    grid = re.findall(r"[\w.]+=(\w+(?:,\w+)+)", line)
+    for values in grid:
+        assert len(runs) % len(values.split(",")) == 0
+    assert len(runs) > 1 if grid else runs
+
+
+def test_the_mistake_is_told_as_shown() -> None:
+    line, answer = re.findall(r"^\$ (lorabench .*)\n(.*)$", TEXT, re.MULTILINE)[0]
+    said = typed(line)
+    assert said.code == 2 and said.err.strip() == answer
+
+
+def test_every_key_is_printed() -> None:
+    (line,) = [one for one in LINES if "--cfg" in one]
+    said = typed(line)
+    assert said.code == 0 and "lora_dropout" in said.out
+
+
+def test_a_template_without_quotes_says_how_to_quote_it() -> None:
+    said = say("plan", "data=jsonl", "data.train.path=qa.jsonl", "data.prompt=Q: {question} A:")
+    assert said.code == 2 and len(said.lines) == 1
+    remedy = re.search(r"'(data\.prompt=.*)'$", said.lines[0])
+    assert remedy
+    more = ("data.completion='{answer}'", "data.max_length=64", "--json")
+    planned = say("plan", "data=jsonl", "data.train.path=qa.jsonl", remedy[1], *more)
+    assert planned.code == 0, planned.err
+
+
+def test_positions_that_are_too_few_name_the_number() -> None:
+    said = say("plan", "data=jsonl", "data.train.path=train.jsonl")
+    assert said.code == 2 and said.lines[0].endswith("set data.max_length=64 or less")
+
+
+def test_links_lead_somewhere() -> None:
+    for place in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert place.startswith("http") or (ROOT / place).exists(), place
