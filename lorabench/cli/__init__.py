@@ -6,6 +6,8 @@ Only this room and the launcher know Hydra.
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import sys
 from collections.abc import Callable
 
@@ -47,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"got {did_you_mean(verb, VERBS)}"
             ]
         )
+    atexit.register(gc.freeze)  # leaving would search all objects once more, for most of a second
     return guarded(lambda: handlers[verb](arguments[1:]))
 
 
