@@ -30,7 +30,7 @@ NEEDS_THE_HUB = ("metamathqa", "gemma-2b", "bert-base")
 def files_of_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files that the README's lines name, in the folder the reader works in."""
     monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(40)]
+    rows = [{"prompt": f"{n} is", "completion": ("even", "odd")[n % 2]} for n in range(40)]
     Path("train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     rows = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in range(40)]
     Path("qa.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -1,4 +1,4 @@
-"""Frozen RMS norms with a backward written by hand: a third of autograd's passes over memory."""
+"""Frozen RMS norms with a backward written by hand: half of autograd's passes over memory."""
 
 from __future__ import annotations
 
@@ -31,24 +31,28 @@ class FrozenRMSNorm(nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
+    """The architectures' own products and sums, in autograd's order: in float32 the same bits.
+
+    Another order would be as good; but a step that overshoots turns its rounding into 1e-2 of a
+    loss within ten steps, and runs could no longer be held against stock PEFT's.
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        inverse.div_(x.shape[-1]).add_(eps).rsqrt_()
-        normed = x * inverse
-        ctx.save_for_backward(normed, inverse, weight_D)
-        return normed * weight_D
+        inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, inverse, weight_D)
+        return (x * inverse).mul_(weight_D)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        normed, inverse, weight_D = ctx.saved_tensors
+        x, inverse, weight_D = ctx.saved_tensors
         g = grads[0] * weight_D
-        along = (g * normed).mean(-1, keepdim=True)
-        return torch.addcmul(g, normed, along, value=-1).mul_(inverse), None, None
+        along = (g * x).sum(-1, keepdim=True) * (-0.5 * inverse.pow(3))
+        return g.mul_(inverse).add_(x * (along / x.shape[-1] * 2)), None, None
 
 
 @torch.no_grad()
-def hasten_norms(tree: nn.Module) -> None:
+def fuse_norms(tree: nn.Module) -> None:
     """Put a FrozenRMSNorm around every RMS norm, where it is shown to compute the same."""
     for name, module in list(tree.named_modules()):
         if not type(module).__name__.endswith("RMSNorm") or isinstance(module, FrozenRMSNorm):

@@ -21,7 +21,7 @@ from lorabench import model as base_model
 from lorabench.config import Config
 from lorabench.pack.batch import Batch
 from lorabench.pack.layers import PackedBias, PackedHead, PackedLinear, PackedNorm
-from lorabench.pack.norms import hasten_norms
+from lorabench.pack.norms import fuse_norms
 from lorabench.pack.optimizer import StackedAdamW
 from lorabench.pack.places import Place, places
 from lorabench.pack.solo import autocast, enable_checkpointing, make_head
@@ -56,7 +56,7 @@ class StackedPack:
         self._allocate()
         self._fill(base)
         self._install()
-        hasten_norms(self.tree)
+        fuse_norms(self.tree)
         self.tree.train()  # base dropouts are zero; checkpointing asks for training mode
         if configs[0].trainer.gradient_checkpointing:
             enable_checkpointing(self.tree)
