@@ -129,6 +129,13 @@ def test_gguf_is_answered_with_the_reason_and_the_way_out(trained, tmp_path):
     line = refused(trained("llama", "head=lora"), "--to", "gguf", place)
     assert line.startswith("--to gguf: not written yet; ")
     assert not place.exists()
+    assert refused(trained("llama", "head=lora"), "--to", "gguf") == line, "no PATH is needed"
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_what_is_written_needs_a_place(kind, trained):
+    line = refused(trained("gemma", "head=lora"), "--to", kind)
+    assert line == f"PATH: must be a new or an empty folder for --to {kind}; got none"
 
 
 # --- plan and record -------------------------------------------------------------------------

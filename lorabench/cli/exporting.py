@@ -22,7 +22,7 @@ def export(arguments: list[str]) -> int:
         "--dtype", help="of merged: float32, bfloat16 or float16; default: the run's model.dtype"
     )
     parser.add_argument("--json", action="store_true", help="what was checked, as JSON")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # RUN --to KIND PATH
 
     from lorabench import formats
     from lorabench.config import ConfigErrors, did_you_mean

@@ -67,7 +67,7 @@ def _explain(error: BaseException) -> list[str] | None:
     import omegaconf.errors
 
     for link in chain:
-        if isinstance(link, hydra.errors.OverrideParseException):
+        if isinstance(link, hydra.errors.OverrideParseException) and "=" in link.override:
             return [_unreadable(link.override, first_line(link))]
 
     text = "\n".join(str(link) for link in chain)
