@@ -40,6 +40,7 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
+@lru_cache
 def installed(package: str) -> str | None:
     """Its version, or None where it is not installed."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import warnings
@@ -51,6 +52,7 @@ def save(tensors: Mapping[str, Tensor], settings: LoraConfig, folder: Path) -> s
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = copy.copy(settings)
     settings.inference_mode = True
     settings.save_pretrained(str(folder))
     # PEFT holds names in sets, whose order changes from process to process.

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -91,9 +92,23 @@ def attach(base: PreTrainedModel, config: Config, modules: list[str]) -> PeftMod
 def attach_skeleton(skeleton: PreTrainedModel, config: Config, modules: list[str]) -> PeftModel:
     """The adapter on the meta device: names and shapes of everything a run trains.
 
+    Built once for all runs whose adapters differ in seeds or rates alone: to be read, not changed.
+
     Raises:
         ConfigErrors: PEFT refuses a module, or leaves one out.
     """
+    known = _ATTACHED.setdefault(skeleton, {})
+    key = repr((config.model, config.task, config.lora, config.head, modules))
+    if key not in known:
+        known[key] = _attach_skeleton(skeleton, config, modules)
+    return known[key]
+
+
+# By skeleton, which goes with the last plan that holds it.
+_ATTACHED: WeakKeyDictionary[PreTrainedModel, dict[str, PeftModel]] = WeakKeyDictionary()
+
+
+def _attach_skeleton(skeleton: PreTrainedModel, config: Config, modules: list[str]) -> PeftModel:
     head = base_model.output_head(skeleton)
     asked = config.target_modules.names or config.target_modules.select
     refused = f"target_modules: PEFT refuses {asked!r} on base model '{model_name(config.model)}'"

@@ -33,11 +33,23 @@ def typed(cfg: DictConfig) -> Config:
     ]
     if unknown:
         raise ConfigErrors(unknown)
-    cfg = OmegaConf.masked_copy(cfg, known)
-    missing = sorted(OmegaConf.missing_keys(cfg))
+    missing: set[str] = set()
+    plain = {}
+    for key in known:  # one by one: a copy of all but Hydra's own node costs more than the rest
+        if key not in cfg.keys():  # noqa: SIM118 - `in cfg` is false for a key without a value
+            continue
+        if OmegaConf.is_missing(cfg, key):
+            missing.add(key)
+        elif OmegaConf.is_config(node := cfg[key]):
+            missing |= OmegaConf.missing_keys(node)
+            plain[key] = OmegaConf.to_container(node, resolve=True)
+        else:
+            plain[key] = node
     if missing:
-        raise ConfigErrors(f"{key}: must be given; got nothing; set {key}=..." for key in missing)
-    config = _build(Config, OmegaConf.to_container(cfg, resolve=True))
+        raise ConfigErrors(
+            f"{key}: must be given; got nothing; set {key}=..." for key in sorted(missing)
+        )
+    config = _build(Config, plain)
     errors = range_errors(config)
     if errors:
         raise ConfigErrors(errors)

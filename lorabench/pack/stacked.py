@@ -12,7 +12,6 @@ import re
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -40,13 +39,10 @@ class StackedPack:
         device: str,
     ):
         self.configs, self.device = configs, device
-        attached: dict[str, PeftModel] = {}  # runs that differ in seeds or rates share one
-        self.wrapped = []
-        for config, names in zip(configs, modules, strict=True):
-            key = repr((config.lora, config.head, names))
-            if key not in attached:
-                attached[key] = adapters.attach_skeleton(skeleton, config, names)
-            self.wrapped.append(attached[key])
+        self.wrapped = [
+            adapters.attach_skeleton(skeleton, config, names)
+            for config, names in zip(configs, modules, strict=True)
+        ]
         self.places = [places(wrapped) for wrapped in self.wrapped]
         self.clocks = [adapters.Clock(config.seeds.dropout) for config in configs]
         self.alive = [True] * len(configs)
