@@ -76,18 +76,17 @@ class StackedAdamW:
 
     def _norms(self, active: list[Stacked]) -> Tensor:
         """Norm of each run's whole gradient, (R,)."""
-        found: dict[tuple[int, ...], list[Tensor]] = {}
+        found: dict[Members, list[Tensor]] = {}
         for one in active:
             # Along the last dimension first: one float32 sum over a million numbers would be off
             # in its fifth digit, and so would the clipping.
-            norm_M = torch.linalg.vector_norm(one.grad, dim=-1)
-            if norm_M.dim() > 1:
-                norm_M = torch.linalg.vector_norm(norm_M.flatten(1), dim=1)
-            found.setdefault(tuple(one.members.runs), []).append(norm_M)
+            norm = torch.linalg.vector_norm(one.grad, dim=-1)
+            found.setdefault(one.members, []).append(norm.reshape(len(one.members.runs), -1))
         device, dtype = self.stacked[0].grad.device, self.stacked[0].grad.dtype
         squared_R = torch.zeros(len(self.trainers), device=device, dtype=dtype)
-        for runs, norms in found.items():
-            squared_R[list(runs)] += torch.stack(norms).square().sum(0)
+        for members, norms in found.items():
+            norm_M = torch.linalg.vector_norm(torch.cat(norms, 1), dim=1)
+            squared_R[members.where] += norm_M.square()
         return squared_R.sqrt()
 
     def _clip(self, active: list[Stacked], norm_R: Tensor) -> None:
