@@ -58,7 +58,7 @@ def evaluate(
     for start in range(0, count, size):
         indices = by_length[start : start + size]
         length = max(len(tokens.input_ids[i]) for i in indices)
-        width = max(len(tokens.input_ids[i]) - tokens.completion_start[i] for i in indices)
+        width = data.longest_completion(tokens, indices)
         input_ids, labels = data.batch(tokens, indices, length, pad_id)
         batch = Batch.make([input_ids], [labels], width, pack.device)
         nll_RN, argmax_RN = (part.cpu().numpy() for part in pack.score(batch))

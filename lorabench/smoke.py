@@ -110,7 +110,7 @@ def _there_and_back(jobs: list[Job]) -> float:
             )
     length = data.padded_length(tokens, config.data.max_length)
     input_ids, targets = data.batch(tokens, range(len(tokens)), length, pad_id)
-    batch = Batch.make([input_ids], [targets], 0 if labels else ROWS, device)
+    batch = Batch.make([input_ids], [targets], None if labels else ROWS, device)
     logits_RNV = pack.logits(batch)
 
     differences = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -111,7 +112,7 @@ def test_checksum_sees_one_flipped_bit_and_swapped_rows() -> None:
 
 def test_saved_folder_is_plain_peft_and_the_same_under_any_hash_seed(tmp_path: Path) -> None:
     script = """
-import sys; sys.path.insert(0, "tests")
+import sys; sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from conftest import composed
 from lorabench import adapters, plan, model
@@ -124,8 +125,8 @@ print(adapters.save(state, wrapped.peft_config["default"], Path(sys.argv[1])))
     for hash_seed in ("1", "2"):
         folder = tmp_path / hash_seed
         done = subprocess.run(
-            [sys.executable, "-c", script, str(folder)],
-            env={**__import__("os").environ, "PYTHONHASHSEED": hash_seed},
+            [sys.executable, "-c", script, str(folder), str(Path(__file__).parent)],
+            env=os.environ | {"PYTHONHASHSEED": hash_seed},
             capture_output=True,
             text=True,
             check=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers as t
@@ -15,7 +16,7 @@ from torch import nn
 from lorabench import adapters, data, plan
 from lorabench import model as base_model
 from lorabench.config import Config
-from lorabench.pack import StackedPack
+from lorabench.pack import Batch, StackedPack
 
 # PEFT asks transformers by a name that 5.23 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -75,7 +76,15 @@ def test_layers_below_the_first_adapted_one_run_once(
     words = [*words_of(classifiers[kind], texts), "model.dtype=float64", "trainer.steps=4", *own]
     configs = [composed(*words, f"lora.r={r}", f"seeds.init={r}") for r in (2, 5)]
     pack = make_pack(configs)
-    assert isinstance(pack, StackedPack) and pack.repeats_inside
+    assert isinstance(pack, StackedPack)
+    sequences = []
+    for layer in (m for m in pack.tree.modules() if type(m).__name__.endswith("Layer")):
+        layer.register_forward_hook(lambda _, args, out: sequences.append(len(args[0])))
+    tokens = base_model.tokenizer(configs[0].model)(["ab", "ba", "abc"], padding=True)["input_ids"]
+    labels = np.full((3, len(tokens[0])), data.IGNORED)
+    labels[:, 2] = 0
+    pack.score(Batch.make([np.array(tokens)], [labels], None, "cpu"))
+    assert sequences == [3, 2 * 3]  # the layer below the first adapted one, once for both runs
     compare_training(configs)
 
 

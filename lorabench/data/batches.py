@@ -6,7 +6,7 @@ Shapes: B batch, T tokens.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,10 +26,16 @@ def padded_length(tokens: Tokens, max_length: int, multiple: int = 8) -> int:
     return min(-(-longest // multiple) * multiple, max_length)
 
 
-def longest_completion(tokens: Tokens) -> int:
-    """Tokens of the longest completion of a set, EOS included; 0 where labels take their place."""
-    pairs = zip(tokens.input_ids, tokens.completion_start, strict=True)
-    return max(len(ids) - start for ids, start in pairs)
+def longest_completion(tokens: Tokens, indices: Iterable[int] | None = None) -> int | None:
+    """Tokens of the longest completion of a set, EOS included; None where labels take its place.
+
+    Args:
+        indices: of the examples meant; None: all.
+    """
+    if tokens.labels:
+        return None
+    chosen = range(len(tokens)) if indices is None else indices
+    return max(len(tokens.input_ids[i]) - tokens.completion_start[i] for i in chosen)
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -29,16 +29,16 @@ class Batch:
 
     @classmethod
     def make(
-        cls, input_ids: list[np.ndarray], labels: list[np.ndarray], width: int, device: str
+        cls, input_ids: list[np.ndarray], labels: list[np.ndarray], width: int | None, device: str
     ) -> Batch:
         """From one (B, T) array a run, or a single one for all.
 
         Args:
             width: completion tokens of the longest example there can be, so that shapes do not
-                depend on which examples a batch holds; 0: a classification, whose labels stand at
-                each example's last token.
+                depend on which examples a batch holds; None: a classification, whose labels stand
+                at each example's last token.
         """
-        if width == 0:
+        if width is None:
             return cls._classification(np.stack(input_ids), np.stack(labels), device)
         chosen = [target_rows(one, width) for one in labels]
         return cls(
