@@ -228,27 +228,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache
 def git_state() -> dict[str, str | None]:
     """Commit of the code that runs, and a hash of what differs from it; None outside git."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(Path(__file__).parent), *arguments],
-                capture_output=True,
-                text=True,
-                timeout=20,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
+    git = ("git", "-C", str(Path(__file__).parent))
+    commit = _output(*git, "rev-parse", "HEAD")
     # git answers for any repository around an installed package: ours tracks this very file.
-    if commit is None or not git("ls-files", "record.py"):
+    if commit is None or not _output(*git, "ls-files", "record.py"):
         return {"commit": None, "dirty": None}
-    diff = git("diff", "HEAD")
+    diff = _output(*git, "diff", "HEAD")
     dirty = hashlib.sha256(diff.encode()).hexdigest()[:16] if diff else None
     return {"commit": commit, "dirty": dirty}
 
@@ -264,17 +252,18 @@ def cpu_name() -> str:
 
 
 def driver() -> str | None:
+    """Version of the GPU's driver."""
+    lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return lines.splitlines()[0] if lines else None
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None where it is not there, fails, or takes too long."""
     try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=False,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout else None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def append_line(file: Any, row: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from lorabench.train import train
 
 log = logging.getLogger(__name__)
 
-LAST_STEPS = 2  # steps of the last stage, or the only one: B moves in the first, A in the second
+STEPS = 2  # of each stage: B moves in the first, A in the second
 EXAMPLES = 2
 ROWS = 8  # of each example's completion whose logits are compared: a vocabulary is large
 # Largest relative difference of logits: roundings (6e-8; 4e-3 in bfloat16) of products of other
@@ -51,7 +51,7 @@ class Attempt:
         size = f"{len(self.runs)} run{'s' if len(self.runs) > 1 else ''}"
         if self.error is not None:
             return f"{size}: failed: {self.error}"
-        through = " through every stage" if self.steps > LAST_STEPS else ""
+        through = " through every stage" if self.steps > STEPS else ""
         return (
             f"{size}: {self.steps} steps{through} on {EXAMPLES} examples, adapters reloaded by "
             f"plain PEFT, logits within {self.logits_difference:.1e}, {self.seconds:.0f} s"
@@ -75,17 +75,18 @@ def attempt(jobs: list[Job]) -> Attempt:
 
 
 def _shortened(job: Job) -> Job:
-    """The same run at its full learning rate: one step a stage, but for the last."""
+    """The same run at its full learning rate, every stage a few steps long."""
     starts = sorted({stage["from_step"] for stage in job.config.stages} | {0})
     trainer = dataclasses.replace(
         job.config.trainer,
-        steps=len(starts) - 1 + LAST_STEPS,
+        steps=STEPS * len(starts),
         batch_size=EXAMPLES,
         micro_batch_size=None,
         warmup_steps=0,
     )
     stages = [
-        stage | {"from_step": starts.index(stage["from_step"])} for stage in job.config.stages
+        stage | {"from_step": STEPS * starts.index(stage["from_step"])}
+        for stage in job.config.stages
     ]
     config = dataclasses.replace(job.config, trainer=trainer, stages=stages)
     return dataclasses.replace(job, config=config)

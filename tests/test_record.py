@@ -230,19 +230,20 @@ def test_git_state_follows_the_repository_of_the_code(tmp_path, monkeypatch):
     file = tmp_path / "record.py"
     file.write_text("a = 1\n")
     monkeypatch.setattr(record, "__file__", str(file))
-    assert record.git_state() == {"commit": None, "dirty": None}  # no repository
+    state = record.git_state.__wrapped__  # read once a process otherwise
+    assert state() == {"commit": None, "dirty": None}  # no repository
     git(tmp_path, "init", "-q")
-    assert record.git_state() == {"commit": None, "dirty": None}  # a branch without a commit
+    assert state() == {"commit": None, "dirty": None}  # a branch without a commit
     git(tmp_path, "commit", "-q", "--allow-empty", "-m", "another project's repository")
-    assert record.git_state() == {"commit": None, "dirty": None}  # does not track the code
+    assert state() == {"commit": None, "dirty": None}  # does not track the code
     git(tmp_path, "add", "record.py")
     git(tmp_path, "commit", "-q", "-m", "code")
-    clean = record.git_state()
+    clean = state()
     assert clean == {"commit": git(tmp_path, "rev-parse", "HEAD"), "dirty": None}
     file.write_text("a = 2\n")
-    first = record.git_state()
+    first = state()
     file.write_text("a = 3\n")
-    second = record.git_state()
+    second = state()
     assert first["commit"] == second["commit"] == clean["commit"]
     assert first["dirty"] and second["dirty"] and first["dirty"] != second["dirty"]
     assert re.fullmatch(r"[0-9a-f]{16}", first["dirty"])

@@ -98,7 +98,7 @@ def test_every_stage_is_tried(lora: str, places: Path, capsys: pytest.CaptureFix
     breaking.write_text(shipped.read_text().replace("lr_scale: 0.5", "lr_scale: 1.0e30"))
     words = ["plan", "-m", "--smoke", *TINY, lora, f"hydra.searchpath=[file://{places / 'conf'}]"]
     assert cli.main([*words, "stages=last_layer_first"]) == 0
-    assert "3 steps through every stage on 2 examples" in capsys.readouterr().out
+    assert "4 steps through every stage on 2 examples" in capsys.readouterr().out
     assert cli.main([*words, "stages=breaking"]) == 1
     assert "loss or gradient is not finite at step 3" in capsys.readouterr().out
     assert nothing_is_left(places) and base_is_as_loaded()
