@@ -77,6 +77,7 @@ def attempt(jobs: list[Job]) -> Attempt:
 def _shortened(job: Job) -> Job:
     """The same run at its full learning rate, every stage a few steps long."""
     starts = sorted({stage["from_step"] for stage in job.config.stages} | {0})
+    begins = {start: STEPS * i for i, start in enumerate(starts)}
     trainer = dataclasses.replace(
         job.config.trainer,
         steps=STEPS * len(starts),
@@ -84,10 +85,7 @@ def _shortened(job: Job) -> Job:
         micro_batch_size=None,
         warmup_steps=0,
     )
-    stages = [
-        stage | {"from_step": STEPS * starts.index(stage["from_step"])}
-        for stage in job.config.stages
-    ]
+    stages = [stage | {"from_step": begins[stage["from_step"]]} for stage in job.config.stages]
     config = dataclasses.replace(job.config, trainer=trainer, stages=stages)
     return dataclasses.replace(job, config=config)
 
