@@ -6,6 +6,7 @@ Source: Loshchilov and Hutter 2019, arXiv:1711.05101; `torch.optim.AdamW(fused=T
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -39,15 +40,18 @@ class StackedAdamW:
                 one.grad.zero_()
             one.steps += 1
         norm_R = self._norms(active)
-        finite = norm_R.isfinite().tolist()
-        self._clip(active, norm_R)
+        clip_R = self._clipping(norm_R)
+        # One copy off the device: which runs may move, and whether any is to be clipped.
+        norms, clips = torch.stack([norm_R, clip_R]).tolist()
+        if any(clip != 1 for clip in clips):
+            _scale(active, clip_R)
+        may_move = [run for run in range(len(lr)) if alive[run] and math.isfinite(norms[run])]
         alike: dict[tuple[float, ...], list[tuple[Stacked, slice]]] = {}
         found: dict[tuple[Members, float], list[tuple[tuple[float, ...], slice]]] = {}
         for one in active:
             which = one.members, one.lr_scale
             if which not in found:
-                movable = [run for run in one.members.runs if alive[run] and finite[run]]
-                keys = {run: self._key(run, lr[run] * one.lr_scale) for run in movable}
+                keys = {run: self._key(run, lr[run] * one.lr_scale) for run in may_move}
                 found[which] = _stretches([keys.get(run) for run in one.members.runs])
             for key, where in found[which]:
                 alike.setdefault(key, []).append((one, where))
@@ -89,19 +93,21 @@ class StackedAdamW:
             squared_R[members.where] += norm_M.square()
         return squared_R.sqrt()
 
-    def _clip(self, active: list[Stacked], norm_R: Tensor) -> None:
-        """Scale the gradients of runs above their limit, as torch's clip_grad_norm_ does."""
+    def _clipping(self, norm_R: Tensor) -> Tensor:
+        """What scales each run's gradient down to its limit, as torch's clip_grad_norm_, (R,)."""
         limits = [t.max_grad_norm for t in self.trainers]
         limit_R = torch.tensor(
             [float("inf") if limit is None else limit for limit in limits],
             dtype=norm_R.dtype, device=norm_R.device,
         )  # fmt: skip
-        clip_R = (limit_R / (norm_R + 1e-6)).clamp(max=1.0)
-        if bool((clip_R == 1).all()):
-            return
-        clip_of = {who: clip_R[who.where] for who in {one.members for one in active}}
-        for one in active:
-            one.grad.mul_(clip_of[one.members].view(-1, *[1] * (one.grad.dim() - 1)))
+        return (limit_R / (norm_R + 1e-6)).clamp(max=1.0)
+
+
+def _scale(active: list[Stacked], clip_R: Tensor) -> None:
+    """Multiply each run's gradient."""
+    clip_of = {who: clip_R[who.where] for who in {one.members for one in active}}
+    for one in active:
+        one.grad.mul_(clip_of[one.members].view(-1, *[1] * (one.grad.dim() - 1)))
 
 
 def _stretches(keys: list[tuple[float, ...] | None]) -> list[tuple[tuple[float, ...], slice]]:
