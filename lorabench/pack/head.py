@@ -62,10 +62,10 @@ class RowHead:
         self.output_class = type(output)
         states = output.last_hidden_state
         width = states.shape[-1]
-        rows_RN = rows_SN.expand(self.size, -1)
+        index_RND = rows_SN.expand(self.size, -1)[..., None].expand(-1, -1, width)
         slabs = self.size if self.tells_apart else 1
         flat = states.reshape(slabs, -1, width).expand(self.size, -1, -1)
-        return torch.take_along_dim(flat, rows_RN[..., None], 1)
+        return torch.gather(flat, 1, index_RND)
 
     def _last_block_on(self, batch: Batch) -> AbstractContextManager[Any]:
         if self.last is None or (torch.is_grad_enabled() and self.recomputed):
