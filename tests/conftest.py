@@ -206,6 +206,7 @@ def tiny_config(kind: str, vocab_size: int) -> Any:
         "gemma3": t.Gemma3TextConfig,
         "llama": t.LlamaConfig,
         "mixtral": t.MixtralConfig,
+        "nemotron": t.NemotronConfig,
         "phi3": t.Phi3Config,
         "qwen2": t.Qwen2Config,
         "qwen3": t.Qwen3Config,

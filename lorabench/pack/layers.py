@@ -240,4 +240,5 @@ class PackedNorm(nn.Module):
         return self.bias_of_runs(y_RNO).reshape(y.shape)
 
 
-BIAS_OWNERS = (nn.LayerNorm, nn.Linear, Conv1D)  # what PackedNorm can compute without its bias
+# What PackedNorm can compute without its bias: these alone, a subclass may compute otherwise.
+BIAS_OWNERS = (nn.LayerNorm, nn.Linear, Conv1D)

@@ -79,7 +79,7 @@ def why_alone(
             return f"{place.state_name} is trained"
         if place.kind == "copy" and place.module != head[0]:
             return f"{place.module} is trained in full"
-        if place.kind == "bias" and not isinstance(tree[place.module], BIAS_OWNERS):
+        if place.kind == "bias" and type(tree[place.module]) not in BIAS_OWNERS:
             return f"{place.module} is a {type(tree[place.module]).__name__}"
     trained = {place.state_name for place in found}
     for name in sorted(trained ^ set(adapters.adapter_state(wrapped))):
