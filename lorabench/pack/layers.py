@@ -110,7 +110,8 @@ class _PackedLora(torch.autograd.Function):
         # Without dropout the input itself is kept, which the base's layers keep anyway.
         ctx.save_for_backward(x_MND if mask_MND is not None else x_RND, h_MNK, mask_MND, weight_OD)
         ctx.layer = layer
-        return y_RNO
+        # With a bias F.linear returns a view, which Falcon's in-place addition would be refused on.
+        return torch.ops.aten._unsafe_view(y_RNO, y_RNO.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
