@@ -52,7 +52,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape
-        x_RND = x.reshape(self.members.size, -1, shape[-1])
+        x_RND = self.members.by_run(x)
         weight = self.base.weight.t() if isinstance(self.base, Conv1D) else self.base.weight
         bias = None if self.bias_of_runs is not None else self.base.bias
         if torch.is_autocast_enabled(x.device.type):
@@ -153,7 +153,7 @@ class PackedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape
-        x_RND = x.reshape(self.members.size, -1, shape[-1])
+        x_RND = self.members.by_run(x)
         if torch.is_autocast_enabled(x.device.type):
             x_RND = x_RND.to(torch.get_autocast_dtype(x.device.type))
         anchor = self.anchor if self.copies.active else None
@@ -237,7 +237,7 @@ class PackedNorm(nn.Module):
         else:
             assert isinstance(self.base, nn.Linear)
             y = F.linear(x, self.base.weight)
-        y_RNO = y.reshape(self.bias_of_runs.members.size, -1, y.shape[-1])
+        y_RNO = self.bias_of_runs.members.by_run(y)
         return self.bias_of_runs(y_RNO).reshape(y.shape)
 
 

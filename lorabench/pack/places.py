@@ -67,6 +67,8 @@ def why_alone(
     if adapters.experts(skeleton):
         return "experts route tokens of all runs together"
     tree = dict(skeleton.named_modules())
+    if any(name.endswith(".rel_embeddings") for name in tree):  # DeBERTa
+        return "its layers project relative positions, which all runs would share"
     for name in modules:
         if not isinstance(tree[name], (nn.Linear, Conv1D)):
             return f"{name} is a {type(tree[name]).__name__}"
