@@ -21,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from lorabench.adapters import KeyedDropout
 from lorabench.pack.storage import Stacked
 
+ONE_SUM = 256  # terms of a product that are surely summed before it is added; MKL's blocks hold 384
+
 
 class PackedLinear(nn.Module):
     """y = x W^T + b + scale B(A(dropout(x))), every run its own A, B, scale and dropout.
@@ -129,7 +131,10 @@ class _PackedLora(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None, None
         gx_RND = g_RNO @ weight_OD
-        if mask_MND is None and isinstance(members.where, slice):
+        # A mate's dropout must not change a run's bits: the product is added as it is made only
+        # where that rounds as adding it afterwards does.
+        exact = gx_RND.dtype in (torch.float32, torch.float64) and a_MKD.shape[1] <= ONE_SUM
+        if mask_MND is None and isinstance(members.where, slice) and exact:
             gx_RND[members.where].baddbmm_(gh_MNK, a_MKD)
         else:
             update = torch.bmm(gh_MNK, a_MKD)
