@@ -181,6 +181,8 @@ def make(config: Config) -> Plan:
         ConfigErrors: names that match nothing, a base that cannot be had, options that would
             train nothing, modules that no stage trains.
     """
+    from lorabench.pack.head import CHUNK_BYTES
+
     labels: list[str] = []
     if config.task == "seq_cls":
         labels = data.labels_of(config.data, data.content_hash(config.data))
@@ -204,8 +206,10 @@ def make(config: Config) -> Plan:
     activation = 2 if config.trainer.dtype == "bfloat16" else weight_bytes
     layers = 1 if config.trainer.gradient_checkpointing else text.num_hidden_layers
     activations = tokens * text.hidden_size * layers * 34 * activation
-    logits = tokens * (len(labels) or text.vocab_size) * 4 * 3
-    base_bytes = sum(p.numel() * p.element_size() for p in base.parameters())
+    logits = tokens * (len(labels) or text.vocab_size) * 4
+    shared_bytes = RUNTIME_BYTES + sum(p.numel() * p.element_size() for p in base.parameters())
+    if logits > CHUNK_BYTES:  # then a chunk exists at a time, of all runs together
+        shared_bytes, logits = shared_bytes + 3 * CHUNK_BYTES, 0
     narrow = _narrow(config, base, resolved.modules)
     warnings = [*_warnings(config, base), *narrow, *resolved.left_out]
     saved = [head.module] if head.policy == "full" and head.module else []
@@ -220,12 +224,11 @@ def make(config: Config) -> Plan:
         scale=scale(config.lora),
         scales={n: x for n, x in resolved.scales.items() if x != scale(config.lora)},
         head=head,
-        base_bytes=RUNTIME_BYTES + base_bytes,
-        memory_bytes=RUNTIME_BYTES
-        + base_bytes
+        base_bytes=shared_bytes,
+        memory_bytes=shared_bytes
         + 4 * weight_bytes * resolved.num_trainable
         + activations
-        + logits,
+        + 3 * logits,
         disk_bytes=weight_bytes
         * resolved.num_trainable
         * (4 if config.trainer.checkpoint_every else 1)

@@ -187,6 +187,14 @@ def tiny_config(kind: str, vocab_size: int) -> Any:
             bos_token_id=2,
             eos_token_id=1,
         )
+    if kind == "bloom":
+        return t.BloomConfig(vocab_size=vocab_size, hidden_size=32, n_layer=2, n_head=4)
+    if kind == "falcon":
+        return t.FalconConfig(**plain, bias=True)
+    if kind == "mpt":
+        return t.MptConfig(
+            vocab_size=vocab_size, d_model=32, n_heads=4, n_layers=2, max_seq_len=128
+        )
     if kind in ("bert", "bert12"):  # as a decoder: LayerNorms, biases, a head with a transform
         plain["num_hidden_layers"] = 12 if kind == "bert12" else 2
         return t.BertConfig(**plain, intermediate_size=64, is_decoder=True)
@@ -206,6 +214,7 @@ def tiny_config(kind: str, vocab_size: int) -> Any:
         "gemma3": t.Gemma3TextConfig,
         "llama": t.LlamaConfig,
         "mixtral": t.MixtralConfig,
+        "nemotron": t.NemotronConfig,
         "phi3": t.Phi3Config,
         "qwen2": t.Qwen2Config,
         "qwen3": t.Qwen3Config,

@@ -86,6 +86,27 @@ def test_a_run_that_cannot_pack_classifies_alone(
     assert set(record["metrics"]["test"]) == {"nll", "accuracy"}
 
 
+def test_deberta_classifies_alone(
+    classifiers: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    """Its adapted layers project the relative positions too, once for the whole batch."""
+    tokenizer = t.AutoTokenizer.from_pretrained(classifiers["bert"])
+    shape = t.DebertaV2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, relative_attention=True, pos_att_type=["p2c", "c2p"],
+        max_position_embeddings=128,
+    )  # fmt: skip
+    base = tmp_path / "base"
+    t.DebertaV2ForSequenceClassification(shape).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    words = [*words_of(base, texts), "model.attn_implementation=eager", "trainer.steps=3"]
+    assert cli.main(["train", "-m", *words, "seed=0,1", f"output_dir={tmp_path / 'out'}"]) == 0
+    found = [record for _, record in recorded_runs(tmp_path / "out")]
+    assert [record["status"] for record in found] == ["finished"] * 2
+    for record in found:
+        assert "relative positions" in record["plan"]["pack"]["alone"]
+
+
 @pytest.mark.parametrize("model", ["tiny-bert", "tiny-gemma"])
 def test_a_classifier_is_tried_trained_and_exported_with_its_labels(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

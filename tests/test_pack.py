@@ -156,6 +156,23 @@ def test_mates_and_slots_do_not_change_a_bit(head: str, shared: bool) -> None:
     assert hash_and_losses([rest[0], rest[1], first], 2) == expected
 
 
+@pytest.mark.parametrize("words", [["trainer.dtype=bfloat16"], ["lora.r=512"]])
+def test_a_mates_dropout_does_not_change_a_bit(words: list[str]) -> None:
+    """A run without dropout, beside one without and one with: two ways through a layer."""
+
+    def trained(dropout: float) -> str:
+        pack = packed(
+            [
+                composed(*TINY, "trainer.steps=3", "trainer.warmup_steps=0", *words, *own)
+                for own in ([], ["seed=1", f"lora.lora_dropout={dropout}"])
+            ]
+        )
+        train_pack(pack)
+        return adapters.state_hash(pack.adapter_state(0))
+
+    assert trained(0) == trained(0.1)
+
+
 # --- any mixture -----------------------------------------------------------------------------
 
 TARGETS = ["all-linear", "attention", "mlp", "auto"]

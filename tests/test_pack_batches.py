@@ -11,6 +11,7 @@ from conftest import composed
 from stock import (
     TINY,
     Stock,
+    compare_gradients,
     compare_training,
     copy_of,
     gradients,
@@ -101,6 +102,22 @@ def test_layers_below_the_first_adapted_one_run_once(
     assert sizes == {"first": {batch}, "last": {3 * batch if repeated else batch}}
     loss, (weights, name) = compare_training(configs)
     assert loss < 1e-12 and weights < 1e-11, name  # float64 sums in another order
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mpt", "falcon"])
+def test_layers_that_take_more_than_states_and_masks(
+    kind: str, tiny_folder: Callable[[str], Path]
+) -> None:
+    """On a shared batch of as many examples as heads: what has a row a head is no example's.
+
+    Falcon adds to a layer's output in place.
+    """
+    eager = ["model.attn_implementation=eager"] if kind != "falcon" else []
+    common = ["model=local", f"model.path={tiny_folder(kind)}", *eager, "trainer.batch_size=4"]
+    runs = (["head=exclude", "lora.r=2"], ["head=lora", "lora.r=3"])
+    configs = [composed(*TINY, *common, "trainer.steps=3", *own) for own in runs]
+    worst, name = compare_gradients(configs, [0, 2])
+    assert worst <= 1e-5, name  # float32 roundings (6e-8) behind one another
 
 
 def test_bfloat16_autocast_equals_stock_peft_under_autocast(

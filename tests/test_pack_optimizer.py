@@ -82,3 +82,21 @@ def test_the_optimizer_is_adamw_with_clipping_run_by_run(dtype: torch.dtype, bou
     )
     print(f"\nlargest relative difference {worst:.2e}")
     assert worst < bound
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 7), (2, 16)])
+def test_a_neighbours_settings_do_not_change_a_bit(shape: tuple[int, ...]) -> None:
+    """Neighbours of one rate are moved by one call of the kernel, others by two."""
+
+    def moved(lr: list[float], alive: list[bool]) -> torch.Tensor:
+        one = Stacked(Members([0, 1], 2), shape, torch.float32, None, "cpu")
+        optimizer = StackedAdamW([one], [TrainerConfig(max_grad_norm=None)] * 2)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(20):
+            one.add(torch.randn(one.grad.shape, generator=generator))
+            optimizer.step(lr, alive)
+        return one.value[1]
+
+    expected = moved([1e-3, 1e-3], [True, True])
+    assert torch.equal(moved([1e-2, 1e-3], [True, True]), expected)
+    assert torch.equal(moved([1e-3, 1e-3], [False, True]), expected)

@@ -83,6 +83,7 @@ def test_each_adapter_holds_its_own_keys_and_reloads_to_the_recorded_nll(tmp_pat
         (["target_modules=custom", "target_modules.names=[embed_tokens,q_proj]"], "Embedding"),
         (["model=local", "model.path=MOE", "target_modules=attention"], "experts"),
         (["model=local", "model.path=BERT", "head=full", "lora.bias=all"], "saves untrained"),
+        (["model=local", "model.path=NEMOTRON", "lora.bias=all"], "LayerNorm1P"),  # scales by w + 1
     ],
 )
 def test_what_does_not_pack_trains_alone_and_says_why(
@@ -91,8 +92,9 @@ def test_what_does_not_pack_trains_alone_and_says_why(
     tiny_folder: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
-    kinds = {"MOE": "mixtral", "BERT": "bert"}
-    words = [re.sub("MOE|BERT", lambda found: str(tiny_folder(kinds[found[0]])), w) for w in words]
+    kinds = {"MOE": "mixtral", "BERT": "bert", "NEMOTRON": "nemotron"}
+    pattern = "|".join(kinds)
+    words = [re.sub(pattern, lambda found: str(tiny_folder(kinds[found[0]])), w) for w in words]
     arguments = [*FAST, *words, "trainer.steps=3", "lora.r=4"]
     if reason == "experts" and (too_old := versions.too_old_for_experts()):
         with pytest.raises(ConfigErrors, match=re.escape(too_old)):

@@ -21,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from lorabench.adapters import KeyedDropout
 from lorabench.pack.storage import Stacked
 
+ONE_SUM = 256  # terms of a product that are surely summed before it is added; MKL's blocks hold 384
+
 
 class PackedLinear(nn.Module):
     """y = x W^T + b + scale B(A(dropout(x))), every run its own A, B, scale and dropout.
@@ -52,7 +54,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape
-        x_RND = x.reshape(self.members.size, -1, shape[-1])
+        x_RND = self.members.by_run(x)
         weight = self.base.weight.t() if isinstance(self.base, Conv1D) else self.base.weight
         bias = None if self.bias_of_runs is not None else self.base.bias
         if torch.is_autocast_enabled(x.device.type):
@@ -110,7 +112,8 @@ class _PackedLora(torch.autograd.Function):
         # Without dropout the input itself is kept, which the base's layers keep anyway.
         ctx.save_for_backward(x_MND if mask_MND is not None else x_RND, h_MNK, mask_MND, weight_OD)
         ctx.layer = layer
-        return y_RNO
+        # With a bias F.linear returns a view, which Falcon's in-place addition would be refused on.
+        return torch.ops.aten._unsafe_view(y_RNO, y_RNO.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -128,7 +131,10 @@ class _PackedLora(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None, None
         gx_RND = g_RNO @ weight_OD
-        if mask_MND is None and isinstance(members.where, slice):
+        # A mate's dropout must not change a run's bits: the product is added as it is made only
+        # where that rounds as adding it afterwards does.
+        exact = gx_RND.dtype in (torch.float32, torch.float64) and a_MKD.shape[1] <= ONE_SUM
+        if mask_MND is None and isinstance(members.where, slice) and exact:
             gx_RND[members.where].baddbmm_(gh_MNK, a_MKD)
         else:
             update = torch.bmm(gh_MNK, a_MKD)
@@ -152,7 +158,7 @@ class PackedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape
-        x_RND = x.reshape(self.members.size, -1, shape[-1])
+        x_RND = self.members.by_run(x)
         if torch.is_autocast_enabled(x.device.type):
             x_RND = x_RND.to(torch.get_autocast_dtype(x.device.type))
         anchor = self.anchor if self.copies.active else None
@@ -236,8 +242,9 @@ class PackedNorm(nn.Module):
         else:
             assert isinstance(self.base, nn.Linear)
             y = F.linear(x, self.base.weight)
-        y_RNO = y.reshape(self.bias_of_runs.members.size, -1, y.shape[-1])
+        y_RNO = self.bias_of_runs.members.by_run(y)
         return self.bias_of_runs(y_RNO).reshape(y.shape)
 
 
-BIAS_OWNERS = (nn.LayerNorm, nn.Linear, Conv1D)  # what PackedNorm can compute without its bias
+# What PackedNorm can compute without its bias: these alone, a subclass may compute otherwise.
+BIAS_OWNERS = (nn.LayerNorm, nn.Linear, Conv1D)

@@ -14,6 +14,8 @@ from torch import Tensor
 from lorabench.config import TrainerConfig
 from lorabench.pack.storage import Members, Stacked
 
+VECTOR = 16  # numbers a CPU moves at once, at most: float32 in AVX-512
+
 
 class StackedAdamW:
     """Moves all runs of a pack; neighbours that share settings in one call of torch's kernel."""
@@ -54,7 +56,8 @@ class StackedAdamW:
                 keys = {run: self._key(run, lr[run] * one.lr_scale) for run in may_move}
                 found[which] = _stretches([keys.get(run) for run in one.members.runs])
             for key, where in found[which]:
-                alike.setdefault(key, []).append((one, where))
+                for part in _whole_vectors(one, where):
+                    alike.setdefault(key, []).append((one, part))
         counts = {
             steps: torch.tensor(float(steps), device=norm_R.device)
             for steps in {one.steps for one in active}
@@ -119,3 +122,14 @@ def _stretches(keys: list[tuple[float, ...] | None]) -> list[tuple[tuple[float, 
             found.append((key, slice(first, end)))
         first = end
     return found
+
+
+def _whole_vectors(one: Stacked, where: slice) -> list[slice]:
+    """Neighbours in one block, or each by itself where a run's part is no whole number of vectors.
+
+    The kernel moves the last numbers of a block one by one, and rounds otherwise there: where a
+    run's part ends must not depend on its neighbours' settings.
+    """
+    if one.value[0].numel() % VECTOR == 0:
+        return [where]
+    return [slice(i, i + 1) for i in range(where.start, where.stop)]

@@ -67,6 +67,8 @@ def why_alone(
     if adapters.experts(skeleton):
         return "experts route tokens of all runs together"
     tree = dict(skeleton.named_modules())
+    if any(name.endswith(".rel_embeddings") for name in tree):  # DeBERTa
+        return "its layers project relative positions, which all runs would share"
     for name in modules:
         if not isinstance(tree[name], (nn.Linear, Conv1D)):
             return f"{name} is a {type(tree[name]).__name__}"
@@ -79,7 +81,7 @@ def why_alone(
             return f"{place.state_name} is trained"
         if place.kind == "copy" and place.module != head[0]:
             return f"{place.module} is trained in full"
-        if place.kind == "bias" and not isinstance(tree[place.module], BIAS_OWNERS):
+        if place.kind == "bias" and type(tree[place.module]) not in BIAS_OWNERS:
             return f"{place.module} is a {type(tree[place.module]).__name__}"
     trained = {place.state_name for place in found}
     for name in sorted(trained ^ set(adapters.adapter_state(wrapped))):

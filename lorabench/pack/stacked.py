@@ -8,6 +8,7 @@ Letters: R runs in the pack, M of them that train a module, B batch, T tokens, N
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any, cast
 
@@ -25,6 +26,15 @@ from lorabench.pack.optimizer import StackedAdamW
 from lorabench.pack.places import Place, places
 from lorabench.pack.solo import autocast, enable_checkpointing, make_head
 from lorabench.pack.storage import Members, Stacked
+
+# What a layer may be given where hidden states are repeated before it: states, masks and positions
+# with one row an example, or one for all. Others may have rows of another kind (Bloom's alibi: one
+# a head of an example, MPT's position_bias: one a head).
+REPEATABLE = {
+    "hidden_states", "attention_mask", "position_ids", "position_embeddings", "past_key_values",
+    "layer_past", "use_cache", "output_attentions", "encoder_hidden_states",
+    "encoder_attention_mask", "cache_position", "per_layer_input", "kwargs",
+}  # fmt: skip
 
 
 class StackedPack:
@@ -166,6 +176,8 @@ class StackedPack:
         if below and all(found) and len({match[1] for match in found if match}) == 1:
             first = min(int(match[2]) for match in found if match)
             layers = self.tree.get_submodule(cast(Any, found[0])[1])
+            if not all(REPEATABLE.issuperset(_arguments(layer)) for layer in layers[first:]):
+                return
             # Hidden states are repeated once, before the first; masks are handed to every layer.
             for layer in layers[first:]:
                 layer.register_forward_pre_hook(self._repeat, with_kwargs=True)
@@ -317,3 +329,7 @@ class StackedPack:
     def fingerprint(self, run: int) -> list[Any]:
         """Names and shapes of what this run trains."""
         return [[place.state_name, list(place.shape)] for place in self.places[run]]
+
+
+def _arguments(layer: nn.Module) -> list[str]:
+    return list(inspect.signature(layer.forward).parameters)

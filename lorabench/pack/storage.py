@@ -20,6 +20,11 @@ class Members:
         contiguous = runs == list(range(runs[0], runs[-1] + 1))
         self.where: Any = slice(runs[0], runs[-1] + 1) if contiguous else runs
 
+    def by_run(self, x: Tensor) -> Tensor:
+        """A layer's input or output run by run, (R, N, D)."""
+        assert len(x) % self.size == 0, "every row belongs to one run"
+        return x.reshape(self.size, -1, x.shape[-1])
+
     def take(self, x_RND: Tensor) -> Tensor:
         """The members' part, (M, N, D): a view where they are neighbours."""
         return x_RND if self.is_all else x_RND[self.where]
