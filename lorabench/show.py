@@ -8,9 +8,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -45,6 +46,31 @@ def _finite(content: Any) -> Any:
     if isinstance(content, (list, tuple)):
         return [_finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def whole(out: Console, table: Table, least: Iterable[str]) -> None:
+    """Print a table with no value cut: a narrow terminal gets fewer columns, and is told which.
+
+    Args:
+        least: names of the columns that go first.
+    """
+    wide = out.options.update_width(10_000)
+    left_out = []
+    for name in least:
+        if not out.is_terminal or Measurement.get(out, wide, table).maximum <= out.width:
+            break
+        kept = [column for column in table.columns if column.header != name]
+        left_out += [name] * (len(kept) < len(table.columns))
+        table.columns = kept
+    for column in table.columns:
+        column.overflow = "fold"
+    out.print(table)
+    if left_out:
+        out.print(
+            f"left out at {out.width} columns: {', '.join(left_out)}; "
+            "a wider terminal or a pipe shows all",
+            style="dim",
+        )
 
 
 def quantity(number: float) -> str:
@@ -99,7 +125,8 @@ def plan(
         title_justify="left",
     )
     for name in ("run", "what", "modules", "trainable", "scale", "head", "memory", "seconds"):
-        table.add_column(name, justify="left" if name in ("run", "what", "head") else "right")
+        justify: Literal["left", "right"] = "left" if name in ("run", "what", "head") else "right"
+        table.add_column(name, justify=justify, no_wrap=name == "run")
     for job, planned in zip(jobs, plans, strict=True):
         head = job.plan.head
         table.add_row(
@@ -112,7 +139,7 @@ def plan(
             f"~{size(job.plan.memory_bytes)}",
             f"~{planned['seconds']:.0f}",
         )
-    out.print(table)
+    whole(out, table, ("seconds", "scale", "modules", "head", "memory"))
     config = first.config
     total = first.plan.total_parameters
     out.print(
@@ -256,7 +283,7 @@ def runs(found: list[tuple[Path, Record]], as_json: bool) -> None:
         "seconds",
         "error",
     ):
-        out.add_column(name)
+        out.add_column(name, no_wrap=name == "run")
     for (_, record), one in zip(found, table["runs"], strict=True):
         colour = COLOURS.get(record.status, "cyan")
         out.add_row(
@@ -268,7 +295,7 @@ def runs(found: list[tuple[Path, Record]], as_json: bool) -> None:
             f"{record.cost.total_seconds:.1f}",
             record.error or "",
         )
-    console().print(out)
+    whole(console(), out, ("seconds",))
 
 
 def _columns(table: dict[str, Any]) -> list[str]:
@@ -352,6 +379,6 @@ def comparison(table: dict[str, Any], folder: Path, as_json: bool) -> None:
             size(row["peak_memory_bytes"]["max"]),
         ]
         shown.add_row(*cells)
-    out.print(shown)
+    whole(out, shown, ("share s", "peak memory", *timed, "trainable"))
     for status, ids in table["left_out"].items():
         out.print(f"left out, {status}: {', '.join(ids)}", style="yellow")

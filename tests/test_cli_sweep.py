@@ -326,6 +326,27 @@ def test_compare_has_one_row_a_setting(output):
         )
 
 
+def test_a_narrow_terminal_cuts_no_value_and_is_told_what_it_does_not_show(output, monkeypatch):
+    """80 columns had cut numbers and ids: `0.07…`, `2f87a…`."""
+    for name, value in {"FORCE_COLOR": "1", "NO_COLOR": "1", "COLUMNS": "80"}.items():
+        monkeypatch.setenv(name, value)
+    wide = json.loads(say("compare", str(output / "default"), "--json").out)
+    for words in (["runs"], ["compare"], ["plan", "-m", *SMOKE, *GRID]):
+        place = f"output_dir={output}" if words[0] == "plan" else str(output / "default")
+        said = say(*words, place)
+        shown = re.sub(r"\x1b\[[\d;]*m", "", said.out)
+        table = [line for line in shown.splitlines() if line[-1:] in "┓┃┩│┘"]
+        assert said.code == 0 and "…" not in shown and table
+        assert max(map(len, table)) <= 80
+        assert "left out at 80 columns: " in shown or words == ["runs"]
+        if words == ["compare"]:
+            for row in wide["rows"]:
+                nll = row["metrics"]["test"]["nll"]
+                assert f"{nll['mean']:.4f} ± {nll['sd']:.4f}" in shown
+        else:
+            assert all(run_id in shown for run_id in records(output))
+
+
 @pytest.mark.parametrize("verb", ["runs", "compare"])
 def test_a_folder_that_is_not_there_names_the_sweeps_that_are(verb, output, tmp_path):
     said = say(verb, str(output / "defualt"))
