@@ -15,7 +15,7 @@ import yaml
 from conftest import SMOKE, records, say, untouched
 from safetensors import safe_open
 
-from lorabench import adapters, cli
+from lorabench import adapters, cli, runner
 from lorabench import model as base_model
 
 GRID = ["head=exclude,lora", "seed=0,1"]
@@ -162,7 +162,7 @@ def test_a_failing_run_does_not_end_the_sweep_and_is_tried_again(tmp_path, monke
     monkeypatch.setattr(adapters, "save", first_fails)
     command = ["train", "-m", *SMOKE, "lora.r=4,8,4", f"output_dir={tmp_path}"]
     said = say(*command)
-    assert said.code == 1 and "Traceback" not in said.err
+    assert said.code == 1 and "Traceback" not in said.err and said.out == ""
     found = {record["config"]["lora"]["r"]: record for record in records(tmp_path).values()}
     assert (found[4]["status"], found[8]["status"]) == ("failed", "finished")
     assert "No space left [on device]" in found[4]["error"]
@@ -180,6 +180,21 @@ def test_a_failing_run_does_not_end_the_sweep_and_is_tried_again(tmp_path, monke
     found = {record["config"]["lora"]["r"]: record for record in records(tmp_path).values()}
     assert found[4]["status"] == "finished" and found[4]["error"] is None
     assert adapter_files(tmp_path)[found[8]["run_id"]] == finished
+
+
+@pytest.mark.parametrize("file", [None, "multirun.yaml"])
+def test_a_disk_that_takes_nothing_more_is_told_in_a_line(file, tmp_path, monkeypatch):
+    """Whatever breaks inside a pack is told, not that the job around it has no result."""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", file)
+
+    monkeypatch.setattr(runner, "run_pack", full)
+    said = say("train", "-m", *SMOKE, "seed=0,1", f"output_dir={tmp_path}")
+    assert said.code == 2 and said.out == "" and len(said.lines) == 1
+    where = f" at '{file}'" if file else ""
+    assert said.err.startswith("disk: must be writable and have space; got 'No space left on dev")
+    assert f"ice'{where}; make room" in said.err
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def fail(lines: list[str], code: int = 2) -> int:
@@ -63,6 +66,13 @@ def _explain(error: BaseException) -> list[str] | None:
     for link in chain:
         if isinstance(link, ConfigErrors):
             return link.errors
+    for link in chain:
+        if isinstance(link, OSError) and link.errno in UNWRITABLE:
+            where = f" at '{link.filename}'" if link.filename else ""
+            return [
+                f"disk: must be writable and have space; got '{link.strerror}'{where}; make room "
+                "or choose another folder, and repeat the command"
+            ]
     import hydra.errors
     import omegaconf.errors
 

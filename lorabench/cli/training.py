@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -124,11 +125,14 @@ def train(arguments: list[str]) -> int:
     # argparse refuses overrides on both sides of a flag, which `plan` takes
     flags = [a for a in arguments if a in ("-m", "--multirun")]
     sys.argv = ["lorabench", *flags[:1], *(a for a in arguments if a not in flags)]
+    loud = logging.raiseExceptions
+    logging.raiseExceptions = False  # a log on a full disk, ours or W&B's, is no traceback
     try:
         hydra.main(config_path=conf_folder(), config_name="train", version_base="1.3")(function)()
     finally:
         gc.unfreeze()
         gc.enable()
+        logging.raiseExceptions = loud
     if task.refused:
         raise ConfigErrors(task.refused)
     return _closing(task.outcomes)

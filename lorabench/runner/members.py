@@ -91,9 +91,17 @@ def stale_checkpoints(packs: list[list[Job]]) -> list[str]:
     ]
 
 
+class RunLog(logging.FileHandler):
+    """A run's own log; where it cannot be written (a full disk), the run's outcome says why."""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 def log_to(path: Path) -> logging.Handler:
-    """Send this process's log to a run's own file as well."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    """Send this process's log to a run's own file."""
+    handler = RunLog(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.setLevel(logging.INFO)
     logging.getLogger().addHandler(handler)
