@@ -273,13 +273,17 @@ def runs(found: list[tuple[Path, Record]], as_json: bool) -> None:
             ]
         )
         return
-    out = Table(title=f"{found[0][0].parent}: {len(found)} runs", title_justify="left")
+    title = f"{found[0][0].parent}: {len(found)} run{'s' if len(found) > 1 else ''}"
+    out = Table(title=title, title_justify="left")
+    # Streams that have a seed of their own in some run.
+    own = [s for s in found[0][1].seeds if any(r.seeds[s] != r.config["seed"] for _, r in found)]
     for name in (
         "run",
         *_short_keys(_columns(table)),
         "seed",
+        *(f"seeds.{stream}" for stream in own),
         "status",
-        "steps",
+        "done",
         "seconds",
         "error",
     ):
@@ -290,6 +294,7 @@ def runs(found: list[tuple[Path, Record]], as_json: bool) -> None:
             record.run_id,
             *(_value(one["setting"][key]) for key in _columns(table)),
             str(record.config["seed"]),
+            *(str(record.seeds[stream]) for stream in own),
             Text(record.status, colour),
             f"{record.steps_done}/{record.config['trainer']['steps']}",
             f"{record.cost.total_seconds:.1f}",
@@ -342,7 +347,8 @@ def comparison(table: dict[str, Any], folder: Path, as_json: bool) -> None:
     metrics = list(
         dict.fromkeys((s, n) for row in rows for s in ("test",) for n in row["metrics"].get(s, {}))
     )
-    title = f"{folder}: {len(rows)} settings, mean ± standard deviation over seeds"
+    settings = f"{len(rows)} setting{'s' if len(rows) > 1 else ''}"
+    title = f"{folder}: {settings}, mean ± standard deviation over seeds"
     shown = Table(title=title, title_justify="left")
     columns = _columns(table)
     for name in _short_keys(columns):

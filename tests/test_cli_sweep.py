@@ -341,6 +341,32 @@ def test_compare_has_one_row_a_setting(output):
         )
 
 
+def test_a_file_that_was_edited_is_no_other_seed(jsonl, tmp_path):
+    """Both runs carried the same words, and their difference was shown as spread over seeds."""
+    words = ["data=jsonl", f"data.train.path={jsonl}", "data.max_length=40"]
+    command = ["train", *SMOKE, *words, f"output_dir={tmp_path / 'out'}"]
+    assert say(*command).code == 0
+    jsonl.write_text(jsonl.read_text().replace("add", "sum"))
+    assert say(*command).code == 0
+    rows = json.loads(say("compare", str(tmp_path / "out" / "default"), "--json").out)["rows"]
+    hashes = {r["hashes"]["data"][:8] for r in records(tmp_path / "out").values()}
+    assert len(rows) == 2 and {row["setting"]["data.data_hash"] for row in rows} == hashes
+    assert all(row["metrics"]["test"]["nll"]["n"] == 1 for row in rows)
+
+
+def test_runs_tells_apart_what_differs_in_one_seed_or_in_steps(tmp_path):
+    grid = ["seeds.data=0,1", "trainer.steps=1,2"]
+    assert say("train", "-m", *SMOKE, *grid, f"output_dir={tmp_path}").code == 0
+    lines = say("runs", str(tmp_path / "default")).out.splitlines()
+    (header,) = (line for line in lines if line.startswith("┃"))
+    wanted = ["run", "steps", "seed", "seeds.data", "status", "done", "seconds", "error"]
+    assert re.findall(r"[\w.]+", header) == wanted
+    cells = [re.findall(r"[\w/.]+", line) for line in lines if line.startswith("│")]
+    assert sorted(cell[1:4] for cell in cells) == [
+        [steps, "0", data] for steps in "12" for data in "01"
+    ]
+
+
 def test_a_narrow_terminal_cuts_no_value_and_is_told_what_it_does_not_show(output, monkeypatch):
     """80 columns had cut numbers and ids: `0.07…`, `2f87a…`."""
     for name, value in {"FORCE_COLOR": "1", "NO_COLOR": "1", "COLUMNS": "80"}.items():
