@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -120,9 +120,9 @@ def plan(
         return
     out = console()
     first = jobs[0]
+    models = ", ".join(dict.fromkeys(job.plan.model for job in jobs))
     table = Table(
-        title=f"{len(jobs)} run{'s' if len(jobs) > 1 else ''} on {first.plan.model}",
-        title_justify="left",
+        title=f"{len(jobs)} run{'s' if len(jobs) > 1 else ''} on {models}", title_justify="left"
     )
     for name in ("run", "what", "modules", "trainable", "scale", "head", "memory", "seconds"):
         justify: Literal["left", "right"] = "left" if name in ("run", "what", "head") else "right"
@@ -140,16 +140,10 @@ def plan(
             f"~{planned['seconds']:.0f}",
         )
     whole(out, table, ("seconds", "scale", "modules", "head", "memory"))
-    config = first.config
-    total = first.plan.total_parameters
-    out.print(
-        f"base      {first.plan.model}: {quantity(total)} parameters, {config.model.dtype}, "
-        f"{config.model.path}"
-    )
-    out.print(
-        f"training  {config.trainer.steps} steps of {config.trainer.batch_size} examples, "
-        f"lr {config.trainer.lr:g} {config.trainer.schedule}, computed in {config.trainer.dtype}"
-    )
+    for text in _each(jobs, _base):
+        out.print(f"base      {text}")
+    for text in _each(jobs, _training):
+        out.print(f"training  {text}")
     for text in dict.fromkeys(stages.describe(job.config.stages) for job in jobs):
         if text:
             out.print(f"stages    {text}")
@@ -187,6 +181,28 @@ def plan(
         out.print("`--json` lists every adapted module.", style="dim")
     for attempt in attempts:
         out.print(f"smoke     {attempt}", style="red" if attempt.error else None, soft_wrap=True)
+
+
+def _each(jobs: list[Job], describe: Callable[[Job], str]) -> list[str]:
+    """What jobs are told by, each once; where they differ, of how many of them."""
+    told = Counter(describe(job) for job in jobs)
+    if len(told) == 1:
+        return list(told)
+    return [f"{count} run{'s' if count > 1 else ''}: {text}" for text, count in told.items()]
+
+
+def _base(job: Job) -> str:
+    model = job.config.model
+    parameters = quantity(job.plan.total_parameters)
+    return f"{job.plan.model}: {parameters} parameters, {model.dtype}, {model.path}"
+
+
+def _training(job: Job) -> str:
+    trainer = job.config.trainer
+    return (
+        f"{trainer.steps} steps of {trainer.batch_size} examples, "
+        f"lr {trainer.lr:g} {trainer.schedule}, computed in {trainer.dtype}"
+    )
 
 
 def _scale(made: Any) -> str:

@@ -286,6 +286,26 @@ def test_plan_creates_no_files_and_shows_brackets_of_labels(tmp_path, monkeypatc
         assert word in said.out
 
 
+def test_the_plan_of_a_mixed_sweep_speaks_of_all_its_runs(tmp_path, monkeypatch):
+    """The first run's base and training had stood for everyone's."""
+    monkeypatch.chdir(tmp_path)
+    same = say("plan", "-m", *SMOKE, "head=exclude,lora,full", "lora.r=4,8").out
+    assert same.count("\nbase      tiny-gemma: ") == same.count("\ntraining  4 steps of ") == 1
+    words = ["task=seq_cls", "head=full", "data=classes"]
+    mixed = ["model=tiny-gemma,tiny-bert", "trainer.steps=3,4", "lora.r=4,8"]
+    lines = say("plan", "-m", *SMOKE, *words, *mixed).out.splitlines()
+    assert lines[0].strip() == "8 runs on tiny-gemma, tiny-bert"
+    told = [line for line in lines if line.startswith(("base ", "training "))]
+    wanted = ["4 runs: tiny-gemma: ", "4 runs: tiny-bert: ", "4 runs: 3 steps", "4 runs: 4 steps"]
+    assert [line[10 : 10 + len(text)] for line, text in zip(told, wanted, strict=True)] == wanted
+
+
+def test_the_first_step_tells_no_time_left(tmp_path):
+    """Start-up over one step had told 22 minutes of a sweep that takes one."""
+    said = say("train", *SMOKE, f"output_dir={tmp_path}")
+    assert re.fullmatch(r"  run 1 of 1  step 1/4  loss [\d.]+  [\d,]+ tokens/s", said.lines[0])
+
+
 def test_the_experiments_sweep_is_planned_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     planned = json.loads(say("plan", "-m", "--json", "experiment=lm_head").out)["runs"]
