@@ -108,6 +108,14 @@ def earlier(job: Job) -> Outcome | None:
     return Outcome(job.plan.run_id, job.label, found.status, job.plan.folder, error, kept=True)
 
 
+def lacking(outcome: Outcome) -> list[str]:
+    """Files of a run that is kept, deleted since it ended."""
+    if outcome.status not in KEPT:
+        return []
+    names = ("adapter/adapter_model.safetensors", "predictions.parquet")
+    return [name for name in names if not (Path(outcome.folder) / name).is_file()]
+
+
 # --- packs -----------------------------------------------------------------------------------
 
 # What each run of a pack has for itself; everything else must be the same.

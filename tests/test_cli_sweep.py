@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from lorabench import adapters, cli, runner
 from lorabench import model as base_model
+from lorabench.record import this_process
 
 GRID = ["head=exclude,lora", "seed=0,1"]
 
@@ -385,6 +386,37 @@ def test_runs_tells_apart_what_differs_in_one_seed_or_in_steps(tmp_path):
     assert sorted(cell[1:4] for cell in cells) == [
         [steps, "0", data] for steps in "12" for data in "01"
     ]
+
+
+def test_what_was_deleted_or_damaged_since_is_told(tmp_path):
+    command = ["train", "-m", *SMOKE, "seed=0,1", f"output_dir={tmp_path}"]
+    assert say(*command).code == 0
+    first, second = (tmp_path / "default" / name for name in sorted(records(tmp_path)))
+    label = f"seed={records(tmp_path)[first.name]['config']['seed']}"
+    (first / "adapter" / "adapter_model.safetensors").unlink()
+    said = say(*command)
+    assert said.code == 0 and said.lines[1] == (
+        f"{label}: kept without adapter/adapter_model.safetensors, which is gone; "
+        f"remove {first} to train it again"
+    )
+    (second / "record.json").write_text("{")
+    for verb in ("runs", "compare"):
+        said = say(verb, str(tmp_path / "default"))
+        assert said.code == 0 and "left out, record.json is damaged" in said.err
+        assert len(said.lines) == 1 and second.name in said.err and first.name not in said.err
+    assert say(*command).code == 0 and len(records(tmp_path)) == 2
+
+
+def test_a_run_in_training_elsewhere_is_not_kept_from_before(tmp_path):
+    command = ["train", *SMOKE, f"output_dir={tmp_path}"]
+    assert say(*command).code == 0
+    ((run_id, entry),) = records(tmp_path).items()
+    entry |= {"status": "running", "process": this_process()}
+    (tmp_path / "default" / run_id / "record.json").write_text(json.dumps(entry))
+    said = say(*command)
+    assert said.code == 1 and said.lines[0] == (
+        "0 of 1 runs are kept from before, 0 to train, 1 in training by another process"
+    )
 
 
 def test_a_narrow_terminal_cuts_no_value_and_is_told_what_it_does_not_show(output, monkeypatch):

@@ -80,15 +80,27 @@ class Train:
         return [[todo[i] for i in pack] for pack in sweep.form_packs(jobs, limit, memory)]
 
     def _display(self, todo: list[int]) -> None:
+        from lorabench import sweep
         from lorabench.progress import Display
 
         self.display = Display(len(todo), sum(self.jobs[i].config.trainer.steps for i in todo))
+        kept = [sweep.Outcome(**found) for found in self.kept.values()]
         if len(self.jobs) > len(todo):
             same = len(self.jobs) - len(todo) - len(self.kept)
+            busy = sum(outcome.status == "running" for outcome in kept)
             self.display.say(
-                f"{len(self.kept)} of {len(self.jobs)} runs are kept from before, "
-                f"{len(todo)} to train" + (f", {same} the same as another" if same else "")
+                f"{len(self.kept) - busy} of {len(self.jobs)} runs are kept from before, "
+                f"{len(todo)} to train"
+                + (f", {busy} in training by another process" if busy else "")
+                + (f", {same} the same as another" if same else "")
             )
+        for outcome in kept:
+            if names := sweep.lacking(outcome):
+                self.display.say(
+                    f"{outcome.label}: kept without {' and '.join(names)}, which "
+                    f"{'are' if len(names) > 1 else 'is'} gone; "
+                    f"remove {outcome.folder} to train it again"
+                )
 
     def run(self, members: list[int]) -> list[dict[str, Any]]:
         """Train one pack."""
