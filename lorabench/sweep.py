@@ -131,7 +131,12 @@ def form_packs(jobs: list[Job], limit: int, memory: int) -> list[list[int]]:
     Args:
         limit: the most runs of a pack.
         memory: bytes a pack may take.
+
+    Raises:
+        ConfigErrors: the limit is below 1.
     """
+    if limit < 1:
+        raise ConfigErrors(f"hydra.launcher.pack_size: must be at least 1; got {limit}")
     alike: dict[str, list[int]] = {}
     packs = interrupted_packs(jobs)
     placed = {i for members in packs for i in members}

@@ -301,6 +301,29 @@ def test_the_plan_of_a_mixed_sweep_speaks_of_all_its_runs(tmp_path, monkeypatch)
     assert [line[10 : 10 + len(text)] for line, text in zip(told, wanted, strict=True)] == wanted
 
 
+def test_the_plan_packs_as_train_would_and_counts_a_run_once(tmp_path, monkeypatch):
+    """plan took no notice of pack_size and of grid points that are the same run."""
+    monkeypatch.chdir(tmp_path)
+
+    def packs(*words: str) -> list[int]:
+        content = json.loads(say("plan", "--json", "-m", *SMOKE, *words).out)
+        assert len(content["runs"]) == sum(map(len, content["packs"]))
+        return [len(pack) for pack in content["packs"]]
+
+    assert packs("seed=0,1,2,3") == [4]
+    assert packs("seed=0,1,2,3", "hydra.launcher.pack_size=3") == [2, 2]
+    assert packs("seed=0,1", "hydra.launcher.pack_size=1") == [1, 1]
+    assert packs("seed=0,1", "hydra/launcher=basic") == [1, 1]
+    assert packs("lora.alpha_ratio=null,2", "seed=0,1") == [2]
+    shown = say("plan", "-m", *SMOKE, "lora.r=4,8,4").out.splitlines()
+    assert shown[0] == "3 grid points, 1 the same run as another"
+    assert shown[1].strip() == "2 runs on tiny-gemma"
+    for verb in ("plan", "train"):
+        said = say(verb, "-m", *SMOKE, "seed=0,1", "hydra.launcher.pack_size=0")
+        assert said.code == 2
+        assert said.err == "hydra.launcher.pack_size: must be at least 1; got 0\n"
+
+
 def test_the_first_step_tells_no_time_left(tmp_path):
     """Start-up over one step had told 22 minutes of a sweep that takes one."""
     said = say("train", *SMOKE, f"output_dir={tmp_path}")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lorabench.cli.composing import compose, conf_folder, refuse_values, register
+from lorabench.cli.composing import compose, conf_folder, pack_size, refuse_values, register
 from lorabench.cli.mistakes import fail
 
 PLAN_FLAGS = ("-m", "--multirun", "--json", "--smoke", "-h", "--help")
@@ -201,7 +201,6 @@ def plan(arguments: list[str]) -> int:
                 f"got {did_you_mean(unknown[0], PLAN_FLAGS)}{config}"
             ]
         )
-    from hydra_plugins.lorabench_launcher.packed_launcher import PackedLauncherConf
     from lorabench import machine, show, sweep
 
     as_json = "--json" in arguments
@@ -214,9 +213,14 @@ def plan(arguments: list[str]) -> int:
             "         stage, and its adapters reloaded; exit code 1 where that fails"
         )
         return 0
-    jobs = sweep.plan_jobs(*compose([a for a in arguments if a not in ("--json", "--smoke")]))
+    words = [a for a in arguments if a not in ("--json", "--smoke")]
+    planned = sweep.plan_jobs(*compose(words))
+    first: dict[str, Any] = {}
+    for job in planned:
+        first.setdefault(job.plan.run_id, job)
+    jobs = list(first.values())
     memory = machine.free_memory(machine.choose_device(jobs[0].config.trainer.device))
-    packs = sweep.form_packs(jobs, PackedLauncherConf.pack_size, memory)
+    packs = sweep.form_packs(jobs, pack_size(words), memory)
     attempts: list[Any] = []
 
     def tried() -> Iterator[Any]:
@@ -226,5 +230,7 @@ def plan(arguments: list[str]) -> int:
             attempts.append(smoke.attempt([jobs[i] for i in members]))
             yield attempts[-1]
 
+    if len(jobs) < len(planned) and not as_json:
+        print(f"{len(planned)} grid points, {len(planned) - len(jobs)} the same run as another")
     show.plan(jobs, packs, as_json, tried() if "--smoke" in arguments else ())
     return 1 if any(attempt.error is not None for attempt in attempts) else 0
