@@ -27,12 +27,14 @@ def write(
     steps_done: int,
     fingerprint: dict[str, Any],
     stopped: dict[str, Any] | None = None,
+    cost: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint beside `folder`; `commit` puts it in place.
 
     Args:
         steps_done: by the pack.
         stopped: of a run that stopped before its mates: the steps it did, and why.
+        cost: what training took up to here.
     """
     from safetensors.torch import save_file
 
@@ -45,6 +47,7 @@ def write(
         "steps_done": steps_done,
         "fingerprint": fingerprint,
         "stopped": stopped,
+        "cost": cost or {},
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
     }
     (part / "checkpoint.json").write_text(json.dumps(content, indent=2) + "\n")
@@ -90,6 +93,11 @@ def steps(folder: Path, pack: str | None = None) -> dict[int, Path]:
 def stopped(folder: Path, step: int) -> dict[str, Any] | None:
     """Where a run had stopped before this step of its pack, and why; None where it had not."""
     return json.loads((steps(folder)[step] / "checkpoint.json").read_text()).get("stopped")
+
+
+def cost(folder: Path, step: int) -> dict[str, Any]:
+    """What training had taken up to this step."""
+    return json.loads((steps(folder)[step] / "checkpoint.json").read_text()).get("cost", {})
 
 
 def load(folder: Path, step: int, fingerprint: dict[str, Any]) -> dict[str, Tensor]:

@@ -44,6 +44,24 @@ def setting(record: Record) -> dict[str, Any]:
     }
 
 
+def settings_of(records: list[Record]) -> list[dict[str, Any]]:
+    """The setting of every run.
+
+    Where the same words stood for other data or another base (a file that was edited), their
+    hashes are part of it: such runs are no repetitions over seeds.
+    """
+    settings = [setting(record) for record in records]
+    for key, name in (("data.data_hash", "data"), ("model.base_hash", "base")):
+        contents: dict[str, set[str]] = {}
+        for one, record in zip(settings, records, strict=True):
+            if name in record.hashes:
+                contents.setdefault(repr(one), set()).add(record.hashes[name])
+        if any(len(found) > 1 for found in contents.values()):
+            for one, record in zip(settings, records, strict=True):
+                one[key] = record.hashes.get(name, "")[:8]
+    return settings
+
+
 def spread(values: list[float]) -> dict[str, Any]:
     """Mean, sample standard deviation (None for one value), extremes and count."""
     count = len(values)
@@ -66,7 +84,7 @@ def table(records: list[Record]) -> dict[str, Any]:
         runs: one a run: id, setting, seeds, status, metrics, cost.
         left_out: runs that did not finish, by status.
     """
-    settings = [setting(record) for record in records]
+    settings = settings_of(records)
     keys = list(dict.fromkeys(key for one in settings for key in one))
     varied = [key for key in keys if len({repr(one.get(key)) for one in settings}) > 1]
     groups: dict[str, list[int]] = {}

@@ -27,10 +27,10 @@ class Display:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.num_runs, self.steps_total = num_runs, steps_total
         self.steps_done = 0  # of all runs that have ended, and of this pack
-        self.counted = 0  # of them, those done by this command: what time left is told from
+        self.counted = 0  # of them, those done by this command since `started`
         self.runs_done = 0
         self.labels: list[str] = []
-        self.started = time.monotonic()
+        self.started = 0.0  # when the first step had ended: start-up says nothing of the rest
         self.live: Live | None = None
         self.last_line = 0.0
 
@@ -67,15 +67,18 @@ class Display:
     def step(self, step: int, steps: int, losses: list[float], tokens_per_second: float) -> None:
         """The runs of the pack have done `step` of their `steps`."""
         self.steps_done += len(losses)
-        self.counted += len(losses)
-        elapsed = time.monotonic() - self.started
-        left = clock(elapsed / self.counted * max(0, self.steps_total - self.steps_done))
+        tail = f"{tokens_per_second:,.0f} tokens/s"
+        if not self.started:
+            self.started = time.monotonic()
+        else:
+            self.counted += len(losses)
+            each = (time.monotonic() - self.started) / self.counted
+            tail += f"  {clock(each * max(0, self.steps_total - self.steps_done))} left"
         first = self.runs_done + 1
         runs = (
             f"run {first}" if len(losses) == 1 else f"runs {first}-{self.runs_done + len(losses)}"
         )
         head = f"{runs} of {self.num_runs}  step {step}/{steps}"
-        tail = f"{tokens_per_second:,.0f} tokens/s  {left} left"
         if self.live is not None:
             self.live.update(self._view(head, tail, losses))
         elif time.monotonic() - self.last_line > 10:

@@ -52,7 +52,10 @@ class Metric(BaseModel):
 
 
 class Cost(BaseModel):
-    """What the run took. In a pack, seconds and memory are the pack's; share is 1 / pack size."""
+    """What the run took. In a pack, seconds and memory are the pack's; share is 1 / pack size.
+
+    A resumed run's seconds and tokens are those up to its checkpoint and those of the last command.
+    """
 
     train_seconds: float = 0.0
     evaluate_seconds: float = 0.0

@@ -6,11 +6,12 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -45,6 +46,31 @@ def _finite(content: Any) -> Any:
     if isinstance(content, (list, tuple)):
         return [_finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def whole(out: Console, table: Table, least: Iterable[str]) -> None:
+    """Print a table with no value cut: a narrow terminal gets fewer columns, and is told which.
+
+    Args:
+        least: names of the columns that go first.
+    """
+    wide = out.options.update_width(10_000)
+    left_out = []
+    for name in least:
+        if not out.is_terminal or Measurement.get(out, wide, table).maximum <= out.width:
+            break
+        kept = [column for column in table.columns if column.header != name]
+        left_out += [name] * (len(kept) < len(table.columns))
+        table.columns = kept
+    for column in table.columns:
+        column.overflow = "fold"
+    out.print(table)
+    if left_out:
+        out.print(
+            f"left out at {out.width} columns: {', '.join(left_out)}; "
+            "a wider terminal or a pipe shows all",
+            style="dim",
+        )
 
 
 def quantity(number: float) -> str:
@@ -94,12 +120,13 @@ def plan(
         return
     out = console()
     first = jobs[0]
+    models = ", ".join(dict.fromkeys(job.plan.model for job in jobs))
     table = Table(
-        title=f"{len(jobs)} run{'s' if len(jobs) > 1 else ''} on {first.plan.model}",
-        title_justify="left",
+        title=f"{len(jobs)} run{'s' if len(jobs) > 1 else ''} on {models}", title_justify="left"
     )
     for name in ("run", "what", "modules", "trainable", "scale", "head", "memory", "seconds"):
-        table.add_column(name, justify="left" if name in ("run", "what", "head") else "right")
+        justify: Literal["left", "right"] = "left" if name in ("run", "what", "head") else "right"
+        table.add_column(name, justify=justify, no_wrap=name == "run")
     for job, planned in zip(jobs, plans, strict=True):
         head = job.plan.head
         table.add_row(
@@ -112,17 +139,11 @@ def plan(
             f"~{size(job.plan.memory_bytes)}",
             f"~{planned['seconds']:.0f}",
         )
-    out.print(table)
-    config = first.config
-    total = first.plan.total_parameters
-    out.print(
-        f"base      {first.plan.model}: {quantity(total)} parameters, {config.model.dtype}, "
-        f"{config.model.path}"
-    )
-    out.print(
-        f"training  {config.trainer.steps} steps of {config.trainer.batch_size} examples, "
-        f"lr {config.trainer.lr:g} {config.trainer.schedule}, computed in {config.trainer.dtype}"
-    )
+    whole(out, table, ("seconds", "scale", "modules", "head", "memory"))
+    for text in _each(jobs, _base):
+        out.print(f"base      {text}")
+    for text in _each(jobs, _training):
+        out.print(f"training  {text}")
     for text in dict.fromkeys(stages.describe(job.config.stages) for job in jobs):
         if text:
             out.print(f"stages    {text}")
@@ -160,6 +181,28 @@ def plan(
         out.print("`--json` lists every adapted module.", style="dim")
     for attempt in attempts:
         out.print(f"smoke     {attempt}", style="red" if attempt.error else None, soft_wrap=True)
+
+
+def _each(jobs: list[Job], describe: Callable[[Job], str]) -> list[str]:
+    """What jobs are told by, each once; where they differ, of how many of them."""
+    told = Counter(describe(job) for job in jobs)
+    if len(told) == 1:
+        return list(told)
+    return [f"{count} run{'s' if count > 1 else ''}: {text}" for text, count in told.items()]
+
+
+def _base(job: Job) -> str:
+    model = job.config.model
+    parameters = quantity(job.plan.total_parameters)
+    return f"{job.plan.model}: {parameters} parameters, {model.dtype}, {model.path}"
+
+
+def _training(job: Job) -> str:
+    trainer = job.config.trainer
+    return (
+        f"{trainer.steps} steps of {trainer.batch_size} examples, "
+        f"lr {trainer.lr:g} {trainer.schedule}, computed in {trainer.dtype}"
+    )
 
 
 def _scale(made: Any) -> str:
@@ -246,29 +289,34 @@ def runs(found: list[tuple[Path, Record]], as_json: bool) -> None:
             ]
         )
         return
-    out = Table(title=f"{found[0][0].parent}: {len(found)} runs", title_justify="left")
+    title = f"{found[0][0].parent}: {len(found)} run{'s' if len(found) > 1 else ''}"
+    out = Table(title=title, title_justify="left")
+    # Streams that have a seed of their own in some run.
+    own = [s for s in found[0][1].seeds if any(r.seeds[s] != r.config["seed"] for _, r in found)]
     for name in (
         "run",
         *_short_keys(_columns(table)),
         "seed",
+        *(f"seeds.{stream}" for stream in own),
         "status",
-        "steps",
+        "done",
         "seconds",
         "error",
     ):
-        out.add_column(name)
+        out.add_column(name, no_wrap=name == "run")
     for (_, record), one in zip(found, table["runs"], strict=True):
         colour = COLOURS.get(record.status, "cyan")
         out.add_row(
             record.run_id,
             *(_value(one["setting"][key]) for key in _columns(table)),
             str(record.config["seed"]),
+            *(str(record.seeds[stream]) for stream in own),
             Text(record.status, colour),
             f"{record.steps_done}/{record.config['trainer']['steps']}",
             f"{record.cost.total_seconds:.1f}",
             record.error or "",
         )
-    console().print(out)
+    whole(console(), out, ("seconds",))
 
 
 def _columns(table: dict[str, Any]) -> list[str]:
@@ -315,7 +363,8 @@ def comparison(table: dict[str, Any], folder: Path, as_json: bool) -> None:
     metrics = list(
         dict.fromkeys((s, n) for row in rows for s in ("test",) for n in row["metrics"].get(s, {}))
     )
-    title = f"{folder}: {len(rows)} settings, mean ± standard deviation over seeds"
+    settings = f"{len(rows)} setting{'s' if len(rows) > 1 else ''}"
+    title = f"{folder}: {settings}, mean ± standard deviation over seeds"
     shown = Table(title=title, title_justify="left")
     columns = _columns(table)
     for name in _short_keys(columns):
@@ -352,6 +401,6 @@ def comparison(table: dict[str, Any], folder: Path, as_json: bool) -> None:
             size(row["peak_memory_bytes"]["max"]),
         ]
         shown.add_row(*cells)
-    out.print(shown)
+    whole(out, shown, ("share s", "peak memory", *timed, "trainable"))
     for status, ids in table["left_out"].items():
         out.print(f"left out, {status}: {', '.join(ids)}", style="yellow")

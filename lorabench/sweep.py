@@ -108,6 +108,14 @@ def earlier(job: Job) -> Outcome | None:
     return Outcome(job.plan.run_id, job.label, found.status, job.plan.folder, error, kept=True)
 
 
+def lacking(outcome: Outcome) -> list[str]:
+    """Files of a run that is kept, deleted since it ended."""
+    if outcome.status not in KEPT:
+        return []
+    names = ("adapter/adapter_model.safetensors", "predictions.parquet")
+    return [name for name in names if not (Path(outcome.folder) / name).is_file()]
+
+
 # --- packs -----------------------------------------------------------------------------------
 
 # What each run of a pack has for itself; everything else must be the same.
@@ -123,7 +131,12 @@ def form_packs(jobs: list[Job], limit: int, memory: int) -> list[list[int]]:
     Args:
         limit: the most runs of a pack.
         memory: bytes a pack may take.
+
+    Raises:
+        ConfigErrors: the limit is below 1.
     """
+    if limit < 1:
+        raise ConfigErrors(f"hydra.launcher.pack_size: must be at least 1; got {limit}")
     alike: dict[str, list[int]] = {}
     packs = interrupted_packs(jobs)
     placed = {i for members in packs for i in members}

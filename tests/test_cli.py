@@ -86,6 +86,10 @@ MISTAKES = [  # override, how the one line begins, what it must also hold
     ("lora.r", "Error parsing override 'lora.r'", ""),
     ("lora.rank_pattern.q_proj=8", "lora.rank_pattern: must be", "'lora.rank_pattern={q_proj:8}'"),
     ("lora.alpha_pattern.0.mlp=3", "lora.alpha_pattern: must be", "alpha_pattern={0.mlp:3}'"),
+    ("lora.r=4,8", "lora.r: must be one value in a single run; got 4,8; ", "-m lora.r=4,8, "),
+    ("head=exclude,lora", "head: must be one value in a single run", "-m head=exclude,lora"),
+    ("lora.r=4,", "lora.r: the values of a sweep must have commas and no spaces", "'4,'"),
+    ("data.metric=nll", "data.metric: must be a list; got one value", "'data.metric=[VALUE]'"),
     ("trainer.device=cuda:99", "trainer.device: must be on this machine", "use auto or cpu"),
 ]
 

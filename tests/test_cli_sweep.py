@@ -15,8 +15,9 @@ import yaml
 from conftest import SMOKE, records, say, untouched
 from safetensors import safe_open
 
-from lorabench import adapters, cli
+from lorabench import adapters, cli, runner
 from lorabench import model as base_model
+from lorabench.record import this_process
 
 GRID = ["head=exclude,lora", "seed=0,1"]
 
@@ -162,7 +163,7 @@ def test_a_failing_run_does_not_end_the_sweep_and_is_tried_again(tmp_path, monke
     monkeypatch.setattr(adapters, "save", first_fails)
     command = ["train", "-m", *SMOKE, "lora.r=4,8,4", f"output_dir={tmp_path}"]
     said = say(*command)
-    assert said.code == 1 and "Traceback" not in said.err
+    assert said.code == 1 and "Traceback" not in said.err and said.out == ""
     found = {record["config"]["lora"]["r"]: record for record in records(tmp_path).values()}
     assert (found[4]["status"], found[8]["status"]) == ("failed", "finished")
     assert "No space left [on device]" in found[4]["error"]
@@ -180,6 +181,21 @@ def test_a_failing_run_does_not_end_the_sweep_and_is_tried_again(tmp_path, monke
     found = {record["config"]["lora"]["r"]: record for record in records(tmp_path).values()}
     assert found[4]["status"] == "finished" and found[4]["error"] is None
     assert adapter_files(tmp_path)[found[8]["run_id"]] == finished
+
+
+@pytest.mark.parametrize("file", [None, "multirun.yaml"])
+def test_a_disk_that_takes_nothing_more_is_told_in_a_line(file, tmp_path, monkeypatch):
+    """Whatever breaks inside a pack is told, not that the job around it has no result."""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", file)
+
+    monkeypatch.setattr(runner, "run_pack", full)
+    said = say("train", "-m", *SMOKE, "seed=0,1", f"output_dir={tmp_path}")
+    assert said.code == 2 and said.out == "" and len(said.lines) == 1
+    where = f" at '{file}'" if file else ""
+    assert said.err.startswith("disk: must be writable and have space; got 'No space left on dev")
+    assert f"ice'{where}; make room" in said.err
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -271,6 +287,49 @@ def test_plan_creates_no_files_and_shows_brackets_of_labels(tmp_path, monkeypatc
         assert word in said.out
 
 
+def test_the_plan_of_a_mixed_sweep_speaks_of_all_its_runs(tmp_path, monkeypatch):
+    """The first run's base and training had stood for everyone's."""
+    monkeypatch.chdir(tmp_path)
+    same = say("plan", "-m", *SMOKE, "head=exclude,lora,full", "lora.r=4,8").out
+    assert same.count("\nbase      tiny-gemma: ") == same.count("\ntraining  4 steps of ") == 1
+    words = ["task=seq_cls", "head=full", "data=classes"]
+    mixed = ["model=tiny-gemma,tiny-bert", "trainer.steps=3,4", "lora.r=4,8"]
+    lines = say("plan", "-m", *SMOKE, *words, *mixed).out.splitlines()
+    assert lines[0].strip() == "8 runs on tiny-gemma, tiny-bert"
+    told = [line for line in lines if line.startswith(("base ", "training "))]
+    wanted = ["4 runs: tiny-gemma: ", "4 runs: tiny-bert: ", "4 runs: 3 steps", "4 runs: 4 steps"]
+    assert [line[10 : 10 + len(text)] for line, text in zip(told, wanted, strict=True)] == wanted
+
+
+def test_the_plan_packs_as_train_would_and_counts_a_run_once(tmp_path, monkeypatch):
+    """plan took no notice of pack_size and of grid points that are the same run."""
+    monkeypatch.chdir(tmp_path)
+
+    def packs(*words: str) -> list[int]:
+        content = json.loads(say("plan", "--json", "-m", *SMOKE, *words).out)
+        assert len(content["runs"]) == sum(map(len, content["packs"]))
+        return [len(pack) for pack in content["packs"]]
+
+    assert packs("seed=0,1,2,3") == [4]
+    assert packs("seed=0,1,2,3", "hydra.launcher.pack_size=3") == [2, 2]
+    assert packs("seed=0,1", "hydra.launcher.pack_size=1") == [1, 1]
+    assert packs("seed=0,1", "hydra/launcher=basic") == [1, 1]
+    assert packs("lora.alpha_ratio=null,2", "seed=0,1") == [2]
+    shown = say("plan", "-m", *SMOKE, "lora.r=4,8,4").out.splitlines()
+    assert shown[0] == "3 grid points, 1 the same run as another"
+    assert shown[1].strip() == "2 runs on tiny-gemma"
+    for verb in ("plan", "train"):
+        said = say(verb, "-m", *SMOKE, "seed=0,1", "hydra.launcher.pack_size=0")
+        assert said.code == 2
+        assert said.err == "hydra.launcher.pack_size: must be at least 1; got 0\n"
+
+
+def test_the_first_step_tells_no_time_left(tmp_path):
+    """Start-up over one step had told 22 minutes of a sweep that takes one."""
+    said = say("train", *SMOKE, f"output_dir={tmp_path}")
+    assert re.fullmatch(r"  run 1 of 1  step 1/4  loss [\d.]+  [\d,]+ tokens/s", said.lines[0])
+
+
 def test_the_experiments_sweep_is_planned_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     planned = json.loads(say("plan", "-m", "--json", "experiment=lm_head").out)["runs"]
@@ -324,6 +383,84 @@ def test_compare_has_one_row_a_setting(output):
             policy in line
             and f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}" in line
         )
+
+
+def test_a_file_that_was_edited_is_no_other_seed(jsonl, tmp_path):
+    """Both runs carried the same words, and their difference was shown as spread over seeds."""
+    words = ["data=jsonl", f"data.train.path={jsonl}", "data.max_length=40"]
+    command = ["train", *SMOKE, *words, f"output_dir={tmp_path / 'out'}"]
+    assert say(*command).code == 0
+    jsonl.write_text(jsonl.read_text().replace("add", "sum"))
+    assert say(*command).code == 0
+    rows = json.loads(say("compare", str(tmp_path / "out" / "default"), "--json").out)["rows"]
+    hashes = {r["hashes"]["data"][:8] for r in records(tmp_path / "out").values()}
+    assert len(rows) == 2 and {row["setting"]["data.data_hash"] for row in rows} == hashes
+    assert all(row["metrics"]["test"]["nll"]["n"] == 1 for row in rows)
+
+
+def test_runs_tells_apart_what_differs_in_one_seed_or_in_steps(tmp_path):
+    grid = ["seeds.data=0,1", "trainer.steps=1,2"]
+    assert say("train", "-m", *SMOKE, *grid, f"output_dir={tmp_path}").code == 0
+    lines = say("runs", str(tmp_path / "default")).out.splitlines()
+    (header,) = (line for line in lines if line.startswith("┃"))
+    wanted = ["run", "steps", "seed", "seeds.data", "status", "done", "seconds", "error"]
+    assert re.findall(r"[\w.]+", header) == wanted
+    cells = [re.findall(r"[\w/.]+", line) for line in lines if line.startswith("│")]
+    assert sorted(cell[1:4] for cell in cells) == [
+        [steps, "0", data] for steps in "12" for data in "01"
+    ]
+
+
+def test_what_was_deleted_or_damaged_since_is_told(tmp_path):
+    command = ["train", "-m", *SMOKE, "seed=0,1", f"output_dir={tmp_path}"]
+    assert say(*command).code == 0
+    first, second = (tmp_path / "default" / name for name in sorted(records(tmp_path)))
+    label = f"seed={records(tmp_path)[first.name]['config']['seed']}"
+    (first / "adapter" / "adapter_model.safetensors").unlink()
+    said = say(*command)
+    assert said.code == 0 and said.lines[1] == (
+        f"{label}: kept without adapter/adapter_model.safetensors, which is gone; "
+        f"remove {first} to train it again"
+    )
+    (second / "record.json").write_text("{")
+    for verb in ("runs", "compare"):
+        said = say(verb, str(tmp_path / "default"))
+        assert said.code == 0 and "left out, record.json is damaged" in said.err
+        assert len(said.lines) == 1 and second.name in said.err and first.name not in said.err
+    assert say(*command).code == 0 and len(records(tmp_path)) == 2
+
+
+def test_a_run_in_training_elsewhere_is_not_kept_from_before(tmp_path):
+    command = ["train", *SMOKE, f"output_dir={tmp_path}"]
+    assert say(*command).code == 0
+    ((run_id, entry),) = records(tmp_path).items()
+    entry |= {"status": "running", "process": this_process()}
+    (tmp_path / "default" / run_id / "record.json").write_text(json.dumps(entry))
+    said = say(*command)
+    assert said.code == 1 and said.lines[0] == (
+        "0 of 1 runs are kept from before, 0 to train, 1 in training by another process"
+    )
+
+
+def test_a_narrow_terminal_cuts_no_value_and_is_told_what_it_does_not_show(output, monkeypatch):
+    """80 columns had cut numbers and ids: `0.07…`, `2f87a…`."""
+    for name, value in {"FORCE_COLOR": "1", "NO_COLOR": "1", "COLUMNS": "80"}.items():
+        monkeypatch.setenv(name, value)
+    wide = json.loads(say("compare", str(output / "default"), "--json").out)
+    for words in (["runs"], ["compare"], ["plan", "-m", *SMOKE, *GRID]):
+        place = f"output_dir={output}" if words[0] == "plan" else str(output / "default")
+        said = say(*words, place)
+        shown = re.sub(r"\x1b\[[\d;]*m", "", said.out)
+        table = [line for line in shown.splitlines() if line[-1:] in "┓┃┩│┘"]
+        assert said.code == 0 and "…" not in shown and table
+        assert max(map(len, table)) <= 80
+        assert "left out at 80 columns: " in shown or words == ["runs"]
+        if words == ["compare"]:
+            for row in wide["rows"]:
+                nll = row["metrics"]["test"]["nll"]
+                assert f"{nll['mean']:.4f} ± {nll['sd']:.4f}" in shown
+        else:
+            assert all(run_id in shown for run_id in records(output))
 
 
 @pytest.mark.parametrize("verb", ["runs", "compare"])

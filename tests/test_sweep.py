@@ -145,8 +145,15 @@ def test_interruption_is_recorded_and_leaves_a_checkpoint(
     assert the_record(tmp_path)["status"] == "interrupted"
     assert list(tmp_path.glob("default/*/checkpoint/state.safetensors"))
     monkeypatch.undo()
+    before = the_record(tmp_path)["cost"]
+    assert before["train_tokens"] > 0 and before["train_seconds"] > 0
     assert cli.main(["train", *FAST, "trainer.steps=9", f"output_dir={tmp_path}"]) == 0
     assert the_record(tmp_path)["status"] == "finished"
+    # The cost is the whole run's, as if it had not been interrupted.
+    assert cli.main(["train", *FAST, "trainer.steps=9", f"output_dir={tmp_path / 'whole'}"]) == 0
+    cost = the_record(tmp_path)["cost"]
+    assert cost["train_tokens"] == the_record(tmp_path / "whole")["cost"]["train_tokens"]
+    assert cost["total_seconds"] > cost["train_seconds"] > before["train_seconds"]
 
 
 def test_a_checkpoint_of_other_versions_is_refused_before_anything_loads(

@@ -124,7 +124,10 @@ def _run_pack(
                 results.extend(task_function.run(members))
             return results[depth]
 
-        returns[members[depth]] = _run_job(context, task, jobs[members[depth]])
+        returned = _run_job(context, task, jobs[members[depth]])
+        if returned.status == JobStatus.FAILED:  # or the job around it would fail of no result
+            raise returned._return_value
+        returns[members[depth]] = returned
 
     open_job(0)
     return returns

@@ -78,3 +78,18 @@ def compose(arguments: list[str]) -> tuple[list[Any], list[str]]:
         parsed = OverridesParser.create().parse_overrides(lines)
         (jobs,) = BasicSweeper.split_arguments(parsed, None)
         return [hydra_compose("train", job) for job in jobs], [" ".join(job) for job in jobs]
+
+
+def pack_size(arguments: list[str]) -> int:
+    """hydra.launcher.pack_size of a command line; 1 under another launcher than packed."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    from hydra_plugins.lorabench_launcher.packed_launcher import PackedLauncherConf
+
+    words = [a for a in arguments if a.startswith(("hydra.launcher", "hydra/launcher"))]
+    if not words:
+        return PackedLauncherConf.pack_size
+    with initialize_config_dir(conf_folder(), version_base="1.3", job_name="plan"):
+        launcher = hydra_compose("train", words, return_hydra_config=True).hydra.launcher
+    return int(launcher.get("pack_size", 1))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def fail(lines: list[str], code: int = 2) -> int:
@@ -42,6 +45,11 @@ def guarded(act: Callable[[], int]) -> int:
 
 def _unreadable(override: str, reason: str) -> str:
     key, _, value = override.partition("=")
+    if value.endswith(","):
+        return (
+            f"{key}: the values of a sweep must have commas and no spaces between them; "
+            f"got '{value}' and a space; write -m {key}={value}..."
+        )
     quoted = value.replace('"', '\\"')
     return (
         f"{key}: the value cannot be read ({reason}); got {value}; a text with braces, colons, "
@@ -63,6 +71,13 @@ def _explain(error: BaseException) -> list[str] | None:
     for link in chain:
         if isinstance(link, ConfigErrors):
             return link.errors
+    for link in chain:
+        if isinstance(link, OSError) and link.errno in UNWRITABLE:
+            where = f" at '{link.filename}'" if link.filename else ""
+            return [
+                f"disk: must be writable and have space; got '{link.strerror}'{where}; make room "
+                "or choose another folder, and repeat the command"
+            ]
     import hydra.errors
     import omegaconf.errors
 
@@ -71,6 +86,13 @@ def _explain(error: BaseException) -> list[str] | None:
             return [_unreadable(link.override, first_line(link))]
 
     text = "\n".join(str(link) for link in chain)
+    found = re.search(r"Ambiguous value for argument '([^=']+)=(.*)'\n", text)
+    if found:
+        key, value = found[1], found[2]
+        return [
+            f"{key}: must be one value in a single run; got {value}; a sweep is "
+            f"-m {key}={value}, a list '{key}=[{value}]', a text with commas '{key}=\"{value}\"'"
+        ]
     found = re.search(
         r"Could not find '([\w\-./]+)/([^'/]+)'\s+Available options in '[^']+':((?:\n\t\S+)+)", text
     )
@@ -117,6 +139,8 @@ def _explain(error: BaseException) -> list[str] | None:
         if key:
             shown = [line for line in shown if "full_key" not in line and "object_type" not in line]
             reason = shown[-1] if len(shown) > 1 else shown[0]
+            if "is not a ListConfig" in reason:
+                return [f"{key[1]}: must be a list; got one value; write '{key[1]}=[VALUE]'"]
             return [f"{key[1]}: {reason}"]
         return [" ".join(shown[:3])]
     return None

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from lorabench.cli.mistakes import fail
 from lorabench.cli.verbs import VERBS
 
 
@@ -25,6 +26,15 @@ def _records(folder: Path) -> list[Any]:
         has = f"; sweeps there: {', '.join(near)}" if near else ""
         raise ConfigErrors(f"folder: must be the folder of a sweep; '{folder}' does not exist{has}")
     found = list(record.find(folder))
+    read = {path.name for path, _ in found}
+    bad = [p.parent.name for p in sorted(folder.glob("*/record.json")) if p.parent.name not in read]
+    if bad:
+        fail(
+            [
+                f"left out, record.json is damaged or of another version: {', '.join(bad)}; "
+                "the command that made them trains them again"
+            ]
+        )
     if not found:
         raise ConfigErrors(
             f"folder: must hold runs (folders with record.json); '{folder}' has none; "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lorabench.cli.composing import compose, conf_folder, refuse_values, register
+from lorabench.cli.composing import compose, conf_folder, pack_size, refuse_values, register
 from lorabench.cli.mistakes import fail
 
 PLAN_FLAGS = ("-m", "--multirun", "--json", "--smoke", "-h", "--help")
@@ -79,15 +80,27 @@ class Train:
         return [[todo[i] for i in pack] for pack in sweep.form_packs(jobs, limit, memory)]
 
     def _display(self, todo: list[int]) -> None:
+        from lorabench import sweep
         from lorabench.progress import Display
 
         self.display = Display(len(todo), sum(self.jobs[i].config.trainer.steps for i in todo))
+        kept = [sweep.Outcome(**found) for found in self.kept.values()]
         if len(self.jobs) > len(todo):
             same = len(self.jobs) - len(todo) - len(self.kept)
+            busy = sum(outcome.status == "running" for outcome in kept)
             self.display.say(
-                f"{len(self.kept)} of {len(self.jobs)} runs are kept from before, "
-                f"{len(todo)} to train" + (f", {same} the same as another" if same else "")
+                f"{len(self.kept) - busy} of {len(self.jobs)} runs are kept from before, "
+                f"{len(todo)} to train"
+                + (f", {busy} in training by another process" if busy else "")
+                + (f", {same} the same as another" if same else "")
             )
+        for outcome in kept:
+            if names := sweep.lacking(outcome):
+                self.display.say(
+                    f"{outcome.label}: kept without {' and '.join(names)}, which "
+                    f"{'are' if len(names) > 1 else 'is'} gone; "
+                    f"remove {outcome.folder} to train it again"
+                )
 
     def run(self, members: list[int]) -> list[dict[str, Any]]:
         """Train one pack."""
@@ -124,11 +137,14 @@ def train(arguments: list[str]) -> int:
     # argparse refuses overrides on both sides of a flag, which `plan` takes
     flags = [a for a in arguments if a in ("-m", "--multirun")]
     sys.argv = ["lorabench", *flags[:1], *(a for a in arguments if a not in flags)]
+    loud = logging.raiseExceptions
+    logging.raiseExceptions = False  # a log on a full disk, ours or W&B's, is no traceback
     try:
         hydra.main(config_path=conf_folder(), config_name="train", version_base="1.3")(function)()
     finally:
         gc.unfreeze()
         gc.enable()
+        logging.raiseExceptions = loud
     if task.refused:
         raise ConfigErrors(task.refused)
     return _closing(task.outcomes)
@@ -185,7 +201,6 @@ def plan(arguments: list[str]) -> int:
                 f"got {did_you_mean(unknown[0], PLAN_FLAGS)}{config}"
             ]
         )
-    from hydra_plugins.lorabench_launcher.packed_launcher import PackedLauncherConf
     from lorabench import machine, show, sweep
 
     as_json = "--json" in arguments
@@ -198,9 +213,14 @@ def plan(arguments: list[str]) -> int:
             "         stage, and its adapters reloaded; exit code 1 where that fails"
         )
         return 0
-    jobs = sweep.plan_jobs(*compose([a for a in arguments if a not in ("--json", "--smoke")]))
+    words = [a for a in arguments if a not in ("--json", "--smoke")]
+    planned = sweep.plan_jobs(*compose(words))
+    first: dict[str, Any] = {}
+    for job in planned:
+        first.setdefault(job.plan.run_id, job)
+    jobs = list(first.values())
     memory = machine.free_memory(machine.choose_device(jobs[0].config.trainer.device))
-    packs = sweep.form_packs(jobs, PackedLauncherConf.pack_size, memory)
+    packs = sweep.form_packs(jobs, pack_size(words), memory)
     attempts: list[Any] = []
 
     def tried() -> Iterator[Any]:
@@ -210,5 +230,7 @@ def plan(arguments: list[str]) -> int:
             attempts.append(smoke.attempt([jobs[i] for i in members]))
             yield attempts[-1]
 
+    if len(jobs) < len(planned) and not as_json:
+        print(f"{len(planned)} grid points, {len(planned) - len(jobs)} the same run as another")
     show.plan(jobs, packs, as_json, tried() if "--smoke" in arguments else ())
     return 1 if any(attempt.error is not None for attempt in attempts) else 0

@@ -31,6 +31,7 @@ class Member:
     metrics_file: IO[str] | None = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
     tokens: int = 0
+    earlier_seconds: float = 0.0  # of training, by the commands that this one resumes
     error: Exception | None = None  # what went wrong with this run alone
 
     @property
@@ -91,9 +92,17 @@ def stale_checkpoints(packs: list[list[Job]]) -> list[str]:
     ]
 
 
+class RunLog(logging.FileHandler):
+    """A run's own log; where it cannot be written (a full disk), the run's outcome says why."""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 def log_to(path: Path) -> logging.Handler:
-    """Send this process's log to a run's own file as well."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    """Send this process's log to a run's own file."""
+    handler = RunLog(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.setLevel(logging.INFO)
     logging.getLogger().addHandler(handler)
@@ -136,7 +145,7 @@ def close(member: Member, seconds: float) -> None:
             entry.error = "; ".join(member.error.errors)
     if entry.status == "finished":
         entry.exports = record.Exports(**entry.plan["exports"])
-    entry.cost.total_seconds = round(seconds, 3)
+    entry.cost.total_seconds = round(member.earlier_seconds + seconds, 3)
     entry.ended = record.now()
     entry.process = {}
     try:
@@ -228,6 +237,9 @@ def resume(members: list[Member], pack: Any, display: Display) -> int:
         state = checkpoint.load(member.folder / "checkpoint", step, member.fingerprint)
         pack.load_state(run, state)
         member.entry.steps_done = step
+        cost = checkpoint.cost(member.folder / "checkpoint", step)
+        member.tokens = cost.get("train_tokens", 0)
+        member.earlier_seconds = cost.get("train_seconds", 0.0)
         if stop := checkpoint.stopped(member.folder / "checkpoint", step):
             member.entry.steps_done, member.entry.error = stop["steps_done"], stop["error"]
             pack.stop(run)
@@ -246,6 +258,10 @@ def keep_checkpoint(members: list[Member], pack: Any) -> None:
         entry = member.entry
         stop = {"steps_done": entry.steps_done, "error": entry.error} if entry.error else None
         place = member.folder / "checkpoint"
-        checkpoint.write(place, pack.state(run), step, member.fingerprint, stop)
+        cost = {
+            "train_seconds": entry.cost.train_seconds,
+            "train_tokens": entry.cost.train_tokens,
+        }
+        checkpoint.write(place, pack.state(run), step, member.fingerprint, stop, cost)
     for member in members:
         checkpoint.commit(member.folder / "checkpoint")

@@ -177,7 +177,7 @@ def _train(
     trainer = members[0].job.config.trainer
     validation = _cut(splits["validation"], trainer.eval_examples)
     pad_id = data.pad_id(tokenizer)
-    begun = time.perf_counter()
+    begun = time.perf_counter() - members[0].earlier_seconds
     display.pack([member.job.label for member in members])
     steps = train(pack, splits["train"], pad_id, start_step)
     while True:
@@ -215,6 +215,8 @@ def _note(members: list[Member], pack: Any, step: Any, seconds: float) -> None:
     trainer = members[0].job.config.trainer
     for run, member in enumerate(members):
         member.tokens += step.tokens[run]
+        member.entry.cost.train_seconds = round(seconds, 3)
+        member.entry.cost.train_tokens = member.tokens
         if member.entry.error is not None:
             continue  # stopped before
         if step.stage is not None:
