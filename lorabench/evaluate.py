@@ -17,7 +17,7 @@ import re
 from typing import Any
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
 import torch
 
 from lorabench import data
@@ -38,7 +38,7 @@ def evaluate(
     tokenizer: Any,
     pad_id: int,
     metrics: list[str],
-) -> list[pd.DataFrame]:
+) -> list[pa.Table]:
     """One table a run: example (its content id), the metrics asked for, and what was predicted.
 
     Args:
@@ -78,24 +78,23 @@ def evaluate(
                 texts[run][i] = text
     tables = []
     for run in range(pack.size):
-        table = pd.DataFrame({"example": tokens.ids})
+        columns: dict[str, Any] = {"example": tokens.ids}
         if "nll" in metrics:
-            table["nll"] = nll[run]
+            columns["nll"] = nll[run]
         if right in metrics:
-            table[right] = exact[run]
-        table["predicted" if is_classes else "teacher_forced"] = texts[run]
-        tables.append(table)
+            columns[right] = exact[run]
+        columns["predicted" if is_classes else "teacher_forced"] = texts[run]
+        tables.append(pa.table(columns))
     return tables
 
 
-def summarise(table: pd.DataFrame, metrics: list[str]) -> dict[str, tuple[float, int]]:
+def summarise(table: pa.Table, metrics: list[str]) -> dict[str, tuple[float, int]]:
     """The split's value of each metric and the number of examples behind it."""
-    return {
-        # only `answer` is asked of some examples; any other gap is a value that is not finite
-        name: (float(table[name].mean(skipna=name == "answer")), int(table[name].notna().sum()))
-        for name in metrics
-        if name in table
-    }
+    found = {}
+    for name in (name for name in metrics if name in table.column_names):
+        values = table[name].drop_null().to_numpy()  # `answer` is asked of some examples only
+        found[name] = float(values.mean()), int((~np.isnan(values)).sum())
+    return found
 
 
 def extract(pattern: str, text: str) -> str | None:
@@ -114,11 +113,11 @@ def answers(
     tokenizer: Any,
     pad_id: int,
     settings: DataConfig,
-) -> list[pd.DataFrame]:
+) -> list[pa.Table]:
     """Greedy generations on the first `answer_examples` examples and whether they are right.
 
     Returns:
-        One table a run: example, generated, answer (0 or 1).
+        One table a run: generated, answer (0 or 1); null from the `answer_examples`th on.
     """
     count = min(settings.answer_examples, len(tokens))
     size = pack.configs[0].trainer.eval_batch_size
@@ -149,7 +148,6 @@ def answers(
                     settings.answer_pattern, tokenizer.decode(completion, skip_special_tokens=True)
                 )
                 right = wanted is not None and extract(settings.answer_pattern, text) == wanted
-                rows[run].append(
-                    {"example": tokens.ids[i], "generated": text, "answer": int(right)}
-                )
-    return [pd.DataFrame(one) for one in rows]
+                rows[run].append({"generated": text, "answer": int(right)})
+    nothing = [{"generated": None, "answer": None}] * (len(tokens) - count)
+    return [pa.Table.from_pylist([*one, *nothing]) for one in rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import time
 from pathlib import Path
 
 from lorabench.config import Config, ConfigErrors
@@ -108,3 +109,17 @@ def is_out_of_memory(error: BaseException) -> bool:
         isinstance(error, RuntimeError)
         and ("out of memory" in text or "can't allocate memory" in text)
     )
+
+
+def matmul_flops() -> float:
+    """Matrix-multiplication FLOPs a second of the device that will train, measured briefly."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.ones(1024, 1024, device=device)
+    rates = []
+    for _ in range(4):
+        begun = time.perf_counter()
+        (a @ a).sum().item()
+        rates.append(2 * 1024**3 / (time.perf_counter() - begun))
+    return max(rates)

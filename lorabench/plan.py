@@ -138,6 +138,7 @@ class Resolved(NamedTuple):
     alone: str | None  # why the run cannot share a base forward
     left_out: list[str]  # what all-linear and the like do not adapt
     scales: dict[str, float]  # what multiplies each module's update, patterns included
+    ranks: dict[str, int]
 
 
 _RESOLVED: dict[str, Resolved] = {}
@@ -169,8 +170,9 @@ def _resolve(config: Config, base: Any) -> Resolved:
         alone = why_alone(base, config, modules, wrapped)
         layers = adapters.lora_layers(wrapped)
         scales = {name: float(layers[name].scaling[adapters.ADAPTER]) for name in modules}
+        ranks = {name: int(layers[name].r[adapters.ADAPTER]) for name in modules}
         notes = adapters.notes(base, modules)
-        _RESOLVED[key] = Resolved(modules, trained, count, alone, notes, scales)
+        _RESOLVED[key] = Resolved(modules, trained, count, alone, notes, scales, ranks)
     return _RESOLVED[key]
 
 
@@ -210,7 +212,7 @@ def make(config: Config) -> Plan:
     shared_bytes = RUNTIME_BYTES + sum(p.numel() * p.element_size() for p in base.parameters())
     if logits > CHUNK_BYTES:  # then a chunk exists at a time, of all runs together
         shared_bytes, logits = shared_bytes + 3 * CHUNK_BYTES, 0
-    narrow = _narrow(config, base, resolved.modules)
+    narrow = _narrow(base, resolved.ranks)
     warnings = [*_warnings(config, base), *narrow, *resolved.left_out]
     saved = [head.module] if head.policy == "full" and head.module else []
     return Plan(
@@ -296,15 +298,18 @@ def _warnings(config: Config, base: Any) -> list[str]:
     return found
 
 
-def _narrow(config: Config, base: Any, modules: list[str]) -> list[str]:
+def _narrow(base: Any, ranks: dict[str, int]) -> list[str]:
     """Says where r is more than a module has rows or columns: PEFT takes it without a word."""
-    sides = {name: min(base.get_submodule(name).weight.shape) for name in modules}
-    below = [name for name in modules if sides[name] < config.lora.r]
-    if not below:
-        return []
+    sides = {name: min(base.get_submodule(name).weight.shape) for name in ranks}
+    below: dict[int, list[str]] = {}
+    for name, r in ranks.items():
+        if r > sides[name]:
+            below.setdefault(r, []).append(name)
     return [
-        f"lora.r: {config.lora.r} is more than the smaller side of {len(below)} modules (such as "
-        f"{below[0]}: {sides[below[0]]}): a larger r adds nothing there but parameters"
+        f"lora.r: {r} is more than the smaller side of {len(names)} module"
+        f"{'s' if len(names) > 1 else ''} (such as {names[0]}: {sides[names[0]]}): there it adds "
+        f"nothing but parameters"
+        for r, names in below.items()
     ]
 
 

@@ -36,7 +36,6 @@ PACKAGES = (
     "omegaconf",
     "wandb",
     "numpy",
-    "pandas",
     "pyarrow",
     "pydantic",
 )

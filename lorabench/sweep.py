@@ -74,10 +74,7 @@ def plan_jobs(composed: list[DictConfig], labels: list[str]) -> list[Job]:
             except ConfigErrors as refused:
                 for error in refused.errors:
                     errors.setdefault(error, []).append(label)
-    if errors:
-        raise ConfigErrors(
-            _with_runs(error, where, len(composed)) for error, where in errors.items()
-        )
+    refuse(errors, len(composed))
     return jobs
 
 
@@ -86,6 +83,20 @@ def distinct(labels: list[str]) -> list[str]:
     words = [label.split() for label in labels]
     common = set(words[0]).intersection(*words[1:]) if len(words) > 1 else set()
     return [" ".join(word for word in label if word not in common) or "defaults" for label in words]
+
+
+def refuse(errors: dict[str, list[str]], total: int) -> None:
+    """Raise what is wrong with some of a command's runs, if anything is.
+
+    Args:
+        errors: labels of the runs each is about.
+        total: runs of the command.
+
+    Raises:
+        ConfigErrors: each error once.
+    """
+    if errors:
+        raise ConfigErrors(_with_runs(error, labels, total) for error, labels in errors.items())
 
 
 def _with_runs(error: str, labels: list[str], total: int) -> str:

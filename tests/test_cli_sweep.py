@@ -398,6 +398,19 @@ def test_a_file_that_was_edited_is_no_other_seed(jsonl, tmp_path):
     assert all(row["metrics"]["test"]["nll"]["n"] == 1 for row in rows)
 
 
+def test_examples_that_cannot_be_used_are_told_for_all_runs_before_any_starts(jsonl, tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"prompt": "a", "completion": "b"}\n' * 3)
+    words = ["data=jsonl", f"data.train.path={few},{jsonl}", "data.max_length=2", "lora.r=2,4"]
+    said = say("train", "-m", *SMOKE, *words, f"output_dir={tmp_path / 'out'}")
+    assert said.code == 2 and len(said.err.splitlines()) == 2
+    short, long = said.err.splitlines()
+    assert short.startswith("data.train.path: must hold enough examples") and "few" in short
+    assert long.startswith("data.max_length: must let at least one of")
+    assert all(line.count("lora.r=2") == line.count("lora.r=4") == 1 for line in (short, long))
+    assert not list((tmp_path / "out").rglob("record.json"))
+
+
 def test_runs_tells_apart_what_differs_in_one_seed_or_in_steps(tmp_path):
     grid = ["seeds.data=0,1", "trainer.steps=1,2"]
     assert say("train", "-m", *SMOKE, *grid, f"output_dir={tmp_path}").code == 0

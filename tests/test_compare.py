@@ -99,7 +99,7 @@ def frame(records: list[Record]) -> pd.DataFrame:
 def printed(table: dict, monkeypatch, **console) -> str:
     out = io.StringIO()
     made = Console(file=out, width=200, highlight=False, markup=False, **console)
-    monkeypatch.setattr(show, "console", lambda: made)
+    monkeypatch.setattr(show.results, "console", lambda: made)
     show.comparison(table, Path("outputs/s"), False)
     return out.getvalue()
 

@@ -78,7 +78,13 @@ class BiasedRMSNorm(LlamaRMSNorm):
         return super().forward(x) + 0.01
 
 
-@pytest.mark.parametrize("kind", [ClippedRMSNorm, BiasedRMSNorm])
+class GatedRMSNorm(LlamaRMSNorm):
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        normed = super().forward(x)
+        return normed if gate is None else normed * gate
+
+
+@pytest.mark.parametrize("kind", [ClippedRMSNorm, BiasedRMSNorm, GatedRMSNorm])
 def test_a_norm_that_computes_something_else_is_left_alone(kind: type) -> None:
     tree = tree_of(kind(WIDTH))
     fuse_norms(tree)

@@ -13,10 +13,11 @@ from conftest import composed
 from stock import TINY, Stock, copy_of, differences, packed, tokens_of, train_pack
 from torch import Tensor, nn
 
-from lorabench import adapters, checkpoint, plan, show, stages
+from lorabench import adapters, checkpoint, plan, stages
 from lorabench import model as base_model
 from lorabench.config import Config
 from lorabench.pack import ModulePack, StackedPack
+from lorabench.show import text
 from lorabench.train import train
 
 # Each once as a user writes it, and once by hand: from a step on, regular expressions over
@@ -275,6 +276,6 @@ def test_trained_modules_are_the_owners_of_pefts_parameters(
 
 
 def test_a_table_tells_stages_apart_in_a_line() -> None:
-    assert show._value(BERT[:3]) == (
+    assert text.setting(BERT[:3]) == (
         "from step 0 layer.11; from step 3 layer.11.attention, layer.11.output + layer.1 at 0.5 lr"
     )

@@ -61,6 +61,7 @@ class Train:
                 todo.append(i)
             else:
                 self.twins.setdefault(first[job.plan.run_id], []).append(i)
+        runner.check_data([self.jobs[i] for i in todo])
         packs = self._packs(todo, pack_size)
         if stale := runner.stale_checkpoints([[self.jobs[i] for i in pack] for pack in packs]):
             raise ConfigErrors(stale)
@@ -209,8 +210,8 @@ def plan(arguments: list[str]) -> int:
             "lorabench plan [-m] [--json] [--smoke] KEY=VALUE ...\n\n"
             "what `lorabench train` with the same words would do\n\n"
             "--json   the same for programs, with every adapted module\n"
-            "--smoke  also two steps of every pack on two examples, one more for every further\n"
-            "         stage, and its adapters reloaded; exit code 1 where that fails"
+            "--smoke  also two steps of every pack on two examples, in each of its stages, and\n"
+            "         its adapters reloaded; exit code 1 where that fails"
         )
         return 0
     words = [a for a in arguments if a not in ("--json", "--smoke")]

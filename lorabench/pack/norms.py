@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -61,6 +62,8 @@ def fuse_norms(tree: nn.Module) -> None:
         weight = getattr(module, "weight", None)
         if eps is None or weight is None or weight.dim() != 1 or weight.requires_grad:
             continue
+        if len(inspect.signature(module.forward).parameters) != 1:
+            continue  # a gated one, say
         # Gemma's stores w - 1.
         for weight_D in (weight, 1 + weight):
             fast = FrozenRMSNorm(module, weight_D, float(eps))

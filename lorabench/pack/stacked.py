@@ -53,7 +53,12 @@ class StackedPack:
             adapters.attach_skeleton(skeleton, config, names)
             for config, names in zip(configs, modules, strict=True)
         ]
-        self.places = [places(wrapped) for wrapped in self.wrapped]
+        distinct = {id(one): one for one in self.wrapped}
+        found = {
+            key: (places(one), list(adapters.adapter_state(one))) for key, one in distinct.items()
+        }
+        self.places = [found[id(one)][0] for one in self.wrapped]
+        self.saved_names = [found[id(one)][1] for one in self.wrapped]
         self.clocks = [adapters.Clock(config.seeds.dropout) for config in configs]
         self.alive = [True] * len(configs)
         self.tree = cast(Any, base_model.share(base))
@@ -297,9 +302,8 @@ class StackedPack:
     def adapter_state(self, run: int) -> dict[str, Tensor]:
         """What a saved adapter of this run holds, under PEFT's names."""
         mine = {place.state_name: self._view(run, place) for place in self.places[run]}
-        wanted = adapters.adapter_state(self.wrapped[run])
-        assert set(wanted) == set(mine), "a packed run saves exactly what PEFT would"
-        return {name: mine[name] for name in wanted}
+        assert set(self.saved_names[run]) == set(mine), "a packed run saves exactly what PEFT would"
+        return {name: mine[name] for name in self.saved_names[run]}
 
     def settings(self, run: int) -> Any:
         """PEFT's own config of this run."""

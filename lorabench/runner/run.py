@@ -255,10 +255,11 @@ def _evaluate(
         tables = evaluate(pack, tokens, tokenizer, pad_id, wanted)
         if "answer" in wanted and split == "test":
             written = answers(pack, tokens, tokenizer, pad_id, config.data)
-            tables = [
-                table.merge(one, on="example", how="left")
-                for table, one in zip(tables, written, strict=True)
-            ]
+            for name in ("generated", "answer"):
+                tables = [
+                    table.append_column(name, one[name])
+                    for table, one in zip(tables, written, strict=True)
+                ]
         for member, table, kept in zip(members, tables, predictions, strict=True):
             member.entry.metrics[split] = {
                 name: record.Metric(
@@ -268,8 +269,7 @@ def _evaluate(
                 )
                 for name, (value, count) in summarise(table, wanted).items()
             }
-            table.insert(0, "split", split)
-            kept.append(table)
+            kept.append(table.add_column(0, "split", [[split] * len(table)]))
     for member, tables in zip(members, predictions, strict=True):
         with own_failure(member):
             _write_predictions(member.folder / "predictions.parquet", tables)
@@ -277,8 +277,8 @@ def _evaluate(
 
 
 def _write_predictions(path: Path, tables: list[Any]) -> None:
-    import pandas as pd
+    from pyarrow import concat_tables, parquet
 
     part = path.with_name(f".{path.name}.part")
-    pd.concat(tables, ignore_index=True).to_parquet(part, index=False)
+    parquet.write_table(concat_tables(tables, promote_options="default"), part)
     os.replace(part, path)

@@ -8,6 +8,7 @@ from typing import Any
 from lorabench import data
 from lorabench import model as base_model
 from lorabench.config import Config, ConfigErrors
+from lorabench.sweep import Job, refuse
 
 
 @dataclass
@@ -59,14 +60,29 @@ class Shared:
                         f"data.{split}: {tokens.num_too_long} examples of more than "
                         f"{config.data.max_length} tokens are left out (data.max_length)"
                     )
-                if not tokens.input_ids:
-                    raise ConfigErrors(
-                        f"data.{split}: must keep an example of at most data.max_length="
-                        f"{config.data.max_length} tokens; all {tokens.num_too_long} are longer; "
-                        f"raise data.max_length"
-                    )
             self.tokens[key] = (found, notes)
         return self.tokens[key]
 
 
 SHARED = Shared()
+
+
+def check_data(jobs: list[Job]) -> None:
+    """Read and tokenise the examples of all runs; those of the last are kept for it.
+
+    Raises:
+        ConfigErrors: nothing to read or too little, nothing that fits `max_length`, of any run.
+    """
+    alike: dict[str, list[Job]] = {}
+    for job in jobs:
+        model = job.config.model
+        key = repr((model.path, model.revision, job.config.data, job.plan.labels))
+        alike.setdefault(key, []).append(job)
+    errors: dict[str, list[str]] = {}
+    for group in alike.values():
+        try:
+            SHARED.splits(group[0].config, group[0].plan.labels)
+        except ConfigErrors as refused:
+            for error in refused.errors:
+                errors.setdefault(error, []).extend(job.label for job in group)
+    refuse(errors, len(jobs))

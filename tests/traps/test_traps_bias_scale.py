@@ -85,6 +85,9 @@ def test_an_r_larger_than_the_layer(falls_in: Falls, tmp_path: Path) -> None:
     (said_so,) = [w for w in planned(folder, "lora.r=17").warnings if w.startswith("lora.r: ")]
     assert "17 is more than the smaller side of 4 modules" in said_so and "k_proj: 16" in said_so
     assert not [w for w in planned(folder, "lora.r=16").warnings if w.startswith("lora.r: ")]
+    patterned = planned(folder, "lora.r=16", "lora.rank_pattern={q_proj:40}").warnings
+    (said_so,) = [w for w in patterned if w.startswith("lora.r: ")]
+    assert "40 is more than the smaller side of 2 modules" in said_so and "q_proj: 32" in said_so
 
 
 @pytest.mark.parametrize("policy", ["all", "lora_only"])

@@ -1,0 +1,166 @@
+"""What a command will do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.table import Table
+
+from lorabench import machine, stages, versions
+from lorabench.show.text import console, dump, quantity, size, whole
+
+if TYPE_CHECKING:
+    from lorabench.smoke import Attempt
+    from lorabench.sweep import Job
+
+
+def plan(
+    jobs: list[Job], packs: list[list[int]], as_json: bool, attempts: Iterable[Attempt] = ()
+) -> None:
+    """What a command will do.
+
+    Args:
+        attempts: of --smoke, one a pack, made while they are shown.
+    """
+    peak = machine.matmul_flops()
+    plans = [
+        job.plan.model_dump() | {"label": job.label, "seconds": _seconds(job, peak)} for job in jobs
+    ]
+    if as_json:
+        named = [[jobs[i].plan.run_id for i in members] for members in packs]
+        content = {"runs": plans, "packs": named, "seconds": sum(p["seconds"] for p in plans)}
+        content |= {"versions": versions.shown()}
+        tried = [dataclasses.asdict(attempt) for attempt in attempts]
+        dump(content | ({"smoke": tried} if tried else {}))
+        return
+    out = console()
+    first = jobs[0]
+    models = ", ".join(dict.fromkeys(job.plan.model for job in jobs))
+    table = Table(
+        title=f"{len(jobs)} run{'s' if len(jobs) > 1 else ''} on {models}", title_justify="left"
+    )
+    for name in ("run", "what", "modules", "trainable", "scale", "head", "memory", "seconds"):
+        justify: Literal["left", "right"] = "left" if name in ("run", "what", "head") else "right"
+        table.add_column(name, justify=justify, no_wrap=name == "run")
+    for job, planned in zip(jobs, plans, strict=True):
+        head = job.plan.head
+        table.add_row(
+            job.plan.run_id,
+            job.label,
+            str(len(job.plan.lora_modules)),
+            quantity(job.plan.trainable_parameters),
+            _scale(job.plan),
+            f"{head.policy}{', tied' if head.tied else ''}",
+            f"~{size(job.plan.memory_bytes)}",
+            f"~{planned['seconds']:.0f}",
+        )
+    whole(out, table, ("seconds", "scale", "modules", "head", "memory"))
+    for text in _each(jobs, _base):
+        out.print(f"base      {text}")
+    for text in _each(jobs, _training):
+        out.print(f"training  {text}")
+    for text in dict.fromkeys(stages.describe(job.config.stages) for job in jobs):
+        if text:
+            out.print(f"stages    {text}")
+    if first.plan.labels:
+        out.print(f"classes   {len(first.plan.labels)}: {', '.join(first.plan.labels[:12])}")
+    for policy in dict.fromkeys(job.plan.head.policy for job in jobs):
+        head = next(job.plan.head for job in jobs if job.plan.head.policy == policy)
+        out.print(f"head      {policy} ({head.module}): {head.consequence}")
+    sizes = ", ".join(str(len(members)) for members in packs)
+    if len(jobs) > 1:
+        out.print(f"packs     runs that train together: {sizes}")
+    for reason in dict.fromkeys(job.plan.alone for job in jobs if job.plan.alone):
+        who = next(job.label for job in jobs if job.plan.alone == reason)
+        out.print(f"alone     {who}: {reason}")
+    answers = Counter(answer for job in jobs for answer in job.plan.exports.items())
+    for (kind, reason), number in answers.items():
+        if reason != "yes":
+            out.print(f"export    {number} run{'s' if number > 1 else ''}, no {kind}: {reason}")
+    for modules, count in _module_sets(jobs):
+        out.print(f"modules   {count}: {_shorten(modules)}")
+    out.print(
+        f"folder    {Path(first.plan.folder).parent}, "
+        f"~{size(sum(j.plan.disk_bytes for j in jobs))} in all"
+    )
+    out.print(f"tracker   {first.plan.tracker}")
+    installed = ", ".join(f"{name} {version}" for name, version in versions.shown().items())
+    out.print(f"versions  {installed}")
+    total_seconds = sum(p["seconds"] for p in plans)
+    out.print(
+        f"time      ~{total_seconds:.0f} s for all runs, from a short measurement of this machine"
+    )
+    for warning in dict.fromkeys(w for job in jobs for w in job.plan.warnings):
+        out.print(f"warning   {warning}", style="yellow")
+    if len(jobs) > 1 or first.plan.lora_modules:
+        out.print("`--json` lists every adapted module.", style="dim")
+    for attempt in attempts:
+        out.print(f"smoke     {attempt}", style="red" if attempt.error else None, soft_wrap=True)
+
+
+def _each(jobs: list[Job], describe: Callable[[Job], str]) -> list[str]:
+    """What jobs are told by, each once; where they differ, of how many of them."""
+    told = Counter(describe(job) for job in jobs)
+    if len(told) == 1:
+        return list(told)
+    return [f"{count} run{'s' if count > 1 else ''}: {text}" for text, count in told.items()]
+
+
+def _base(job: Job) -> str:
+    model = job.config.model
+    parameters = quantity(job.plan.total_parameters)
+    return f"{job.plan.model}: {parameters} parameters, {model.dtype}, {model.path}"
+
+
+def _training(job: Job) -> str:
+    trainer = job.config.trainer
+    return (
+        f"{trainer.steps} steps of {trainer.batch_size} examples, "
+        f"lr {trainer.lr:g} {trainer.schedule}, computed in {trainer.dtype}"
+    )
+
+
+def _scale(made: Any) -> str:
+    """The effective scale, or its range where patterns give modules their own."""
+    own = {*made.scales.values()}
+    if len(made.scales) < len(made.lora_modules):
+        own.add(made.scale)
+    low, high = f"{min(own):g}", f"{max(own):g}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _module_sets(jobs: list[Job]) -> list[tuple[list[str], str]]:
+    sets: dict[tuple[str, ...], int] = {}
+    for job in jobs:
+        key = tuple([*job.plan.lora_modules, *(f"{m} (in full)" for m in job.plan.saved_modules)])
+        sets[key] = sets.get(key, 0) + 1
+    return [(list(key), f"{count} run{'s' if count > 1 else ''}") for key, count in sets.items()]
+
+
+def _shorten(modules: list[str]) -> str:
+    """Modules with their layer numbers folded: layers.{0-3}.self_attn.q_proj."""
+    import re
+
+    groups: dict[str, list[int]] = {}
+    for name in modules:
+        found = re.search(r"\.(\d+)\.", name)
+        key = name if found is None else f"{name[: found.start(1)]}#{name[found.end(1) :]}"
+        groups.setdefault(key, []).append(-1 if found is None else int(found[1]))
+    parts = []
+    for key, numbers in groups.items():
+        low, high = min(numbers), max(numbers)
+        whole = len(numbers) == high - low + 1
+        folded = f"{low}-{high}" if whole else ",".join(map(str, numbers))
+        parts.append(key.replace("#", f"{{{folded}}}" if len(numbers) > 1 else str(low)))
+    return ", ".join(parts)
+
+
+def _seconds(job: Job, peak: float) -> float:
+    """A rough time: training FLOPs at a third of the peak, plus a per-step overhead."""
+    steps = job.config.trainer.steps
+    overhead = 0.0003 * len(job.plan.lora_modules) + 0.003
+    return job.plan.train_flops / (peak / 3) + steps * overhead + 2.0

@@ -1,0 +1,150 @@
+"""What runs did: their status, and their settings compared."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from lorabench.compare import HIGHER_IS_BETTER
+from lorabench.show.text import console, dump, quantity, setting, size, whole, with_spread
+
+if TYPE_CHECKING:
+    from lorabench.record import Record
+
+COLOURS = {"finished": "green", "failed": "red", "interrupted": "yellow", "stopped": "yellow"}
+
+
+def runs(found: list[tuple[Path, Record]], as_json: bool) -> None:
+    """Status of every run."""
+    from lorabench import compare
+
+    table = compare.table([record for _, record in found])
+    if as_json:
+        dump(
+            [
+                {
+                    "run_id": r.run_id,
+                    "folder": str(path),
+                    "status": r.status,
+                    "error": r.error,
+                    "steps_done": r.steps_done,
+                    "seeds": r.seeds,
+                    "setting": one["setting"],
+                }
+                for (path, r), one in zip(found, table["runs"], strict=True)
+            ]
+        )
+        return
+    title = f"{found[0][0].parent}: {len(found)} run{'s' if len(found) > 1 else ''}"
+    out = Table(title=title, title_justify="left")
+    # Streams that have a seed of their own in some run.
+    own = [s for s in found[0][1].seeds if any(r.seeds[s] != r.config["seed"] for _, r in found)]
+    for name in (
+        "run",
+        *_short_keys(_columns(table)),
+        "seed",
+        *(f"seeds.{stream}" for stream in own),
+        "status",
+        "done",
+        "seconds",
+        "error",
+    ):
+        out.add_column(name, no_wrap=name == "run")
+    for (_, record), one in zip(found, table["runs"], strict=True):
+        colour = COLOURS.get(record.status, "cyan")
+        out.add_row(
+            record.run_id,
+            *(setting(one["setting"][key]) for key in _columns(table)),
+            str(record.config["seed"]),
+            *(str(record.seeds[stream]) for stream in own),
+            Text(record.status, colour),
+            f"{record.steps_done}/{record.config['trainer']['steps']}",
+            f"{record.cost.total_seconds:.1f}",
+            record.error or "",
+        )
+    whole(console(), out, ("seconds",))
+
+
+def _columns(table: dict[str, Any]) -> list[str]:
+    """Varied keys worth a column: where model.name tells runs apart, model.path need not."""
+    settings = [one["setting"] for one in table["runs"]]
+
+    def is_told_by(label: str, key: str) -> bool:
+        pairs = {(repr(one[label]), repr(one[key])) for one in settings}
+        return len(pairs) == len({first for first, _ in pairs})
+
+    labels = {key.partition(".")[0]: key for key in table["varied"] if key.endswith(".name")}
+    return [
+        key
+        for key in table["varied"]
+        if (label := labels.get(key.partition(".")[0])) in (None, key)
+        or not is_told_by(str(label), key)
+    ]
+
+
+def _short_keys(keys: list[str]) -> list[str]:
+    """The last part of each dotted key, or all of it where two end alike; a label's group."""
+    keys = [key.removesuffix(".name") for key in keys]
+    last = [key.rpartition(".")[2] for key in keys]
+    names = [key if last.count(short) > 1 else short for key, short in zip(keys, last, strict=True)]
+    return ["head" if name == "policy" else name for name in names]
+
+
+def comparison(table: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """One row a setting; the best mean of each metric is marked."""
+    if as_json:
+        dump(table)
+        return
+    rows = table["rows"]
+    out = console()
+    if not rows:
+        out.print(f"{folder}: no run has finished; lorabench runs {folder} shows their status")
+        return
+    metrics = list(
+        dict.fromkeys((s, n) for row in rows for s in ("test",) for n in row["metrics"].get(s, {}))
+    )
+    settings = f"{len(rows)} setting{'s' if len(rows) > 1 else ''}"
+    title = f"{folder}: {settings}, mean ± standard deviation over seeds"
+    shown = Table(title=title, title_justify="left")
+    columns = _columns(table)
+    for name in _short_keys(columns):
+        shown.add_column(name)
+    for split, name in metrics:
+        arrow = "↑" if name in HIGHER_IS_BETTER else "↓"
+        shown.add_column(f"{split} {name} {arrow}", justify="right")
+    # In a pack nobody has a time of their own: its seconds over its size is a share, called one.
+    packed = any(row["pack_size"]["max"] > 1 for row in rows)
+    timed = ["pack s", "share s"] if packed else ["train s"]
+    for name in ("seeds", "trainable", *timed, "peak memory"):
+        shown.add_column(name, justify="right")
+    best = {}
+    for split, name in metrics:
+        means = [row["metrics"].get(split, {}).get(name, {}).get("mean") for row in rows]
+        known = [m for m in means if m is not None and not math.isnan(m)]
+        if known:
+            best[split, name] = max(known) if name in HIGHER_IS_BETTER else min(known)
+    for row in rows:
+        cells: list[str | Text] = [setting(row["setting"][key]) for key in columns]
+        for split, name in metrics:
+            value = row["metrics"].get(split, {}).get(name)
+            text = "" if value is None else with_spread(value)
+            if value is not None and value["n"] < row["train_seconds"]["n"]:
+                text += f" ({value['n']} of {row['train_seconds']['n']} finite)"
+            is_best = value is not None and value["mean"] == best.get((split, name))
+            cells.append(Text(text, "bold") if is_best and len(rows) > 1 else text)
+        count = row["train_seconds"]["n"]
+        cells += [
+            str(count),
+            quantity(row["trainable_parameters"]),
+            f"{row['train_seconds']['mean']:.1f}",
+            *([f"{row['train_seconds_share']['mean']:.1f}"] if packed else []),
+            size(row["peak_memory_bytes"]["max"]),
+        ]
+        shown.add_row(*cells)
+    whole(out, shown, ("share s", "peak memory", *timed, "trainable"))
+    for status, ids in table["left_out"].items():
+        out.print(f"left out, {status}: {', '.join(ids)}", style="yellow")
