@@ -411,6 +411,16 @@ def test_examples_that_cannot_be_used_are_told_for_all_runs_before_any_starts(js
     assert not list((tmp_path / "out").rglob("record.json"))
 
 
+@pytest.mark.parametrize("verb", ["plan", "train"])
+def test_an_experiment_without_m_is_said_to_be_one_run_of_a_sweep(verb, tmp_path):
+    words = [*SMOKE, "experiment=lm_head", f"output_dir={tmp_path}"]
+    said = say(verb, *words)
+    assert said.code == 0
+    first = said.err.splitlines()[0]
+    assert first == "one run of a sweep over head, lora.r, seed; -m runs them all"
+    assert "one run of" not in say("plan", "-m", *words).err
+
+
 def test_runs_tells_apart_what_differs_in_one_seed_or_in_steps(tmp_path):
     grid = ["seeds.data=0,1", "trainer.steps=1,2"]
     assert say("train", "-m", *SMOKE, *grid, f"output_dir={tmp_path}").code == 0

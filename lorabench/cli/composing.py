@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def compose(arguments: list[str]) -> tuple[list[Any], list[str]]:
     from hydra import initialize_config_dir
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import open_dict
 
     refuse_values(arguments)
     multirun = any(a in ("-m", "--multirun") for a in arguments)
@@ -64,7 +66,11 @@ def compose(arguments: list[str]) -> tuple[list[Any], list[str]]:
     register()
     with initialize_config_dir(conf_folder(), version_base="1.3", job_name="plan"):
         if not multirun:
-            return [hydra_compose("train", overrides)], [" ".join(overrides) or "defaults"]
+            whole = hydra_compose("train", overrides, return_hydra_config=True)
+            say_if_sweep(whole.hydra)
+            with open_dict(whole):
+                del whole["hydra"]
+            return [whole], [" ".join(overrides) or "defaults"]
         fixed = [
             o
             for o in OverridesParser.create().parse_overrides(overrides)
@@ -78,6 +84,12 @@ def compose(arguments: list[str]) -> tuple[list[Any], list[str]]:
         parsed = OverridesParser.create().parse_overrides(lines)
         (jobs,) = BasicSweeper.split_arguments(parsed, None)
         return [hydra_compose("train", job) for job in jobs], [" ".join(job) for job in jobs]
+
+
+def say_if_sweep(hydra: Any) -> None:
+    """Say of a single run whose experiment is a sweep that it is one run, and how to get all."""
+    if params := hydra.sweeper.get("params"):
+        print(f"one run of a sweep over {', '.join(params)}; -m runs them all", file=sys.stderr)
 
 
 def pack_size(arguments: list[str]) -> int:

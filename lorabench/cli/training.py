@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lorabench.cli.composing import compose, conf_folder, pack_size, refuse_values, register
+from lorabench.cli.composing import (
+    compose,
+    conf_folder,
+    pack_size,
+    refuse_values,
+    register,
+    say_if_sweep,
+)
 from lorabench.cli.mistakes import fail
 
 PLAN_FLAGS = ("-m", "--multirun", "--json", "--smoke", "-h", "--help")
@@ -31,8 +38,13 @@ class Train:
     def __call__(self, cfg: Any) -> dict[str, Any]:
         """One run by itself, or under another launcher than packed."""
         from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
 
-        overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+        overrides = []
+        if HydraConfig.initialized():
+            overrides = HydraConfig.get().overrides.task
+            if HydraConfig.get().mode is RunMode.RUN:
+                say_if_sweep(HydraConfig.get())
         kept, packs = self.plan([cfg], [" ".join(overrides) or "defaults"])
         return kept[0] if kept else self.run(packs[0])[0]
 
