@@ -192,7 +192,7 @@ def stock_steps(model: Any, source: Iterator[dict], config: Any, device: str) ->
 def run_solo(config: Any, splits: Any, pad_id: int, compiled: bool) -> dict[str, Any]:
     """(c): lorabench's own pack of one, bare."""
     from lorabench import runner
-    from lorabench.evaluate import evaluate
+    from lorabench.evaluate import evaluate, summarise
     from lorabench.train import train
 
     base, _ = runner.SHARED.base(config, "cpu")
@@ -204,7 +204,7 @@ def run_solo(config: Any, splits: Any, pad_id: int, compiled: bool) -> dict[str,
     tokenizer, nll = runner.SHARED.tokenizer(config), {}
     for split in ("validation", "test"):
         (table,) = evaluate(pack, splits[split], tokenizer, pad_id, ["nll"])
-        nll[split] = float(table["nll"].mean())
+        nll[split] = summarise(table, ["nll"])["nll"][0]
     late = [b - a for a, b in itertools.pairwise(ends)][len(losses) // 2 :]
     return {"losses": losses[:SAME_STEPS], "nll": nll, "step_seconds": statistics.median(late)}
 

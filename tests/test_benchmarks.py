@@ -40,6 +40,17 @@ def test_losses_agree_only_within_rounding(
     assert bench.agreement({"x": [2.0, 1.0]}, found, "float32")["agree"] is agree
 
 
+@pytest.mark.slow
+def test_every_contender_does_the_same_work(bench: Any) -> None:
+    processes = bench.Processes(1, 12, bench.QUICK)
+    found = {name: processes.run(name)["runs"] for name in ("a", "stock", "b", "own", "c", "d4")}
+    losses = {name: {run: r["losses"] for run, r in runs.items()} for name, runs in found.items()}
+    for name, mine in losses.items():
+        assert bench.agreement(losses["a"], mine, "float32")["agree"], name
+    for run, one in found["a"].items():  # two dozen steps on: rounding, grown
+        assert found["c"][run]["nll"] == pytest.approx(one["nll"], rel=1e-2)
+
+
 def test_nothing_compared_is_no_agreement(bench: Any) -> None:
     assert not bench.agreement({}, {}, "float32")["agree"]
 

@@ -69,6 +69,16 @@ def test_an_unknown_verb_names_the_verbs_and_the_nearest(word, meant):
 
 # --- mistakes --------------------------------------------------------------------------------
 
+
+def test_every_override_that_is_refused_is_told_at_once(tmp_path, no_model):
+    wrong = ["trainer.lr=abc", "trainer.steps=1.5", "head=inc", "lora.r=4,x", "lora.rr=3"]
+    said = say("train", "-m", *SMOKE, f"output_dir={tmp_path}", *wrong)
+    assert said.code == 2 and said.out == ""
+    keys = [word.partition("=")[0] for word in wrong]
+    assert sorted(line.partition(":")[0] for line in said.lines) == sorted(keys)
+    assert untouched(tmp_path)
+
+
 MISTAKES = [  # override, how the one line begins, what it must also hold
     ("head=exlude", "head: must be one of exclude, full, lora", "(did you mean 'exclude'?)"),
     ("data=metamath", "data: must be one of", "(did you mean 'metamathqa'?)"),

@@ -50,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
             ]
         )
     atexit.register(gc.freeze)  # leaving would search all objects once more, for most of a second
-    return guarded(lambda: handlers[verb](arguments[1:]))
+    composed = arguments[1:] if verb in ("train", "plan") else None
+    return guarded(lambda: handlers[verb](arguments[1:]), composed)
 
 
 def _overview() -> argparse.ArgumentParser:

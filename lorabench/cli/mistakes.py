@@ -16,8 +16,12 @@ def fail(lines: list[str], code: int = 2) -> int:
     return code
 
 
-def guarded(act: Callable[[], int]) -> int:
-    """Run a verb; mistakes become lines on stderr, a traceback only with HYDRA_FULL_ERROR=1."""
+def guarded(act: Callable[[], int], overrides: list[str] | None = None) -> int:
+    """Run a verb; mistakes become lines on stderr, a traceback only with HYDRA_FULL_ERROR=1.
+
+    Args:
+        overrides: what the verb composes configs from, if it does.
+    """
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises to us instead of printing and exiting
     try:
@@ -30,17 +34,48 @@ def guarded(act: Callable[[], int]) -> int:
     except Exception as error:
         if wants_traceback:
             raise
-        lines = _explain(error)
-        if lines is None:
-            first = (str(error).strip().splitlines() or [""])[0]
-            lines = [
-                f"lorabench: {type(error).__name__}: {first}",
-                "This is a defect of lorabench or of a library; HYDRA_FULL_ERROR=1 shows where.",
-            ]
-        return fail(lines)
+        failure = error
     finally:
         if not wants_traceback:
             os.environ.pop("HYDRA_FULL_ERROR", None)
+    # Outside the handler, or what fails below would carry this failure along.
+    return fail(_told(failure, overrides or []))
+
+
+def _told(failure: Exception, overrides: list[str]) -> list[str]:
+    lines = _explain(failure)
+    if lines is None:
+        first = (str(failure).strip().splitlines() or [""])[0]
+        return [
+            f"lorabench: {type(failure).__name__}: {first}",
+            "This is a defect of lorabench or of a library; HYDRA_FULL_ERROR=1 shows where.",
+        ]
+    return _with_further(lines, overrides) if _is_hydras(failure) else lines
+
+
+def _is_hydras(error: BaseException) -> bool:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    return isinstance(error, (HydraException, OmegaConfBaseException))
+
+
+def _with_further(lines: list[str], overrides: list[str]) -> list[str]:
+    """All overrides that Hydra refuses: it tells of the first, and is asked again without it."""
+    from lorabench.cli.composing import compose
+
+    found = list(lines)
+    rest = [word for word in overrides if "=" in word or word in ("-m", "--multirun")]
+    while True:
+        refused = {line.partition(":")[0] for line in found}
+        left = [word for word in rest if word.lstrip("+~").partition("=")[0] not in refused]
+        if left == rest:  # not about an override, or all composes
+            return found
+        rest = left
+        try:
+            compose(rest)
+        except Exception as error:
+            found += [line for line in _explain(error) or [] if line not in found]
 
 
 def _unreadable(override: str, reason: str) -> str:
@@ -79,7 +114,6 @@ def _explain(error: BaseException) -> list[str] | None:
                 "or choose another folder, and repeat the command"
             ]
     import hydra.errors
-    import omegaconf.errors
 
     for link in chain:
         if isinstance(link, hydra.errors.OverrideParseException) and "=" in link.override:
@@ -130,7 +164,7 @@ def _explain(error: BaseException) -> list[str] | None:
             f"{found[1]}: no such group or file; "
             "`lorabench train --info defaults-tree` shows what there is"
         ]
-    if isinstance(error, (hydra.errors.HydraException, omegaconf.errors.OmegaConfBaseException)):
+    if _is_hydras(error):
         shown = [line.strip() for line in str(error).splitlines() if line.strip()]
         cause = error.__cause__
         if cause is not None and str(cause).strip() and str(cause).splitlines()[0] not in shown:
