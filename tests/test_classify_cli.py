@@ -86,7 +86,8 @@ def test_a_run_that_cannot_pack_classifies_alone(
     assert set(record["metrics"]["test"]) == {"nll", "accuracy"}
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # transformers 5.17's DeBERTa
+# transformers 5.17's DeBERTa is scripted.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_deberta_classifies_alone(
     classifiers: dict[str, Path], texts: Path, tmp_path: Path
 ) -> None:
