@@ -82,7 +82,7 @@ def steps(folder: Path, pack: str | None = None) -> dict[int, Path]:
     found = {}
     for place in (_beside(folder, "old"), folder):
         try:
-            content = json.loads((place / "checkpoint.json").read_text())
+            content = _content(place)
         except (OSError, ValueError):
             continue
         if pack is None or content["fingerprint"].get("pack") == pack:
@@ -90,14 +90,13 @@ def steps(folder: Path, pack: str | None = None) -> dict[int, Path]:
     return found
 
 
-def stopped(folder: Path, step: int) -> dict[str, Any] | None:
-    """Where a run had stopped before this step of its pack, and why; None where it had not."""
-    return json.loads((steps(folder)[step] / "checkpoint.json").read_text()).get("stopped")
+def told(folder: Path, step: int) -> dict[str, Any]:
+    """What was written beside the state: `cost`, and `stopped`, None of a run that went on."""
+    return _content(steps(folder)[step])
 
 
-def cost(folder: Path, step: int) -> dict[str, Any]:
-    """What training had taken up to this step."""
-    return json.loads((steps(folder)[step] / "checkpoint.json").read_text()).get("cost", {})
+def _content(place: Path) -> dict[str, Any]:
+    return json.loads((place / "checkpoint.json").read_text())
 
 
 def load(folder: Path, step: int, fingerprint: dict[str, Any]) -> dict[str, Tensor]:
@@ -109,7 +108,7 @@ def load(folder: Path, step: int, fingerprint: dict[str, Any]) -> dict[str, Tens
     from safetensors.torch import load_file
 
     place = steps(folder)[step]
-    content = json.loads((place / "checkpoint.json").read_text())
+    content = _content(place)
     found = differences(content["fingerprint"], fingerprint)
     if found:
         raise Mismatch(_refusal(place, found))
@@ -128,7 +127,7 @@ def check(folder: Path, pack: str, planned: dict[str, Any]) -> list[str]:
     """
     errors = []
     for place in steps(folder, pack).values():
-        saved = json.loads((place / "checkpoint.json").read_text())["fingerprint"]
+        saved = _content(place)["fingerprint"]
         known = {key: value for key, value in saved.items() if key in planned}
         if found := differences(known, planned):
             errors.append(_refusal(place, found))

@@ -5,7 +5,6 @@ Imports without torch. The run folder is the truth; everything else is a view of
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -16,11 +15,12 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
+
+from lorabench.versions import installed
 
 SCHEMA_VERSION = 1
 PACKAGES = (
@@ -220,14 +220,9 @@ def provenance(device: str) -> dict[str, Any]:
     }
 
 
-@cache
 def versions() -> dict[str, str]:
-    """The packages this process runs with; reading their metadata takes milliseconds."""
-    found = {}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+    """The packages this process runs with."""
+    return {name: version for name in PACKAGES if (version := installed(name))}
 
 
 @cache

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorabench import adapters, data, machine
 from lorabench import model as base_model
-from lorabench.config import ConfigErrors
+from lorabench.config import ConfigErrors, first_line
 from lorabench.pack import Batch
 from lorabench.pack.solo import autocast
 from lorabench.runner import SHARED, make_pack
@@ -68,8 +68,7 @@ def attempt(jobs: list[Job]) -> Attempt:
         error = "; ".join(refused.errors)
     except Exception as failure:
         log.info("smoke failed", exc_info=True)
-        first = (str(failure).strip().splitlines() or [""])[0]
-        error = f"{type(failure).__name__}: {first}"
+        error = f"{type(failure).__name__}: {first_line(failure, None)}"
     ids, steps = [job.plan.run_id for job in jobs], shortened[0].config.trainer.steps
     return Attempt(ids, steps, error, difference, time.perf_counter() - begun)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,27 +56,20 @@ def plan_jobs(composed: list[DictConfig], labels: list[str]) -> list[Job]:
         ConfigErrors: everything wrong with any of them, each error once.
     """
     labels = distinct(labels)
-    errors: dict[str, list[str]] = {}
+    mistakes = Mistakes(len(composed))
     jobs: list[Job] = []
     typed: list[tuple[Config, str]] = []
     for cfg, label in zip(composed, labels, strict=True):
-        try:
+        with mistakes.of(label):
             config = configs.typed(cfg)
-            found = plan.check(config)
-            if found:
+            if found := plan.check(config):
                 raise ConfigErrors(found)
             typed.append((config, label))
-        except ConfigErrors as refused:
-            for error in refused.errors:
-                errors.setdefault(error, []).append(label)
-    if not errors:
-        for config, label in typed:
-            try:
-                jobs.append(Job(config, label, plan.make(config)))
-            except ConfigErrors as refused:
-                for error in refused.errors:
-                    errors.setdefault(error, []).append(label)
-    refuse(errors, len(composed))
+    mistakes.refuse()
+    for config, label in typed:
+        with mistakes.of(label):
+            jobs.append(Job(config, label, plan.make(config)))
+    mistakes.refuse()
     return jobs
 
 
@@ -85,18 +80,30 @@ def distinct(labels: list[str]) -> list[str]:
     return [" ".join(word for word in label if word not in common) or "defaults" for label in words]
 
 
-def refuse(errors: dict[str, list[str]], total: int) -> None:
-    """Raise what is wrong with some of a command's runs, if anything is.
+class Mistakes:
+    """What is wrong with the runs of a command, gathered over them all."""
 
-    Args:
-        errors: labels of the runs each is about.
-        total: runs of the command.
+    def __init__(self, total: int):
+        self.total = total  # runs of the command
+        self.found: dict[str, list[str]] = {}  # an error, and the labels of the runs it is about
 
-    Raises:
-        ConfigErrors: each error once.
-    """
-    if errors:
-        raise ConfigErrors(_with_runs(error, labels, total) for error, labels in errors.items())
+    @contextmanager
+    def of(self, *labels: str) -> Iterator[None]:
+        """What is refused within is wrong with these runs."""
+        try:
+            yield
+        except ConfigErrors as refused:
+            for error in refused.errors:
+                self.found.setdefault(error, []).extend(labels)
+
+    def refuse(self) -> None:
+        """Raise it all, if there is any.
+
+        Raises:
+            ConfigErrors: each error once.
+        """
+        if self.found:
+            raise ConfigErrors(_with_runs(*one, self.total) for one in self.found.items())
 
 
 def _with_runs(error: str, labels: list[str], total: int) -> str:

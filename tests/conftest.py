@@ -39,7 +39,7 @@ torch.set_num_threads(1)
 
 def composed(*overrides: str) -> config.Config:
     """The typed config of a command line."""
-    (cfg,), _ = cli.compose(list(overrides))
+    (cfg,), *_ = cli.compose(list(overrides))
     return config.typed(cfg)
 
 
@@ -286,6 +286,7 @@ SMOKE = [
     "data.num_validation=16",
     "data.num_test=16",
 ]
+GRID = ["head=exclude,lora", "seed=0,1"]
 SHORT_RUN = [
     "trainer=smoke",
     "trainer.num_threads=1",
@@ -316,6 +317,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable) -> 
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A multirun of four runs; tests may repeat its commands."""
+    folder = tmp_path_factory.mktemp("outputs")
+    said = say("train", "-m", *SMOKE, *GRID, f"output_dir={folder}")
+    assert said.code == 0, said.err
+    assert said.lines[-1] == (
+        f"{folder}/default: 4 of 4 runs done; lorabench compare {folder}/default"
+    )
+    return folder
 
 
 # --- files -----------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def refused(*overrides: str) -> list[str]:
 
 @cache
 def defaults() -> DictConfig:
-    (cfg,), _ = cli.compose([])
+    (cfg,), *_ = cli.compose([])
     return cfg
 
 
@@ -298,7 +298,7 @@ DESIGN_KEYS = [
 
 
 def test_all_keys_of_the_design_are_in_the_composed_config():
-    (cfg,), _ = cli.compose([])
+    (cfg,), *_ = cli.compose([])
     content = OmegaConf.to_container(cfg, resolve=True)
     for key in DESIGN_KEYS:
         node = content
@@ -321,7 +321,7 @@ def test_keys_lists_what_a_composed_config_holds():
             key for name, value in node.items() for key in dotted(value, f"{prefix}{name}.")
         }
 
-    (cfg,), _ = cli.compose([])
+    (cfg,), *_ = cli.compose([])
     assert set(config.keys()) == dotted(OmegaConf.to_container(cfg, resolve=True)) - {""}
 
 

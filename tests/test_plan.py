@@ -229,7 +229,7 @@ def test_a_large_vocabulary_does_not_keep_runs_apart(tmp_path: Path) -> None:
     AutoTokenizer.from_pretrained(base_model.ZOO / "tiny-gemma").save_pretrained(tmp_path)
     batch = ["data.max_length=512", "trainer.batch_size=16", "seed=0,1,2,3"]
     words = ["model=local", f"model.path={tmp_path}", "lora.r=2", *batch]
-    jobs = sweep.plan_jobs(*cli.compose(["-m", *words]))
+    jobs = sweep.plan_jobs(*cli.compose(["-m", *words])[:2])
     # Two such runs of width 32 held 1.5 GB at their peak, four 1.3 GB.
     assert all(job.plan.memory_bytes < 2e9 for job in jobs)
     assert sweep.form_packs(jobs, 16, memory=4_000_000_000) == [[0, 1, 2, 3]]

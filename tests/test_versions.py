@@ -105,7 +105,7 @@ def test_checks_import_neither_torch_nor_transformers() -> None:
     code = (
         "import sys\n"
         "from lorabench import cli, config, plan\n"
-        "(cfg,), _ = cli.compose([])\n"
+        "(cfg,), *_ = cli.compose([])\n"
         "assert plan.check(config.typed(cfg)) == []\n"
         "print(*{'torch', 'transformers', 'peft'} & set(sys.modules))\n"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 def conf_folder() -> str:
@@ -49,7 +49,15 @@ def refuse_values(arguments: list[str]) -> None:
             )
 
 
-def compose(arguments: list[str]) -> tuple[list[Any], list[str]]:
+class Composed(NamedTuple):
+    """What a command line asks for."""
+
+    configs: list[Any]
+    labels: list[str]
+    hydra: Any  # Hydra's own settings
+
+
+def compose(arguments: list[str]) -> Composed:
     """Every config of a command line with its label, as a multirun would make them.
 
     Uses Hydra's own parser and its basic sweeper's product, so `plan` shows what `train` does.
@@ -67,10 +75,10 @@ def compose(arguments: list[str]) -> tuple[list[Any], list[str]]:
     with initialize_config_dir(conf_folder(), version_base="1.3", job_name="plan"):
         if not multirun:
             whole = hydra_compose("train", overrides, return_hydra_config=True)
-            say_if_sweep(whole.hydra)
+            settings = whole.hydra
             with open_dict(whole):
                 del whole["hydra"]
-            return [whole], [" ".join(overrides) or "defaults"]
+            return Composed([whole], [" ".join(overrides) or "defaults"], settings)
         fixed = [
             o
             for o in OverridesParser.create().parse_overrides(overrides)
@@ -83,25 +91,11 @@ def compose(arguments: list[str]) -> tuple[list[Any], list[str]]:
         lines = [f"{key}={value}" for key, value in params.items()] + overrides
         parsed = OverridesParser.create().parse_overrides(lines)
         (jobs,) = BasicSweeper.split_arguments(parsed, None)
-        return [hydra_compose("train", job) for job in jobs], [" ".join(job) for job in jobs]
+        configs = [hydra_compose("train", job) for job in jobs]
+        return Composed(configs, [" ".join(job) for job in jobs], whole.hydra)
 
 
 def say_if_sweep(hydra: Any) -> None:
     """Say of a single run whose experiment is a sweep that it is one run, and how to get all."""
     if params := hydra.sweeper.get("params"):
         print(f"one run of a sweep over {', '.join(params)}; -m runs them all", file=sys.stderr)
-
-
-def pack_size(arguments: list[str]) -> int:
-    """hydra.launcher.pack_size of a command line; 1 under another launcher than packed."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-
-    from hydra_plugins.lorabench_launcher.packed_launcher import PackedLauncherConf
-
-    words = [a for a in arguments if a.startswith(("hydra.launcher", "hydra/launcher"))]
-    if not words:
-        return PackedLauncherConf.pack_size
-    with initialize_config_dir(conf_folder(), version_base="1.3", job_name="plan"):
-        launcher = hydra_compose("train", words, return_hydra_config=True).hydra.launcher
-    return int(launcher.get("pack_size", 1))

@@ -43,11 +43,12 @@ def guarded(act: Callable[[], int], overrides: list[str] | None = None) -> int:
 
 
 def _told(failure: Exception, overrides: list[str]) -> list[str]:
+    from lorabench.config import first_line
+
     lines = _explain(failure)
     if lines is None:
-        first = (str(failure).strip().splitlines() or [""])[0]
         return [
-            f"lorabench: {type(failure).__name__}: {first}",
+            f"lorabench: {type(failure).__name__}: {first_line(failure, None)}",
             "This is a defect of lorabench or of a library; HYDRA_FULL_ERROR=1 shows where.",
         ]
     return _with_further(lines, overrides) if _is_hydras(failure) else lines

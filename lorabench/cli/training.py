@@ -13,7 +13,6 @@ from typing import Any
 from lorabench.cli.composing import (
     compose,
     conf_folder,
-    pack_size,
     refuse_values,
     register,
     say_if_sweep,
@@ -227,13 +226,17 @@ def plan(arguments: list[str]) -> int:
         )
         return 0
     words = [a for a in arguments if a not in ("--json", "--smoke")]
-    planned = sweep.plan_jobs(*compose(words))
+    composed = compose(words)
+    if not {"-m", "--multirun"} & set(words):
+        say_if_sweep(composed.hydra)
+    planned = sweep.plan_jobs(composed.configs, composed.labels)
     first: dict[str, Any] = {}
     for job in planned:
         first.setdefault(job.plan.run_id, job)
     jobs = list(first.values())
     memory = machine.free_memory(machine.choose_device(jobs[0].config.trainer.device))
-    packs = sweep.form_packs(jobs, pack_size(words), memory)
+    limit = composed.hydra.launcher.get("pack_size", 1)  # 1 under another launcher than packed
+    packs = sweep.form_packs(jobs, limit, memory)
     attempts: list[Any] = []
 
     def tried() -> Iterator[Any]:

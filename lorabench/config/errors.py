@@ -14,10 +14,14 @@ class ConfigErrors(ValueError):
         super().__init__("\n".join(self.errors))
 
 
-def first_line(error: BaseException) -> str:
-    """What an exception says first (160 characters), or its kind where it says nothing."""
+def first_line(error: BaseException, most: int | None = 160) -> str:
+    """What an exception says first, or its kind where it says nothing.
+
+    Args:
+        most: characters; None: the whole line.
+    """
     lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
+    return lines[0][:most] if lines else type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:

@@ -237,10 +237,11 @@ def resume(members: list[Member], pack: Any, display: Display) -> int:
         state = checkpoint.load(member.folder / "checkpoint", step, member.fingerprint)
         pack.load_state(run, state)
         member.entry.steps_done = step
-        cost = checkpoint.cost(member.folder / "checkpoint", step)
+        told = checkpoint.told(member.folder / "checkpoint", step)
+        cost = told.get("cost", {})  # checkpoints before this key have none
         member.tokens = cost.get("train_tokens", 0)
         member.earlier_seconds = cost.get("train_seconds", 0.0)
-        if stop := checkpoint.stopped(member.folder / "checkpoint", step):
+        if stop := told.get("stopped"):
             member.entry.steps_done, member.entry.error = stop["steps_done"], stop["error"]
             pack.stop(run)
         modules = pack.modules(run)

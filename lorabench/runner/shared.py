@@ -7,8 +7,8 @@ from typing import Any
 
 from lorabench import data
 from lorabench import model as base_model
-from lorabench.config import Config, ConfigErrors
-from lorabench.sweep import Job, refuse
+from lorabench.config import Config
+from lorabench.sweep import Job, Mistakes
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Shared:
         Args:
             labels: of a classification.
         """
-        key = repr((config.model.path, config.model.revision, config.data, labels))
+        key = _data_key(config, labels)
         if key not in self.tokens:
             self.tokens.clear()
             tokenizer = self.tokenizer(config)
@@ -75,14 +75,13 @@ def check_data(jobs: list[Job]) -> None:
     """
     alike: dict[str, list[Job]] = {}
     for job in jobs:
-        model = job.config.model
-        key = repr((model.path, model.revision, job.config.data, job.plan.labels))
-        alike.setdefault(key, []).append(job)
-    errors: dict[str, list[str]] = {}
+        alike.setdefault(_data_key(job.config, job.plan.labels), []).append(job)
+    mistakes = Mistakes(len(jobs))
     for group in alike.values():
-        try:
+        with mistakes.of(*(job.label for job in group)):
             SHARED.splits(group[0].config, group[0].plan.labels)
-        except ConfigErrors as refused:
-            for error in refused.errors:
-                errors.setdefault(error, []).extend(job.label for job in group)
-    refuse(errors, len(jobs))
+    mistakes.refuse()
+
+
+def _data_key(config: Config, labels: list[str] | None) -> str:
+    return repr((config.model.path, config.model.revision, config.data, labels))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 from conftest import composed
 from safetensors import safe_open
@@ -77,7 +78,6 @@ def test_a_scale_the_converter_does_not_see(
 
 def test_architectures_without_an_output_tensor(falls_in: Falls) -> None:
     """T4.3"""
-    gguf = pytest.importorskip("gguf", reason="T4.3 reads the tables of the converter's library")
     without = {
         gguf.MODEL_ARCH_NAMES[arch]
         for arch, tensors in gguf.MODEL_TENSORS.items()
