@@ -51,6 +51,7 @@ class Plan(BaseModel):
     scales: dict[str, float]  # of modules where a pattern gives another
     head: HeadPlan
     base_bytes: int  # the part of memory_bytes that all runs of a pack share
+    logits_bytes: int = 0  # the part of it for logits, of which a pack has no more than a chunk
     memory_bytes: int  # estimate: base, adapter, optimizer, activations of one micro-batch
     disk_bytes: int  # estimate: what the run folder will hold
     train_flops: float  # estimate: 4 x parameters FLOPs a token, for all steps
@@ -208,10 +209,9 @@ def make(config: Config) -> Plan:
     activation = 2 if config.trainer.dtype == "bfloat16" else weight_bytes
     layers = 1 if config.trainer.gradient_checkpointing else text.num_hidden_layers
     activations = tokens * text.hidden_size * layers * 34 * activation
-    logits = tokens * (len(labels) or text.vocab_size) * 4
-    shared_bytes = RUNTIME_BYTES + sum(p.numel() * p.element_size() for p in base.parameters())
-    if logits > CHUNK_BYTES:  # then a chunk exists at a time, of all runs together
-        shared_bytes, logits = shared_bytes + 3 * CHUNK_BYTES, 0
+    base_bytes = RUNTIME_BYTES + sum(p.numel() * p.element_size() for p in base.parameters())
+    # Logits, their softmax and its gradient; more than a chunk never exists, of all runs together.
+    logits = 3 * min(tokens * (len(labels) or text.vocab_size) * 4, CHUNK_BYTES)
     narrow = _narrow(base, resolved.ranks)
     warnings = [*_warnings(config, base), *narrow, *resolved.left_out]
     saved = [head.module] if head.policy == "full" and head.module else []
@@ -226,11 +226,12 @@ def make(config: Config) -> Plan:
         scale=scale(config.lora),
         scales={n: x for n, x in resolved.scales.items() if x != scale(config.lora)},
         head=head,
-        base_bytes=shared_bytes,
-        memory_bytes=shared_bytes
+        base_bytes=base_bytes,
+        logits_bytes=logits,
+        memory_bytes=base_bytes
         + 4 * weight_bytes * resolved.num_trainable
         + activations
-        + 3 * logits,
+        + logits,
         disk_bytes=weight_bytes
         * resolved.num_trainable
         * (4 if config.trainer.checkpoint_every else 1)

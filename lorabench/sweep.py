@@ -153,6 +153,8 @@ def form_packs(jobs: list[Job], limit: int, memory: int) -> list[list[int]]:
     Raises:
         ConfigErrors: the limit is below 1.
     """
+    from lorabench.pack.head import CHUNK_BYTES
+
     if limit < 1:
         raise ConfigErrors(f"hydra.launcher.pack_size: must be at least 1; got {limit}")
     alike: dict[str, list[int]] = {}
@@ -169,9 +171,13 @@ def form_packs(jobs: list[Job], limit: int, memory: int) -> list[list[int]]:
         shared["trainer"] = {k: v for k, v in shared["trainer"].items() if k not in OWN_TRAINER}
         alike.setdefault(json.dumps(shared, sort_keys=True), []).append(i)
     for members in alike.values():
-        base = min(jobs[i].plan.base_bytes for i in members)
-        each = max(jobs[i].plan.memory_bytes - jobs[i].plan.base_bytes for i in members)
-        fits = max(1, min(limit, (memory - base) // max(1, each)))
+        plans = [jobs[i].plan for i in members]
+        free = memory - min(one.base_bytes for one in plans)
+        each = max(1, *(one.memory_bytes - one.base_bytes - one.logits_bytes for one in plans))
+        logits = max(one.logits_bytes for one in plans)
+        # All runs' logits, or the chunk of them that exists at a time.
+        most = max(free // (each + logits), (free - 3 * CHUNK_BYTES) // each)
+        fits = max(1, min(limit, most))
         count = -(-len(members) // fits)
         size, more = divmod(len(members), count)
         start = 0

@@ -228,8 +228,12 @@ def test_a_large_vocabulary_does_not_keep_runs_apart(tmp_path: Path) -> None:
     LlamaForCausalLM(shape).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(base_model.ZOO / "tiny-gemma").save_pretrained(tmp_path)
     batch = ["data.max_length=512", "trainer.batch_size=16", "seed=0,1,2,3"]
-    words = ["model=local", f"model.path={tmp_path}", "lora.r=2", *batch]
-    jobs = sweep.plan_jobs(*cli.compose(["-m", *words])[:2])
+    words = ["model=local", f"model.path={tmp_path}", "lora.r=2"]
+    jobs = sweep.plan_jobs(*cli.compose(["-m", *words, *batch])[:2])
     # Two such runs of width 32 held 1.5 GB at their peak, four 1.3 GB.
     assert all(job.plan.memory_bytes < 2e9 for job in jobs)
     assert sweep.form_packs(jobs, 16, memory=4_000_000_000) == [[0, 1, 2, 3]]
+    # Nor do runs whose own logits are less than a chunk: twelve have 2.4 GB together.
+    small = ["data.max_length=192", "trainer.batch_size=1", f"seed={','.join(map(str, range(12)))}"]
+    jobs = sweep.plan_jobs(*cli.compose(["-m", *words, *small])[:2])
+    assert sweep.form_packs(jobs, 16, memory=4_000_000_000) == [list(range(12))]
