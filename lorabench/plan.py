@@ -228,10 +228,7 @@ def make(config: Config) -> Plan:
         head=head,
         base_bytes=base_bytes,
         logits_bytes=logits,
-        memory_bytes=base_bytes
-        + 4 * weight_bytes * resolved.num_trainable
-        + activations
-        + logits,
+        memory_bytes=base_bytes + 4 * weight_bytes * resolved.num_trainable + activations + logits,
         disk_bytes=weight_bytes
         * resolved.num_trainable
         * (4 if config.trainer.checkpoint_every else 1)
