@@ -1,11 +1,15 @@
-"""records -> table: one row a setting, its values over seeds. Imports without torch."""
+"""records -> table: one row per setting, its values over seeds. Imports without torch."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
-from lorabench.record import Record
+from lorabench import identity, record
+from lorabench.config import flatten
+from lorabench.record import Evaluation, Record
 
 # Keys that name a place or a machine, or are the seeds a setting is repeated over.
 NOT_A_SETTING = (
@@ -18,27 +22,19 @@ NOT_A_SETTING = (
     "trainer.num_threads",
     "trainer.checkpoint_every",
     "trainer.log_every",
+    "worker.",
 )
 # Metrics where more is better; of the others less is.
 HIGHER_IS_BETTER = {"exact_match", "answer", "accuracy"}
 
 
-def flatten(content: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as dotted keys; lists stay values."""
-    if not isinstance(content, dict):
-        return {prefix[:-1]: content}
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        found |= flatten(value, f"{prefix}{key}.")
-    return found
-
-
-def setting(record: Record) -> dict[str, Any]:
+def setting(one: Record) -> dict[str, Any]:
     """What was chosen for a run, seeds and places aside."""
     return {
         key: value
-        for key, value in flatten(record.config).items()
-        if not any(
+        for key, value in flatten(one.config).items()
+        if not identity.is_of_evaluation(key)
+        and not any(
             key == name or (name.endswith(".") and key.startswith(name)) for name in NOT_A_SETTING
         )
     }
@@ -50,15 +46,15 @@ def settings_of(records: list[Record]) -> list[dict[str, Any]]:
     Where the same words stood for other data or another base (a file that was edited), their
     hashes are part of it: such runs are no repetitions over seeds.
     """
-    settings = [setting(record) for record in records]
-    for key, name in (("data.data_hash", "data"), ("model.base_hash", "base")):
+    settings = [setting(one) for one in records]
+    for key, name in (("data.data_hash", "train"), ("model.base_hash", "base")):
         contents: dict[str, set[str]] = {}
-        for one, record in zip(settings, records, strict=True):
-            if name in record.hashes:
-                contents.setdefault(repr(one), set()).add(record.hashes[name])
+        for words, one in zip(settings, records, strict=True):
+            if name in one.hashes:
+                contents.setdefault(repr(words), set()).add(one.hashes[name])
         if any(len(found) > 1 for found in contents.values()):
-            for one, record in zip(settings, records, strict=True):
-                one[key] = record.hashes.get(name, "")[:8]
+            for words, one in zip(settings, records, strict=True):
+                words[key] = one.hashes.get(name, "")[:8]
     return settings
 
 
@@ -72,46 +68,118 @@ def spread(values: list[float]) -> dict[str, Any]:
     return {"mean": mean, "sd": deviation, "min": min(values), "max": max(values), "n": count}
 
 
+SPLITS = ("validation", "test")
+
+
+def comparable(evaluation: Evaluation, split: str) -> str:
+    """What two evaluations must share for their scores of a split to be compared.
+
+    The batch size is left out: it moves scores by rounding alone.
+    """
+    settings = {
+        key: value
+        for key, value in evaluation.settings.items()
+        if key not in ("examples", "eval_batch_size", "definitions")
+    }
+    scores = evaluation.splits[split]
+    definitions = {name: metric.definition for name, metric in scores.metrics.items()}
+    return identity.short_hash([settings, scores.examples, definitions])
+
+
+def choose_evaluations(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """Choose, per split, the newest evaluation whose settings, examples and definitions all share.
+
+    Returns:
+        By split: `shared`, whether there is such a one (else each run's newest is taken), its
+        `settings`, `ended`, the time of the newest, and `of_runs`, the evaluation by run id.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for split in SPLITS:
+        by_run = {
+            one.run_id: {comparable(e, split): e for e in one.evaluations if split in e.splits}
+            for one in records
+        }
+        by_run = {run: evaluations for run, evaluations in by_run.items() if evaluations}
+        if not by_run:
+            continue
+        common = set.intersection(*(set(evaluations) for evaluations in by_run.values()))
+        newest = {
+            key: max(evaluations[key].ended for evaluations in by_run.values()) for key in common
+        }
+        if newest:
+            # Of two that ended in one second, the one that came later in the record.
+            order = list(next(iter(by_run.values())))
+            key = max(common, key=lambda one: (newest[one], order.index(one)))
+            of_runs = {run: evaluations[key] for run, evaluations in by_run.items()}
+        else:
+            of_runs = {run: list(evaluations.values())[-1] for run, evaluations in by_run.items()}
+        last = max(of_runs.values(), key=lambda one: one.ended)
+        found[split] = {
+            "shared": bool(common),
+            "settings": last.settings,
+            "ended": last.ended,
+            "of_runs": of_runs,
+        }
+    return found
+
+
+def stack_of(one: Record) -> dict[str, Any]:
+    """What else than the config could move a run's numbers: versions, device, threads."""
+    return {"arithmetic": one.arithmetic_version} | record.stack(one.provenance)
+
+
+def usual_stack(records: Sequence[Record]) -> dict[str, Any]:
+    """The stack that most runs come from."""
+    if not records:
+        return {}
+    counts = Counter(repr(stack_of(one)) for one in records)
+    most = counts.most_common(1)[0][0]
+    return next(stack_of(one) for one in records if repr(stack_of(one)) == most)
+
+
+def other_stack(one: Record, usual: dict[str, Any]) -> list[str]:
+    """How a run's stack differs from the usual one, one text per difference."""
+    mine = stack_of(one)
+    return [
+        f"{name} {mine[name]} instead of {usual[name]}"
+        for name in usual
+        if mine.get(name) != usual[name]
+    ]
+
+
 def table(records: list[Record]) -> dict[str, Any]:
-    """The comparison of a sweep.
+    """Return the comparison of a sweep.
 
     Returns:
         varied: keys that differ between runs, seeds aside.
-        rows: one a setting, in the order of the varied keys: setting, seeds, metrics
+        rows: one per setting, in the order of the varied keys: setting, seeds, metrics
             {split: {name: spread}}, trainable_parameters, train_seconds (of the pack), pack_size,
             train_seconds_share (pack seconds / pack size), total_seconds,
-            tokens_per_second, peak_memory_bytes (spreads), runs (ids).
-        runs: one a run: id, setting, seeds, status, metrics, cost.
+            tokens_per_second, peak_memory_bytes (spreads), other_stack (how its runs' versions,
+            device or threads differ from those of most), runs (ids).
+        runs: one per run: id, setting, seeds, status, metrics, cost.
+        evaluations: by split, which evaluation the metrics are of (`choose_evaluations`).
+        notes: what the runs' records say of their data and bases, and of how many runs.
         left_out: runs that did not finish, by status.
     """
     settings = settings_of(records)
     keys = list(dict.fromkeys(key for one in settings for key in one))
     varied = [key for key in keys if len({repr(one.get(key)) for one in settings}) > 1]
+    finished = [one for one in records if one.status == "finished"]
+    chosen, usual = choose_evaluations(finished), usual_stack(finished)
     groups: dict[str, list[int]] = {}
-    for i, record in enumerate(records):
-        if record.status == "finished":
+    for i, one in enumerate(records):
+        if one.status == "finished":
             groups.setdefault(repr([settings[i].get(key) for key in varied]), []).append(i)
     rows = []
     for members in groups.values():
         first = records[members[0]]
-        names = {
-            (split, name)
-            for i in members
-            for split, scores in records[i].metrics.items()
-            for name in scores
-        }
-        metrics: dict[str, dict[str, Any]] = {}
-        for split, name in sorted(names):
-            found = [records[i].metrics.get(split, {}).get(name) for i in members]
-            values = [metric.value for metric in found if metric and metric.value is not None]
-            if values:
-                metrics.setdefault(split, {})[name] = spread(values)
         costs = [records[i].cost for i in members]
         rows.append(
             {
                 "setting": {key: settings[members[0]].get(key) for key in varied},
                 "seeds": sorted({records[i].config["seed"] for i in members}),
-                "metrics": metrics,
+                "metrics": _spreads([_metrics(records[i], chosen) for i in members]),
                 "trainable_parameters": first.plan["trainable_parameters"],
                 "train_seconds": spread([cost.train_seconds for cost in costs]),
                 "pack_size": spread([1 / cost.share for cost in costs]),
@@ -119,34 +187,63 @@ def table(records: list[Record]) -> dict[str, Any]:
                 "total_seconds": spread([cost.total_seconds for cost in costs]),
                 "tokens_per_second": spread([cost.tokens_per_second for cost in costs]),
                 "peak_memory_bytes": spread([float(cost.peak_memory_bytes) for cost in costs]),
+                "other_stack": sorted(
+                    {text for i in members for text in other_stack(records[i], usual)}
+                ),
                 "runs": [records[i].run_id for i in members],
             }
         )
     rows.sort(key=lambda row: [_order(row["setting"][key]) for key in varied])
     left_out: dict[str, list[str]] = {}
-    for record in records:
-        if record.status != "finished":
-            left_out.setdefault(record.status, []).append(record.run_id)
+    for one in records:
+        if one.status != "finished":
+            left_out.setdefault(one.status, []).append(one.run_id)
     return {
         "varied": varied,
         "rows": rows,
         "runs": [
             {
-                "run_id": record.run_id,
+                "run_id": one.run_id,
                 "setting": {key: settings[i].get(key) for key in varied},
-                "seeds": record.seeds,
-                "status": record.status,
-                "metrics": {
-                    split: {name: metric.value for name, metric in scores.items()}
-                    for split, scores in record.metrics.items()
-                },
-                "trainable_parameters": record.plan.get("trainable_parameters"),
-                "cost": record.cost.model_dump(),
+                "seeds": one.seeds,
+                "status": one.status,
+                "metrics": _metrics(one, chosen),
+                "trainable_parameters": one.plan.get("trainable_parameters"),
+                "cost": one.cost.model_dump(),
             }
-            for i, record in enumerate(records)
+            for i, one in enumerate(records)
         ],
+        "evaluations": {
+            split: {key: value for key, value in found.items() if key != "of_runs"}
+            | {"ids": {run: one.id for run, one in found["of_runs"].items()}}
+            for split, found in chosen.items()
+        },
+        "notes": dict(Counter(note for one in finished for note in one.notes)),
         "left_out": left_out,
     }
+
+
+def _metrics(one: Record, chosen: dict[str, dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """A run's values of the chosen evaluations: split -> name -> value."""
+    found = {}
+    for split in chosen:
+        evaluation = chosen[split]["of_runs"].get(one.run_id)
+        if evaluation is not None:
+            scores = evaluation.splits[split].metrics
+            found[split] = {name: metric.value for name, metric in scores.items()}
+    return found
+
+
+def _spreads(members: list[dict[str, dict[str, float | None]]]) -> dict[str, dict[str, Any]]:
+    """Spread over the runs of a setting, by split and name."""
+    names = sorted({(split, name) for one in members for split in one for name in one[split]})
+    found: dict[str, dict[str, Any]] = {}
+    for split, name in names:
+        values = [one.get(split, {}).get(name) for one in members]
+        known = [value for value in values if value is not None]
+        if known:
+            found.setdefault(split, {})[name] = spread(known)
+    return found
 
 
 def _order(value: Any) -> tuple[int, float, str]:

@@ -111,6 +111,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def release_memory() -> None:
+    """Give memory that torch keeps for later back to the device."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def matmul_flops() -> float:
     """Matrix-multiplication FLOPs a second of the device that will train, measured briefly."""
     import torch

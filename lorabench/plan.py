@@ -1,31 +1,22 @@
 """config -> Plan: what a run will do, resolved and checked before anything trains.
 
-The run id and the checks of names and files need no torch; modules and counts are read off a
-skeleton of the base on the meta device, so no weights are loaded.
+Modules and counts are read off a skeleton of the base on the meta device, so no weights are loaded.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from lorabench import data, formats, machine, stages, versions
+from lorabench import data, formats, identity, machine, stages, versions
 from lorabench import model as base_model
-from lorabench.config import Config, ConfigErrors, ModelConfig, lora_alpha, model_name, scale
+from lorabench.config import Config, ConfigErrors, ModelConfig, model_name, scale
 
 RUNTIME_BYTES = 450_000_000  # Python, torch and transformers themselves
-# Keys of a config that never change a result.
-NOT_DECIDING = {
-    "trainer": {"device", "num_threads", "checkpoint_every", "log_every"},
-    "model": {"path", "name", "revision"},
-    "data": {"name", "train", "validation", "test"},
-}
 
 
 class HeadPlan(BaseModel):
@@ -41,6 +32,9 @@ class Plan(BaseModel):
     """What one run will do."""
 
     run_id: str
+    evaluation_id: str
+    evaluation: dict[str, Any]  # what decides the scores
+    contents: dict[str, str]  # hashes of base, tokenizer and the examples of each split
     folder: str
     model: str
     lora_modules: list[str]
@@ -61,33 +55,6 @@ class Plan(BaseModel):
     alone: str | None  # why the run cannot share a base forward; None: it packs
     exports: dict[str, str]  # adapter, merged, gguf: yes, or why not
     pack: dict[str, Any] = {}  # once it is formed: id, size, members
-
-
-def deciding(config: Config) -> dict[str, Any]:
-    """What decides a run's result, canonically: the content the run id is the hash of."""
-    content = dataclasses.asdict(config)
-    for group, keys in NOT_DECIDING.items():
-        content[group] = {k: v for k, v in content[group].items() if k not in keys}
-    lora = content["lora"]
-    lora["lora_alpha"] = lora_alpha(config.lora)
-    del lora["alpha_ratio"]
-    content["model"] |= base_model.identity(config.model)
-    content["stages"] = stages.canonical(config.stages)
-    content["data"]["content"] = data.content_hash(config.data)
-    for key in ("tracker", "output_dir", "sweep", "seed"):
-        del content[key]
-    return content
-
-
-def run_id(config: Config) -> str:
-    """First 12 hex digits of sha256 over the canonical JSON of what decides the result."""
-    text = json.dumps(deciding(config), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def folder(config: Config) -> Path:
-    """Where the run's files lie."""
-    return Path(config.output_dir) / config.sweep / run_id(config)
 
 
 def check(config: Config) -> list[str]:
@@ -116,20 +83,6 @@ def _writable(place: Path) -> bool:
         return False
 
 
-@lru_cache(maxsize=8)
-def _skeleton(key: str, classes: int) -> Any:
-    return base_model.skeleton(ModelConfig(**json.loads(key)), classes)
-
-
-def skeleton(model: ModelConfig, classes: int = 0) -> Any:
-    """The base on the meta device, built once for all runs of a process.
-
-    Args:
-        classes: of a classification; 0: a language model.
-    """
-    return _skeleton(json.dumps(dataclasses.asdict(model), sort_keys=True), classes)
-
-
 class Resolved(NamedTuple):
     """What PEFT makes of a run's settings, learnt on a skeleton."""
 
@@ -142,110 +95,176 @@ class Resolved(NamedTuple):
     ranks: dict[str, int]
 
 
-_RESOLVED: dict[str, Resolved] = {}
+class Planner:
+    """Plans the runs of one command; skeletons, and what was learnt on them, are kept for all."""
 
+    def __init__(self) -> None:
+        self.wrapped: dict[Any, Any] = {}  # skeletons with an adapter: adapters.attach_skeleton
+        self._skeletons: dict[str, Any] = {}
+        self._resolved: dict[str, Resolved] = {}
+        self._plans: dict[str, Plan] = {}
 
-def _resolve(config: Config, base: Any) -> Resolved:
-    """Names, counts and reasons of a run.
+    def skeleton(self, model: ModelConfig, classes: int = 0) -> Any:
+        """Return the base on the meta device, built once.
 
-    Learnt on a skeleton, once per distinct adapter.
-    """
-    from lorabench import adapters
-    from lorabench.pack import why_alone
+        Args:
+            classes: of a classification; 0: a language model.
+        """
+        key = json.dumps([dataclasses.asdict(model), classes], sort_keys=True)
+        if key not in self._skeletons:
+            self._skeletons[key] = base_model.skeleton(model, classes)
+        return self._skeletons[key]
 
-    groups = (config.model, config.target_modules, config.head, config.lora)
-    key = json.dumps([dataclasses.asdict(group) for group in groups], sort_keys=True)
-    key += f" {config.task} {base.config.num_labels}"
-    if key not in _RESOLVED:
-        too_old = versions.too_old_for_experts()
-        if too_old and adapters.experts(base):
-            raise ConfigErrors(f"model.path: '{model_name(config.model)}': {too_old}")
-        modules = adapters.resolve_modules(base, config)
-        wrapped = adapters.attach_skeleton(base, config, modules)
-        adapters.check_bias(base, config, modules)
-        adapters.check_init(base, config, modules)
-        adapters.check_saved(wrapped, base, config)
-        found = adapters.trainable(wrapped)
-        trained = list(dict.fromkeys(map(adapters.owner, found)))
-        count = sum(p.numel() for p in found.values())
-        alone = why_alone(base, config, modules, wrapped)
-        layers = adapters.lora_layers(wrapped)
-        scales = {name: float(layers[name].scaling[adapters.ADAPTER]) for name in modules}
-        ranks = {name: int(layers[name].r[adapters.ADAPTER]) for name in modules}
-        notes = adapters.notes(base, modules)
-        _RESOLVED[key] = Resolved(modules, trained, count, alone, notes, scales, ranks)
-    return _RESOLVED[key]
+    def make(self, config: Config) -> Plan:
+        """Resolve one run; the same config gives the same plan for as long as the planner lives.
+
+        Raises:
+            ConfigErrors: names that match nothing, a base that cannot be had, options that would
+                train nothing, modules that no stage trains.
+        """
+        key = json.dumps(dataclasses.asdict(config), sort_keys=True)
+        if key not in self._plans:
+            self._plans[key] = self._make(config)
+        return self._plans[key]
+
+    def _resolve(self, config: Config, base: Any) -> Resolved:
+        """Names, counts and reasons of a run, learnt once per distinct adapter."""
+        from lorabench import adapters
+        from lorabench.pack import why_alone
+
+        groups = (config.model, config.target_modules, config.head, config.lora)
+        key = json.dumps([dataclasses.asdict(group) for group in groups], sort_keys=True)
+        key += f" {config.task} {base.config.num_labels}"
+        if key not in self._resolved:
+            too_old = versions.too_old_for_experts()
+            if too_old and adapters.experts(base):
+                raise ConfigErrors(f"model.path: '{model_name(config.model)}': {too_old}")
+            modules = adapters.resolve_modules(base, config)
+            wrapped = adapters.attach_skeleton(base, config, modules, self.wrapped)
+            adapters.check_bias(base, config, modules)
+            adapters.check_init(base, config, modules)
+            adapters.check_saved(wrapped, base, config)
+            found = adapters.trainable(wrapped)
+            trained = list(dict.fromkeys(map(adapters.owner, found)))
+            count = sum(p.numel() for p in found.values())
+            alone = why_alone(base, config, modules, wrapped)
+            layers = adapters.lora_layers(wrapped)
+            scales = {name: float(layers[name].scaling[adapters.ADAPTER]) for name in modules}
+            ranks = {name: int(layers[name].r[adapters.ADAPTER]) for name in modules}
+            notes = adapters.notes(base, modules)
+            self._resolved[key] = Resolved(
+                modules, trained, count, alone, notes, scales, ranks
+            )
+        return self._resolved[key]
+
+    def _make(self, config: Config) -> Plan:
+        from lorabench.evaluate import DEFINITIONS
+        from lorabench.pack.head import CHUNK_BYTES
+
+        contents = base_model.identity(config.model) | data.content_hashes(config.data)
+        labels: list[str] = []
+        if config.task == "seq_cls":
+            labels = data.labels_of(config.data, contents["train"])
+        base = self.skeleton(config.model, len(labels))
+        resolved = self._resolve(config, base)
+        wrong = stages.errors(config.stages, resolved.trained) + _position_errors(config, base)
+        if wrong:
+            raise ConfigErrors(wrong)
+        head = _head_plan(config, base)
+        total = base_model.num_parameters(base)
+        weight_bytes = 8 if config.trainer.dtype == "float64" else 4
+        text = base.config.get_text_config()
+        micro = config.trainer.micro_batch_size or config.trainer.batch_size
+        tokens = micro * config.data.max_length
+        activation = 2 if config.trainer.dtype == "bfloat16" else weight_bytes
+        layers = 1 if config.trainer.gradient_checkpointing else text.num_hidden_layers
+        activations = tokens * text.hidden_size * layers * 34 * activation
+        base_bytes = RUNTIME_BYTES + sum(p.numel() * p.element_size() for p in base.parameters())
+        # Logits, their softmax and its gradient; more than a chunk never exists, of all runs.
+        logits = 3 * min(tokens * (len(labels) or text.vocab_size) * 4, CHUNK_BYTES)
+        narrow = _narrow(base, resolved.ranks)
+        warnings = [*_warnings(config, base), *narrow, *resolved.left_out]
+        saved = [head.module] if head.policy == "full" and head.module else []
+        training = identity.training(
+            config, contents, resolved.ranks, resolved.scales, resolved.trained, labels
+        )
+        evaluation = identity.evaluation(config, contents, DEFINITIONS)
+        run_id = identity.short_hash(training)
+        state_bytes = weight_bytes * resolved.num_trainable
+        return Plan(
+            run_id=run_id,
+            evaluation_id=identity.short_hash(evaluation),
+            evaluation=evaluation,
+            contents=contents,
+            folder=str(Path(config.output_dir) / config.sweep / run_id),
+            model=model_name(config.model),
+            lora_modules=list(resolved.modules),
+            saved_modules=saved,
+            trainable_parameters=resolved.num_trainable,
+            total_parameters=total,
+            scale=scale(config.lora),
+            scales={n: x for n, x in resolved.scales.items() if x != scale(config.lora)},
+            head=head,
+            base_bytes=base_bytes,
+            logits_bytes=logits,
+            memory_bytes=base_bytes + 4 * state_bytes + activations + logits,
+            disk_bytes=state_bytes * (4 if config.trainer.checkpoint_every else 1) + 300_000,
+            train_flops=4.0
+            * total
+            * config.trainer.steps
+            * config.trainer.batch_size
+            * config.data.max_length,
+            tracker=tracker_address(config),
+            warnings=warnings,
+            labels=labels,
+            alone=resolved.alone,
+            exports=formats.predict(
+                base.config, resolved.modules, saved, config.lora, head.module, head.tied
+            ),
+        )
 
 
 def make(config: Config) -> Plan:
-    """Resolve one run.
+    """Resolve one run by itself: see `Planner.make`."""
+    return Planner().make(config)
 
-    Raises:
-        ConfigErrors: names that match nothing, a base that cannot be had, options that would
-            train nothing, modules that no stage trains.
-    """
-    from lorabench.pack.head import CHUNK_BYTES
 
-    labels: list[str] = []
-    if config.task == "seq_cls":
-        labels = data.labels_of(config.data, data.content_hash(config.data))
-    base = skeleton(config.model, len(labels))
-    resolved = _resolve(config, base)
-    wrong = stages.errors(config.stages, resolved.trained)
-    if wrong:
-        raise ConfigErrors(wrong)
-    head = _head_plan(config, base)
-    total = base_model.num_parameters(base)
+def skeleton(model: ModelConfig, classes: int = 0) -> Any:
+    """Build the base on the meta device: see `Planner.skeleton`."""
+    return base_model.skeleton(model, classes)
+
+
+def run_id(config: Config) -> str:
+    """First 12 hex digits of the hash of what decides the training."""
+    return make(config).run_id
+
+
+def _position_errors(config: Config, base: Any) -> list[str]:
+    """Examples, or prompts with the answers written to them, beyond the base's positions."""
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if positions and config.data.max_length > positions:
-        raise ConfigErrors(
+    if not positions:
+        return []
+    longest, name = config.data.max_length, model_name(config.model)
+    if longest > positions:
+        return [
             f"data.max_length: must be at most the {positions} positions of base model "
-            f"'{model_name(config.model)}'; got {config.data.max_length}; set "
-            f"data.max_length={positions} or less"
+            f"'{name}'; got {longest}; set data.max_length={positions} or less"
+        ]
+    asked = [metric for metric in identity.wanted_metrics(config) if metric.startswith("answer")]
+    new = config.data.answer_max_new_tokens
+    if asked and longest - 1 + new > positions:  # a prompt leaves a token to the completion
+        remedy = (
+            f"set data.answer_max_new_tokens={positions - longest + 1} or less, or a smaller "
+            f"data.max_length"
+            if positions > longest
+            else f"set a data.max_length below {positions}"
         )
-    weight_bytes = 8 if config.trainer.dtype == "float64" else 4
-    text = base.config.get_text_config()
-    tokens = (config.trainer.micro_batch_size or config.trainer.batch_size) * config.data.max_length
-    activation = 2 if config.trainer.dtype == "bfloat16" else weight_bytes
-    layers = 1 if config.trainer.gradient_checkpointing else text.num_hidden_layers
-    activations = tokens * text.hidden_size * layers * 34 * activation
-    base_bytes = RUNTIME_BYTES + sum(p.numel() * p.element_size() for p in base.parameters())
-    # Logits, their softmax and its gradient; more than a chunk never exists, of all runs together.
-    logits = 3 * min(tokens * (len(labels) or text.vocab_size) * 4, CHUNK_BYTES)
-    narrow = _narrow(base, resolved.ranks)
-    warnings = [*_warnings(config, base), *narrow, *resolved.left_out]
-    saved = [head.module] if head.policy == "full" and head.module else []
-    return Plan(
-        run_id=run_id(config),
-        folder=str(folder(config)),
-        model=model_name(config.model),
-        lora_modules=list(resolved.modules),
-        saved_modules=saved,
-        trainable_parameters=resolved.num_trainable,
-        total_parameters=total,
-        scale=scale(config.lora),
-        scales={n: x for n, x in resolved.scales.items() if x != scale(config.lora)},
-        head=head,
-        base_bytes=base_bytes,
-        logits_bytes=logits,
-        memory_bytes=base_bytes + 4 * weight_bytes * resolved.num_trainable + activations + logits,
-        disk_bytes=weight_bytes
-        * resolved.num_trainable
-        * (4 if config.trainer.checkpoint_every else 1)
-        + 300_000,
-        train_flops=4.0
-        * total
-        * config.trainer.steps
-        * config.trainer.batch_size
-        * config.data.max_length,
-        tracker=tracker_address(config),
-        warnings=warnings,
-        labels=labels,
-        alone=resolved.alone,
-        exports=formats.predict(
-            base.config, resolved.modules, saved, config.lora, head.module, head.tied
-        ),
-    )
+        return [
+            f"data.answer_max_new_tokens: prompt and answer must fit the {positions} positions of "
+            f"base model '{name}'; got {new} after prompts of up to {longest - 1} tokens "
+            f"(data.max_length); {remedy}"
+        ]
+    return []
 
 
 def _head_plan(config: Config, base: Any) -> HeadPlan:

@@ -1,6 +1,7 @@
 """What a run did: the schema of record.json, provenance, reading and writing.
 
 Imports without torch. The run folder is the truth; everything else is a view of it.
+docs/record-format.md describes every field.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from lorabench import lease
+from lorabench.files import write_atomic
 from lorabench.versions import installed
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# Raised whenever the same config would give other results; part of every run id.
+ARITHMETIC_VERSION = 2
 PACKAGES = (
     "lorabench",
     "torch",
@@ -39,7 +44,7 @@ PACKAGES = (
     "pyarrow",
     "pydantic",
 )
-Status = Literal["running", "finished", "stopped", "interrupted", "failed"]
+Status = Literal["running", "trained", "finished", "stopped", "interrupted", "failed"]
 
 
 class Metric(BaseModel):
@@ -48,6 +53,29 @@ class Metric(BaseModel):
     value: float | None  # None: not finite
     num_examples: int
     definition: str
+
+
+class Scores(BaseModel):
+    """What an evaluation found on one split."""
+
+    examples: str  # hash of what decides the split's examples
+    tokens: str  # hash of the token ids that were scored
+    metrics: dict[str, Metric]
+
+
+class Evaluation(BaseModel):
+    """Scores of the run's adapter, with the settings and definitions that made them."""
+
+    id: str  # first 12 hex digits of sha256 over settings, examples and definitions
+    settings: dict[str, Any]
+    splits: dict[str, Scores]
+    predictions: str  # file in the run's folder
+    predictions_sha256: str
+    batch_size: int  # examples; smaller than asked for where memory was short
+    generation: dict[str, Any] | None = None  # of metrics that generate
+    seconds: float = 0.0  # of the pack
+    stack: dict[str, Any] = Field(default_factory=dict)  # versions, device and threads
+    ended: str = ""
 
 
 class Cost(BaseModel):
@@ -90,6 +118,7 @@ class Record(BaseModel):
     """record.json."""
 
     schema_version: int = SCHEMA_VERSION
+    arithmetic_version: int = ARITHMETIC_VERSION
     run_id: str
     sweep: str
     status: Status
@@ -97,32 +126,37 @@ class Record(BaseModel):
     config: dict[str, Any]
     seeds: dict[str, int]
     plan: dict[str, Any]
+    # Of each other run of the pack, by id: the keys of its config that differ from this run's.
+    mates: dict[str, dict[str, Any]] = Field(default_factory=dict)
     provenance: dict[str, Any]
-    metrics: dict[str, dict[str, Metric]] = Field(default_factory=dict)  # split -> name -> value
+    evaluations: list[Evaluation] = Field(default_factory=list)  # the newest comes last
     cost: Cost = Field(default_factory=Cost)
     hashes: dict[str, str] = Field(default_factory=dict)
     stages: list[StageStart] = Field(default_factory=list)  # what trained when, in order
     exports: Exports | None = None  # None: written before exports were recorded
     notes: list[str] = Field(default_factory=list)
     steps_done: int = 0
-    process: dict[str, Any] = Field(default_factory=dict)  # pid, host: who writes this record
     started: str = ""
     ended: str | None = None
+
+    @property
+    def metrics(self) -> dict[str, dict[str, Metric]]:
+        """Values of the newest evaluation: split -> name -> value."""
+        if not self.evaluations:
+            return {}
+        return {split: found.metrics for split, found in self.evaluations[-1].splits.items()}
+
+    def has_trained(self) -> bool:
+        """Whether an adapter was saved that no later command trains again."""
+        return self.status in ("trained", "finished", "stopped")
+
+    def evaluation(self, id: str) -> Evaluation | None:
+        """The evaluation of that id, if there is one."""
+        return next((one for one in self.evaluations if one.id == id), None)
 
     def write(self, folder: Path) -> None:
         """Replace record.json in one step: a reader never sees half of it."""
         write_atomic(folder / "record.json", self.model_dump_json(indent=2) + "\n")
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def now() -> str:
@@ -130,49 +164,60 @@ def now() -> str:
 
 
 def read(folder: Path) -> Record | None:
-    """The record of a run folder; None where there is none or it cannot be read.
+    """Return the record of a run folder; None if there is none or it cannot be read.
 
-    A record that says `running` while its process is gone is an interrupted run.
+    A record that says `running` while nobody holds its pack is an interrupted run. Records of
+    earlier schema versions are brought to this one; those of later ones are not read.
     """
     path = folder / "record.json"
     try:
-        record = Record.model_validate_json(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.get("schema_version", 1) > SCHEMA_VERSION:
+            return None
+        record = Record.model_validate(_upgraded(content))
     except (OSError, ValueError):  # no file, no text, no JSON, or not this schema
         return None
-    if record.status == "running" and not is_alive(record):
+    if record.status == "running" and not _is_held(folder, record):
         record.status = "interrupted"
     return record
 
 
-def is_alive(record: Record) -> bool:
-    """Whether the process that writes this record still runs (another host's is taken to)."""
-    pid = record.process.get("pid")
-    if record.process.get("host") != socket.gethostname() or pid is None:
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return process_start(pid) == record.process.get("start")
+def _is_held(folder: Path, record: Record) -> bool:
+    pack = record.plan.get("pack", {}).get("id")
+    return bool(pack) and lease.holder_of(folder.parent / ".locks" / f"{pack}.json") is not None
 
 
-def process_start(pid: int) -> str | None:
-    """When a process started, as the kernel counts: tells a reused pid from the old one.
+def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
+    """A record of an earlier schema version as one of this version."""
+    if content.get("schema_version", 1) >= 2:
+        return content
+    content = {key: value for key, value in content.items() if key not in ("metrics", "process")} | {
+        "arithmetic_version": 1,
+        "evaluations": [_first_evaluation(content)] if content.get("metrics") else [],
+    }
+    hashes = dict(content.get("hashes", {}))
+    if "data" in hashes:
+        hashes["train"] = hashes.pop("data")
+    return content | {"hashes": hashes}
 
-    None where the kernel does not say, and for a process that is dead but not yet reaped.
-    """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] == "Z" else fields[19]
-    except (OSError, IndexError):
-        return None
 
-
-def this_process() -> dict[str, Any]:
-    pid = os.getpid()
-    return {"pid": pid, "host": socket.gethostname(), "start": process_start(pid)}
+def _first_evaluation(content: dict[str, Any]) -> dict[str, Any]:
+    """The only evaluation of a record of schema version 1."""
+    data, trainer = content["config"].get("data", {}), content["config"].get("trainer", {})
+    examples = content.get("hashes", {}).get("data", "")
+    return {
+        "id": "version-1",
+        "settings": {"metric": data.get("metric"), "eval_examples": trainer.get("eval_examples")},
+        "splits": {
+            split: {"examples": examples, "tokens": "", "metrics": metrics}
+            for split, metrics in content["metrics"].items()
+        },
+        "predictions": "predictions.parquet",
+        "predictions_sha256": "",
+        "batch_size": trainer.get("eval_batch_size", 0),
+        "seconds": content.get("cost", {}).get("evaluate_seconds", 0.0),
+        "ended": content.get("ended") or "",
+    }
 
 
 def find(folder: Path) -> Iterator[tuple[Path, Record]]:
@@ -261,6 +306,14 @@ def _output(*command: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def stack(provenance: dict[str, Any]) -> dict[str, Any]:
+    """What of the provenance can move bits: rows that differ here come from different stacks."""
+    packages = provenance.get("packages", {})
+    return {name: packages.get(name) for name in ("torch", "transformers", "peft")} | {
+        key: provenance.get(key) for key in ("device", "gpu", "cpu", "threads")
+    }
 
 
 def append_line(file: Any, row: dict[str, Any]) -> None:

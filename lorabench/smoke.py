@@ -9,7 +9,6 @@ import dataclasses
 import logging
 import tempfile
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ from lorabench import model as base_model
 from lorabench.config import ConfigErrors, first_line
 from lorabench.pack import Batch
 from lorabench.pack.solo import autocast
-from lorabench.runner import SHARED, make_pack
 from lorabench.sweep import Job
 from lorabench.train import train
+from lorabench.worker import Shared, make_pack
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +57,12 @@ class Attempt:
         )
 
 
-def attempt(jobs: list[Job]) -> Attempt:
+def attempt(jobs: list[Job], shared: Shared) -> Attempt:
     """Try the runs of a pack; whatever goes wrong is told, never raised."""
     begun, error, difference = time.perf_counter(), None, None
     shortened = [_shortened(job) for job in jobs]
     try:
-        difference = _there_and_back(shortened)
+        difference = _there_and_back(shortened, shared)
     except ConfigErrors as refused:
         error = "; ".join(refused.errors)
     except Exception as failure:
@@ -89,17 +88,16 @@ def _shortened(job: Job) -> Job:
     return dataclasses.replace(job, config=config)
 
 
-def _there_and_back(jobs: list[Job]) -> float:
+def _there_and_back(jobs: list[Job], shared: Shared) -> float:
     """Train, save, reload; the largest relative difference of logits."""
     config = jobs[0].config  # what runs of a pack share: base, data, precision
     machine.configure_torch(config)
     device = machine.choose_device(config.trainer.device)
     labels = jobs[0].plan.labels
-    splits, _ = SHARED.splits(config, labels)
-    base, checksum = SHARED.base(config, device, len(labels))
-    tokens, pad_id = splits["train"].first(EXAMPLES), data.pad_id(SHARED.tokenizer(config))
+    tokens = shared.dataset(jobs[0]).tokens["train"].first(EXAMPLES)
+    pad_id = data.pad_id(shared.tokenizer(jobs[0]))
 
-    pack = make_pack(base, jobs, device)
+    pack, base, checksum = make_pack(shared, jobs, device)
     initial = [adapters.state_hash(pack.adapter_state(run)) for run in range(pack.size)]
     for step in train(pack, tokens, pad_id):
         for run in step.ended:
@@ -118,9 +116,9 @@ def _there_and_back(jobs: list[Job]) -> float:
             if adapters.state_hash(tensors) == initial[run]:
                 raise RuntimeError(f"{job.label}: no weight of the adapter moved")
             adapters.save(tensors, pack.settings(run), folder)
-            wrapped = _reloaded(base, folder)
+            wrapped = adapters.reload(base, folder)
             _must_be_equal(job.label, adapters.adapter_state(wrapped), tensors)
-            difference = _difference(wrapped, batch, logits_RNV[run], job)
+            difference = _difference(wrapped, batch, logits_RNV[run], job, pad_id)
             if not difference <= BOUNDS[config.trainer.dtype]:
                 raise RuntimeError(
                     f"{job.label}: logits of the reloaded adapter are off by {difference:.1e}, "
@@ -128,17 +126,9 @@ def _there_and_back(jobs: list[Job]) -> float:
                 )
             differences.append(difference)
     if base_model.checksum(base) != checksum:
-        SHARED.bases.clear()
+        shared.drop_base()
         raise RuntimeError("the frozen base changed")
     return max(differences)
-
-
-def _reloaded(base: Any, folder: Path) -> PeftModel:
-    # An adapter with trained biases writes them into the modules it is loaded on.
-    tree = base_model.share(base, owned=lambda name: name.endswith("bias"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tied-layer warnings: the plan says it in full
-        return PeftModel.from_pretrained(tree, str(folder)).eval()
 
 
 def _must_be_equal(label: str, read: dict[str, Tensor], written: dict[str, Tensor]) -> None:
@@ -151,14 +141,15 @@ def _must_be_equal(label: str, read: dict[str, Tensor], written: dict[str, Tenso
 
 
 @torch.no_grad()
-def _difference(wrapped: PeftModel, batch: Batch, logits_NV: Tensor, job: Job) -> float:
+def _difference(
+    wrapped: PeftModel, batch: Batch, logits_NV: Tensor, job: Job, pad_id: int
+) -> float:
     """|logits - PEFT's| / |PEFT's| over the rows that carry a loss."""
     device = str(logits_NV.device)
     inputs = {"input_ids": batch.input_ids_SBT[0]}
     if batch.there_SNT is not None:  # a classification: one row an example
         inputs["attention_mask"] = batch.there_SNT[0].long()
         inner: Any = wrapped.get_base_model()
-        pad_id = data.pad_id(SHARED.tokenizer(job.config))
         inner.config.get_text_config().pad_token_id = pad_id
         with autocast(job.config, device):
             theirs = wrapped(**inputs).logits.double()

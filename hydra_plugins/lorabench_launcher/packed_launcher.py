@@ -36,9 +36,6 @@ class PackedLauncher(Launcher):
         self.config = config
         self.hydra_context = hydra_context
         self.task_function = task_function
-        from hydra_plugins.lorabench_launcher import _core
-
-        _core.compose_once(hydra_context.config_loader)
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int

@@ -6,7 +6,7 @@ PEFT sees them, seeds every module by its name, and reads and writes plain PEFT 
 
 from lorabench.adapters.anatomy import experts
 from lorabench.adapters.dropout import Clock, KeyedDropout, key_dropout
-from lorabench.adapters.files import adapter_state, save, state_hash
+from lorabench.adapters.files import adapter_state, reload, save, state_hash
 from lorabench.adapters.inject import (
     ADAPTER,
     CHANGES_BASE,
@@ -47,6 +47,7 @@ __all__ = [
     "notes",
     "owner",
     "peft_config",
+    "reload",
     "resolve_modules",
     "save",
     "seed_weights",

@@ -14,10 +14,12 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 
+from lorabench import model as base_model
 from lorabench.adapters.inject import ADAPTER, trainable
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 
 def state_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -43,6 +45,15 @@ def adapter_state(wrapped: PeftModel) -> dict[str, Tensor]:
     # With bias=all PEFT lists the bias of a trained head three times.
     again = (".modules_to_save.", ".original_module.")
     return {name: tensor for name, tensor in state.items() if not any(a in name for a in again)}
+
+
+def reload(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put a saved adapter on a base by plain PEFT; the base is left as it was."""
+    # An adapter with trained biases writes them into the modules it is loaded on.
+    tree = base_model.share(base, owned=lambda name: name.endswith("bias"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tied-layer warnings: the plan says it in full
+        return PeftModel.from_pretrained(tree, str(folder), adapter_name=ADAPTER).eval()
 
 
 def save(tensors: Mapping[str, Tensor], settings: LoraConfig, folder: Path) -> str:

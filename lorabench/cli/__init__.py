@@ -6,8 +6,6 @@ Only this room and the launcher know Hydra.
 from __future__ import annotations
 
 import argparse
-import atexit
-import gc
 import sys
 from collections.abc import Callable
 
@@ -15,10 +13,11 @@ from lorabench.cli.composing import compose, conf_folder, register
 from lorabench.cli.exporting import export
 from lorabench.cli.mistakes import fail, guarded
 from lorabench.cli.reading import compare, runs
-from lorabench.cli.training import Train, plan, train
+from lorabench.cli.serving import evaluate, work
+from lorabench.cli.training import plan, train
 from lorabench.cli.verbs import EXAMPLES, VERBS
 
-__all__ = ["VERBS", "Train", "compose", "conf_folder", "main", "register"]
+__all__ = ["VERBS", "compose", "conf_folder", "main", "register"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     handlers: dict[str, Callable[[list[str]], int]] = {
         "train": train,
         "plan": plan,
+        "work": work,
+        "evaluate": evaluate,
         "runs": runs,
         "compare": compare,
         "export": export,
@@ -49,7 +50,6 @@ def main(arguments: list[str] | None = None) -> int:
                 f"got {did_you_mean(verb, VERBS)}"
             ]
         )
-    atexit.register(gc.freeze)  # leaving would search all objects once more, for most of a second
     composed = arguments[1:] if verb in ("train", "plan") else None
     return guarded(lambda: handlers[verb](arguments[1:]), composed)
 

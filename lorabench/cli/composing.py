@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from lorabench.plan import Planner
 
 
 def conf_folder() -> str:
@@ -15,8 +21,12 @@ def conf_folder() -> str:
     return str(inside if inside.is_dir() else package.parent / "conf")
 
 
-def register() -> None:
-    """Make the schema and the run-id resolver known to Hydra."""
+def register(planner: Planner | None = None) -> None:
+    """Make the schema and the run-id resolver known to Hydra.
+
+    Args:
+        planner: of the command, which plans each config once; None: one is made at need.
+    """
     from omegaconf import DictConfig, OmegaConf
 
     from lorabench import config
@@ -27,7 +37,7 @@ def register() -> None:
         errors = planning.check(parsed)
         if errors:
             raise config.ConfigErrors(errors)
-        return planning.run_id(parsed)
+        return (planner or planning.Planner()).make(parsed).run_id
 
     config.register()
     OmegaConf.register_new_resolver("run_id", resolve, replace=True)
@@ -55,47 +65,121 @@ class Composed(NamedTuple):
     configs: list[Any]
     labels: list[str]
     hydra: Any  # Hydra's own settings
+    is_sweep: bool
+
+    @property
+    def pack_size(self) -> int:
+        """The most runs of a pack; 1 under another launcher than packed."""
+        return self.hydra.launcher.get("pack_size", 1)
 
 
-def compose(arguments: list[str]) -> Composed:
-    """Every config of a command line with its label, as a multirun would make them.
+def compose(arguments: list[str], planner: Planner | None = None) -> Composed:
+    """Compose every config of a command line, with its label, as `train` would run them.
 
-    Uses Hydra's own parser and its basic sweeper's product, so `plan` shows what `train` does.
+    Hydra's own parser, config loader and sweeper do it, up to the launcher: that is where jobs
+    would start, and here they are collected instead.
     """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import get_args_parser
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
     from omegaconf import open_dict
 
     refuse_values(arguments)
-    multirun = any(a in ("-m", "--multirun") for a in arguments)
-    overrides = [a for a in arguments if a not in ("-m", "--multirun")]
-    register()
-    with initialize_config_dir(conf_folder(), version_base="1.3", job_name="plan"):
-        if not multirun:
-            whole = hydra_compose("train", overrides, return_hydra_config=True)
-            settings = whole.hydra
-            with open_dict(whole):
-                del whole["hydra"]
-            return Composed([whole], [" ".join(overrides) or "defaults"], settings)
-        fixed = [
-            o
-            for o in OverridesParser.create().parse_overrides(overrides)
-            if not o.is_sweep_override()
-        ]
-        whole = hydra_compose(
-            "train", [o.input_line for o in fixed if o.input_line], return_hydra_config=True
+    register(planner)
+    args = get_args_parser().parse_args(in_hydras_order(arguments))
+    name = args.config_name or "train"
+    GlobalHydra.instance().clear()
+    hydra = Hydra.create_main_hydra2("train", _search_path(args.config_path, args.config_dir))
+    try:
+        mode = hydra.get_mode(config_name=name, overrides=args.overrides)
+        is_sweep = args.multirun or mode == RunMode.MULTIRUN
+        whole = hydra.compose_config(
+            config_name=name,
+            overrides=args.overrides,
+            run_mode=RunMode.MULTIRUN if is_sweep else RunMode.RUN,
+            with_log_configuration=False,
         )
-        params = whole.hydra.sweeper.params or {}
-        lines = [f"{key}={value}" for key, value in params.items()] + overrides
-        parsed = OverridesParser.create().parse_overrides(lines)
-        (jobs,) = BasicSweeper.split_arguments(parsed, None)
-        configs = [hydra_compose("train", job) for job in jobs]
-        return Composed(configs, [" ".join(job) for job in jobs], whole.hydra)
+        settings = whole.hydra
+        if is_sweep:
+            return Composed(*_swept(hydra.config_loader, whole), settings, True)
+        with open_dict(whole):
+            del whole["hydra"]
+        return Composed([whole], [" ".join(args.overrides) or "defaults"], settings, False)
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def in_hydras_order(arguments: Sequence[str]) -> list[str]:
+    """Put a flag without a value first: argparse refuses overrides on both sides of one."""
+    flags = [word for word in arguments if word in ("-m", "--multirun")]
+    return [*flags[:1], *(word for word in arguments if word not in flags)]
+
+
+def _search_path(config_path: str | None, config_dir: str | None) -> Any:
+    from hydra._internal.utils import create_automatic_config_search_path
+    from hydra.core.config_search_path import SearchPathQuery
+
+    from lorabench.config import ConfigErrors
+
+    found = create_automatic_config_search_path(None, None, config_path or conf_folder())
+    if config_dir is not None:
+        place = os.path.abspath(config_dir)
+        if not os.path.isdir(place):
+            raise ConfigErrors(f"--config-dir: must be a folder; '{place}' is none; correct it")
+        found.prepend(
+            provider="command-line", path=f"file://{place}", anchor=SearchPathQuery("schema")
+        )
+    return found
+
+
+def _swept(loader: Any, whole: Any) -> tuple[list[Any], list[str]]:
+    """The task configs and labels of a multirun."""
+    from hydra.core.plugins import Plugins
+    from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+    from hydra.plugins.launcher import Launcher
+    from hydra.types import HydraContext
+    from hydra_plugins.lorabench_launcher._core import compose_jobs, task_config
+    from omegaconf import OmegaConf, open_dict
+
+    configs: list[Any] = []
+    labels: list[str] = []
+
+    class Collector(Launcher):
+        """Stands in for the launcher: composes jobs as it would, and runs none."""
+
+        def setup(self, **_: Any) -> None: ...
+
+        def launch(
+            self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+        ) -> Sequence[JobReturn]:
+            configs.extend(
+                task_config(job)
+                for job in compose_jobs(loader, whole, job_overrides, initial_job_idx)
+            )
+            labels.extend(" ".join(filter_overrides(words)) for words in job_overrides)
+            return [
+                JobReturn(status=JobStatus.COMPLETED, _return_value=float("nan"))
+                for _ in job_overrides
+            ]
+
+    from hydra._internal.callbacks import Callbacks
+
+    sweeper = Plugins.instance().instantiate_sweeper(
+        config=whole,
+        hydra_context=HydraContext(config_loader=loader, callbacks=Callbacks()),
+        task_function=lambda _: None,
+    )
+    words = OmegaConf.to_container(whole.hydra.overrides.task, resolve=False)
+    planned = whole.copy()
+    with tempfile.TemporaryDirectory(prefix="lorabench-plan-") as place, open_dict(planned):
+        planned.hydra.sweep.dir = place  # sweepers write their own settings there
+        sweeper.config, sweeper.launcher = planned, Collector()
+        sweeper.sweep(arguments=words)
+    return configs, labels
 
 
 def say_if_sweep(hydra: Any) -> None:
-    """Say of a single run whose experiment is a sweep that it is one run, and how to get all."""
+    """Warn that only one run will train although the experiment defines a sweep; suggest -m."""
     if params := hydra.sweeper.get("params"):
         print(f"one run of a sweep over {', '.join(params)}; -m runs them all", file=sys.stderr)

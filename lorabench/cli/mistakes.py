@@ -66,10 +66,14 @@ def _with_further(lines: list[str], overrides: list[str]) -> list[str]:
     from lorabench.cli.composing import compose
 
     found = list(lines)
-    rest = [word for word in overrides if "=" in word or word in ("-m", "--multirun")]
+    rest = list(overrides)
     while True:
         refused = {line.partition(":")[0] for line in found}
-        left = [word for word in rest if word.lstrip("+~").partition("=")[0] not in refused]
+        left = [
+            word
+            for word in rest
+            if word.startswith("-") or word.lstrip("+~").partition("=")[0] not in refused
+        ]
         if left == rest:  # not about an override, or all composes
             return found
         rest = left

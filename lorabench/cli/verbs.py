@@ -3,8 +3,10 @@
 VERBS = {
     "train": "train one run, or a sweep with -m",
     "plan": "show and check what train would do; trains nothing",
+    "work": "train and score every pack of a sweep folder that is left",
+    "evaluate": "score the saved adapters of a sweep again; trains nothing",
     "runs": "list every run of a sweep and its status",
-    "compare": "table of a sweep: one row a setting, spread over seeds",
+    "compare": "table of a sweep: one row per setting, spread over seeds",
     "export": "a run's adapter, or base and adapter merged, checked against the run",
 }
 EXAMPLES = """\
@@ -12,6 +14,7 @@ examples:
   lorabench train                                   one run on the embedded base, seconds
   lorabench train -m head=exclude,lora lora.r=16,32 four runs
   lorabench compare outputs/default                 their table
+  lorabench evaluate outputs/default data.metric=[nll,nll_per_token]
   lorabench plan -m experiment=lm_head              what a sweep will do
   lorabench plan --smoke -m experiment=lm_head      and a few steps of each pack, reloaded
   lorabench export outputs/default/ID --to merged D a transformers folder, checked

@@ -292,6 +292,21 @@ def _stages(found: Found, config: Config) -> None:
 def _rest(found: Found, config: Config) -> None:
     must, one_of, tracker = found.must, found.one_of, config.tracker
     one_of("tracker.kind", tracker.kind, ("wandb", "none"))
+    split, _, metric = config.objective.partition("/")
+    known = METRICS_OF.get(config.task, METRICS)
+    must(
+        split in ("validation", "test") and metric in known,
+        "objective",
+        f"validation/METRIC or test/METRIC, with a metric out of {', '.join(known)}",
+        config.objective,
+        "for example objective=validation/nll",
+    )
+    must(
+        math.isfinite(config.worker.stale_seconds) and config.worker.stale_seconds >= 1,
+        "worker.stale_seconds",
+        "at least 1",
+        config.worker.stale_seconds,
+    )
     one_of("tracker.mode", tracker.mode, ("offline", "online", "disabled"))
     for key in ("init", "data", "dropout"):
         must(

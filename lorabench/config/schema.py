@@ -145,6 +145,13 @@ class TrackerConfig:
 
 
 @dataclass
+class WorkerConfig:
+    """How processes share the packs of a sweep."""
+
+    stale_seconds: float = 120.0  # a process that does not answer for so long is replaced
+
+
+@dataclass
 class SeedsConfig:
     """Three independent streams, so that one can vary while the others stay."""
 
@@ -167,6 +174,8 @@ class Config:
     # {from_step, train: [parts of module names, or all], lr_scale: 1.0}; empty: all from step 0
     stages: list[Any] = field(default_factory=list)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    worker: WorkerConfig = field(default_factory=WorkerConfig)
+    objective: str = "validation/nll"  # split/metric: what a job returns to a sweeper of Hydra
     seed: int = 0
     seeds: SeedsConfig = field(default_factory=SeedsConfig)
     sweep: str = "default"  # folder of the sweep below output_dir
@@ -188,6 +197,16 @@ def scale(lora: LoraSettings) -> float:
 def model_name(model: ModelConfig) -> str:
     """Label of the base model in tables and tags."""
     return model.name or re.split(r"[/\\:]", model.path.rstrip("/\\"))[-1]
+
+
+def flatten(content: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as dotted keys; lists stay values."""
+    if not isinstance(content, dict):
+        return {prefix[:-1]: content}
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= flatten(value, f"{prefix}{key}.")
+    return found
 
 
 def keys(cls: type = Config, prefix: str = "") -> list[str]:

@@ -6,6 +6,7 @@ Letters: R runs in the pack (here 1), B batch, T tokens, N rows that carry a los
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -70,6 +71,20 @@ class ModulePack:
             weight_decay=trainer.weight_decay,
             fused=device != "mps",
         )
+
+    @classmethod
+    def of_saved(
+        cls, base: PreTrainedModel, config: Config, folder: Path, device: str
+    ) -> ModulePack:
+        """Put a saved adapter on its base by plain PEFT, to be scored; it cannot train further."""
+        pack = cls.__new__(cls)
+        pack.configs, pack.device, pack.alive = [config], device, [True]
+        pack.wrapped = adapters.reload(base, folder)
+        pack.initial = None
+        pack.clock = adapters.Clock(config.seeds.dropout)
+        pack.tree = cast(Any, pack.wrapped.get_base_model())
+        pack.head = make_head(pack.tree, [pack.clock], config)
+        return pack
 
     @property
     def size(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -304,6 +305,14 @@ class StackedPack:
         mine = {place.state_name: self._view(run, place) for place in self.places[run]}
         assert set(self.saved_names[run]) == set(mine), "a packed run saves exactly what PEFT would"
         return {name: mine[name] for name in self.saved_names[run]}
+
+    @torch.no_grad()
+    def load_adapter(self, run: int, tensors: Mapping[str, Tensor]) -> None:
+        """Put what `adapter_state` returned, or a saved file holds, in a run's slot."""
+        mine = self.adapter_state(run)
+        assert set(mine) == set(tensors), "a saved adapter holds what its run trains"
+        for name, view in mine.items():
+            view.copy_(tensors[name])
 
     def settings(self, run: int) -> Any:
         """PEFT's own config of this run."""

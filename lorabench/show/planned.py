@@ -19,12 +19,17 @@ if TYPE_CHECKING:
 
 
 def plan(
-    jobs: list[Job], packs: list[list[int]], as_json: bool, attempts: Iterable[Attempt] = ()
+    jobs: list[Job],
+    packs: list[list[int]],
+    as_json: bool,
+    attempts: Iterable[Attempt] = (),
+    notes: Iterable[str] = (),
 ) -> None:
-    """What a command will do.
+    """Show what a command will do.
 
     Args:
-        attempts: of --smoke, one a pack, made while they are shown.
+        attempts: of --smoke, one per pack, made while they are shown.
+        notes: of --smoke, which reads the data: what is to be said about them.
     """
     peak = machine.matmul_flops()
     plans = [
@@ -33,7 +38,7 @@ def plan(
     if as_json:
         named = [[jobs[i].plan.run_id for i in members] for members in packs]
         content = {"runs": plans, "packs": named, "seconds": sum(p["seconds"] for p in plans)}
-        content |= {"versions": versions.shown()}
+        content |= {"versions": versions.shown(), "notes": list(notes)}
         tried = [dataclasses.asdict(attempt) for attempt in attempts]
         dump(content | ({"smoke": tried} if tried else {}))
         return
@@ -96,6 +101,8 @@ def plan(
     )
     for warning in dict.fromkeys(w for job in jobs for w in job.plan.warnings):
         out.print(f"warning   {warning}", style="yellow")
+    for note in notes:
+        out.print(f"note      {note}", style="yellow")
     if len(jobs) > 1 or first.plan.lora_modules:
         out.print("`--json` lists every adapted module.", style="dim")
     for attempt in attempts:

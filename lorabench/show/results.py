@@ -15,7 +15,13 @@ from lorabench.show.text import console, dump, quantity, setting, size, whole, w
 if TYPE_CHECKING:
     from lorabench.record import Record
 
-COLOURS = {"finished": "green", "failed": "red", "interrupted": "yellow", "stopped": "yellow"}
+COLOURS = {
+    "finished": "green",
+    "failed": "red",
+    "interrupted": "yellow",
+    "stopped": "yellow",
+    "planned": "dim",
+}
 
 
 def runs(found: list[tuple[Path, Record]], as_json: bool) -> None:
@@ -95,7 +101,7 @@ def _short_keys(keys: list[str]) -> list[str]:
 
 
 def comparison(table: dict[str, Any], folder: Path, as_json: bool) -> None:
-    """One row a setting; the best mean of each metric is marked."""
+    """One row per setting; the best mean of each metric is marked."""
     if as_json:
         dump(table)
         return
@@ -127,6 +133,9 @@ def comparison(table: dict[str, Any], folder: Path, as_json: bool) -> None:
         known = [m for m in means if m is not None and not math.isnan(m)]
         if known:
             best[split, name] = max(known) if name in HIGHER_IS_BETTER else min(known)
+    marked = any(row["other_stack"] for row in rows)
+    if marked:
+        shown.add_column("stack")
     for row in rows:
         cells: list[str | Text] = [setting(row["setting"][key]) for key in columns]
         for split, name in metrics:
@@ -143,8 +152,22 @@ def comparison(table: dict[str, Any], folder: Path, as_json: bool) -> None:
             f"{row['train_seconds']['mean']:.1f}",
             *([f"{row['train_seconds_share']['mean']:.1f}"] if packed else []),
             size(row["peak_memory_bytes"]["max"]),
+            *(["other" if row["other_stack"] else ""] if marked else []),
         ]
         shown.add_row(*cells)
     whole(out, shown, ("share s", "peak memory", *timed, "trainable"))
     for status, ids in table["left_out"].items():
         out.print(f"left out, {status}: {', '.join(ids)}", style="yellow")
+    for text in dict.fromkeys(text for row in rows for text in row["other_stack"]):
+        out.print(f"stack other: {text}; such rows differ by more than their setting", style="yellow")
+    for split, found in table["evaluations"].items():
+        if not found["shared"]:
+            out.print(
+                f"{split}: the runs were scored in different ways or on different examples, so "
+                f"their values are not comparable; `lorabench evaluate {folder}` scores all alike",
+                style="yellow",
+            )
+    finished = sum(len(row["runs"]) for row in rows)
+    for note, count in table["notes"].items():
+        of = "" if count == finished else f" ({count} of {finished} runs)"
+        out.print(f"note: {note}{of}", style="yellow")

@@ -1,0 +1,192 @@
+"""The verbs that serve a sweep folder as it is: work and evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorabench.cli.verbs import VERBS
+
+if TYPE_CHECKING:
+    from lorabench.config import Config
+    from lorabench.plan import Planner
+    from lorabench.sweep import Job, SweepFolder
+
+
+def work(arguments: list[str]) -> int:
+    """lorabench work DIR [--stale-seconds N]"""
+    parser = argparse.ArgumentParser(prog="lorabench work", description=VERBS["work"])
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a sweep")
+    parser.add_argument(
+        "--stale-seconds",
+        type=float,
+        metavar="N",
+        help="others replace this worker after N seconds without an answer",
+    )
+    options = parser.parse_args(arguments)
+    folder, entries = _open(options.folder)
+    changes = {}
+    if options.stale_seconds is not None:
+        changes["worker.stale_seconds"] = options.stale_seconds
+    return _serve(folder, {run: (e.label, e.config) for run, e in entries.items()}, changes)
+
+
+def evaluate(arguments: list[str]) -> int:
+    """lorabench evaluate DIR [KEY=VALUE ...]"""
+    parser = argparse.ArgumentParser(
+        prog="lorabench evaluate",
+        description=VERBS["evaluate"],
+        epilog="keys: data.metric, data.answer_*, data.test.*, data.num_test, data.validation.*, "
+        "data.num_validation, trainer.eval_*, trainer.device",
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a sweep, or of one run")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    options = parser.parse_args(arguments)
+    changes = read_overrides(options.overrides)
+    place, only = options.folder, None
+    if (place / "record.json").is_file():
+        place, only = place.parent, place.name
+    folder, entries = _open(place)
+    from lorabench.config import ConfigErrors
+
+    wanted = {}
+    for run, entry in entries.items():
+        found = folder.record(run)
+        if found is not None and found.has_trained() and only in (None, run):
+            wanted[run] = (entry.label, entry.config)
+    if not wanted:
+        raise ConfigErrors(
+            f"DIR: must hold runs with a saved adapter; '{options.folder}' has none; "
+            f"`lorabench work {place}` trains what is planned there"
+        )
+    return _serve(folder, wanted, changes)
+
+
+def _open(place: Path) -> tuple[SweepFolder, dict[str, Any]]:
+    from lorabench.config import ConfigErrors
+    from lorabench.sweep import SweepFolder
+
+    folder = SweepFolder(place)
+    if not (place / "sweep.json").is_file():
+        older = any(place.glob("*/record.json"))
+        raise ConfigErrors(
+            f"DIR: must be the folder of a sweep, with sweep.json; '{place}' has none"
+            + (
+                "; its runs were written by an earlier lorabench: compare and export read them, "
+                "`lorabench train` with their command trains them anew"
+                if older
+                else "; `lorabench train` makes one"
+            )
+        )
+    return folder, folder.read().runs
+
+
+def read_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """Parse KEY=VALUE words of an evaluation, by Hydra's grammar.
+
+    Raises:
+        ConfigErrors: a word that is none, or a key that decides the training.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from lorabench import identity
+    from lorabench.config import ConfigErrors, did_you_mean, keys
+
+    known = [key for key in keys() if identity.is_of_evaluation(key) or key == "trainer.device"]
+    errors, changes = [], {}
+    for override in OverridesParser.create().parse_overrides(list(words)):
+        key = override.key_or_group
+        if override.is_sweep_override():
+            errors.append(f"{key}: must be one value; got a sweep; write '{key}=[...]' for a list")
+        elif key not in known:
+            trains = ", which decides the training" if key in keys() else ""
+            errors.append(
+                f"{key}: must be a key of the evaluation{trains}; got {did_you_mean(key, known)}; "
+                f"`lorabench evaluate --help` lists them"
+            )
+        else:
+            changes[key] = override.value()
+    if errors:
+        raise ConfigErrors(errors)
+    return changes
+
+
+def _serve(
+    folder: SweepFolder, wanted: dict[str, tuple[str, Any]], changes: dict[str, Any]
+) -> int:
+    """Bring these runs of a folder to their end: trained, and scored as their configs ask."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from lorabench import interrupt
+    from lorabench.cli.training import closing
+    from lorabench.plan import Planner
+    from lorabench.progress import Display
+    from lorabench.worker import Shared, Worker
+
+    interrupt.install()
+    planner = Planner()
+    jobs = planned(folder.path, wanted, changes, planner)
+    shared = Shared(planner)
+    display = Display(0, 0)
+    worker = Worker(folder, jobs, shared, display)
+    left = [job for job in jobs if worker.is_left(job)]
+    display.num_runs = len(left)
+    display.steps_total = sum(j.config.trainer.steps for j in left if worker.must_train(j))
+    scored = len(jobs) - len(left)
+    if scored:
+        display.say(f"{scored} of {len(jobs)} runs have what was asked for, {len(left)} to do")
+    for note in shared.check_data(left):
+        display.say(f"note: {note}")
+    with display:
+        return closing(worker.finish_all())
+
+
+def planned(
+    place: Path, wanted: dict[str, tuple[str, Any]], changes: dict[str, Any], planner: Planner
+) -> list[Job]:
+    """Runs of sweep.json as jobs, with other settings of evaluation.
+
+    The run id is the one they were trained under: settings of evaluation have no part in it.
+
+    Raises:
+        ConfigErrors: everything wrong with any of them.
+    """
+    from omegaconf import OmegaConf, open_dict
+
+    from lorabench import config as configs
+    from lorabench import plan
+    from lorabench.config import ConfigErrors
+    from lorabench.sweep import Job, Mistakes
+
+    mistakes, jobs = Mistakes(len(wanted)), []
+    for run, (label, content) in wanted.items():
+        with mistakes.of(label):
+            cfg: Any = OmegaConf.create(content)
+            with open_dict(cfg):
+                for key, value in changes.items():
+                    OmegaConf.update(cfg, key, value)
+            config: Config = configs.typed(cfg)
+            if found := plan.check(config):
+                raise ConfigErrors(found)
+            made = planner.make(config)
+            if made.run_id != run and not _takes_other_examples(changes):
+                raise ConfigErrors(
+                    f"sweep.json: run {run} must still resolve to what was trained; it resolves "
+                    f"to {made.run_id} now: its data, base or tokenizer changed, or lorabench "
+                    f"computes otherwise; put them back"
+                )
+            # Wherever the folder lies by now.
+            here = {"run_id": run, "folder": str(place / run)}
+            jobs.append(Job(config, label, made.model_copy(update=here)))
+    mistakes.refuse()
+    return jobs
+
+
+def _takes_other_examples(changes: dict[str, Any]) -> bool:
+    """Whether a split that was taken from the training file is now a file of its own.
+
+    The training set would be another one then; nothing is trained, so that is no objection.
+    """
+    return any(key.startswith(("data.test.", "data.validation.")) for key in changes)

@@ -1,0 +1,131 @@
+"""The jobs of one launch, from their plans to their results: what Hydra's launchers call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorabench import machine, record, sweep
+from lorabench.config import ConfigErrors
+from lorabench.plan import Planner
+from lorabench.progress import Display
+from lorabench.sweep import Job, SweepFolder
+from lorabench.worker import Outcome, Shared, Worker, stale_checkpoints
+
+
+@dataclass
+class Command:
+    """One command that trains: its words, what it plans with, and how its runs ended."""
+
+    words: list[str]
+    planner: Planner = field(default_factory=Planner)
+    outcomes: dict[tuple[str, str], Outcome] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)  # errors of jobs that Hydra started singly
+
+    def begin(self, configs: Sequence[Any], labels: list[str], pack_size: int) -> Session:
+        """Plan the jobs of a launch, all of them or all their errors at once."""
+        jobs = sweep.plan_jobs(list(configs), labels, self.planner)
+        return Session(self, jobs, pack_size)
+
+
+class Session:
+    """The jobs of one launch. Each result brings its run to its end, and others on the way."""
+
+    def __init__(self, command: Command, jobs: list[Job], pack_size: int):
+        self.command, self.jobs = command, jobs
+        shared = Shared(command.planner)
+        self.display = Display(0, 0)
+        by_folder: dict[Path, list[Job]] = {}
+        for job in jobs:
+            by_folder.setdefault(job.folder.parent, []).append(job)
+        self.workers = {
+            place: Worker(SweepFolder(place), mine, shared, self.display)
+            for place, mine in by_folder.items()
+        }
+        self.left = [job for job in jobs if self.worker(job).is_left(job)]
+        notes = shared.check_data(self.left)
+        for worker in self.workers.values():
+            self._add(worker, pack_size)
+        self._greet()
+        for note in notes:
+            self.display.say(f"note: {note}")
+        self.told: set[str] = set()
+
+    def worker(self, job: Job) -> Worker:
+        return self.workers[job.folder.parent]
+
+    def _add(self, worker: Worker, pack_size: int) -> None:
+        """Add the runs of one folder to its sweep.json, in packs if they are new there."""
+        known = worker.folder.read()
+        packed = {run for pack in known.packs for run in pack.runs}
+        new: dict[str, Job] = {}
+        for job in worker.jobs:
+            if job.plan.run_id not in packed:
+                new.setdefault(job.plan.run_id, job)
+        fresh = list(new.values())
+        packs: list[list[str]] = []
+        if fresh:
+            device = machine.choose_device(fresh[0].config.trainer.device)
+            packs = [
+                [fresh[i].plan.run_id for i in members]
+                for members in sweep.form_packs(fresh, pack_size, machine.free_memory(device))
+            ]
+        to_train = [job for job in worker.jobs if worker.must_train(job)]
+        if stale := stale_checkpoints(to_train, known.current_packs()):
+            raise ConfigErrors(stale)
+        worker.folder.add(
+            {job.plan.run_id: sweep.entry_of(job) for job in worker.jobs},
+            packs,
+            self.command.words,
+        )
+
+    def _greet(self) -> None:
+        """Say what is kept, what is to do, and what others are doing."""
+        distinct = {job.plan.run_id: job for job in self.left}
+        steps = sum(job.config.trainer.steps for job in distinct.values())
+        self.display.num_runs, self.display.steps_total = len(distinct), steps
+        kept = [job for job in self.jobs if job.plan.run_id not in distinct]
+        busy = [j for j in distinct.values() if self.worker(j).folder.holder(j.plan.run_id)]
+        to_score = [j for j in distinct.values() if self.worker(j).must_score(j)]
+        same = len(self.left) - len(distinct)
+        for place, worker in self.workers.items():
+            mine = {job.plan.run_id for job in worker.jobs}
+            older = [
+                entry
+                for path, entry in record.find(place)
+                if entry.arithmetic_version < record.ARITHMETIC_VERSION and path.name not in mine
+            ]
+            if older:
+                self.display.say(
+                    f"{place}: {len(older)} run{'s' if len(older) > 1 else ''} of arithmetic "
+                    f"version {older[0].arithmetic_version} stay as they are; this lorabench "
+                    f"computes otherwise (version {record.ARITHMETIC_VERSION}) and trains beside "
+                    f"them"
+                )
+        if kept or to_score or busy or same:
+            train = len(distinct) - len(to_score)
+            self.display.say(
+                f"{len(kept)} of {len(self.jobs)} runs are kept from before, {train} to train"
+                + (f", {len(to_score)} to score" if to_score else "")
+                + (f", {len(busy)} of them held by another process" if busy else "")
+                + (f", {same} the same as another" if same else "")
+            )
+        for job in kept:
+            if not (job.folder / "adapter" / "adapter_model.safetensors").is_file():
+                self.display.say(
+                    f"{job.label}: kept without its adapter, which is gone; remove {job.folder} "
+                    f"to train it again"
+                )
+
+    def result(self, index: int) -> float:
+        """Bring a job's run to its end; return its objective, NaN if it failed or stopped."""
+        job = self.jobs[index]
+        with self.display:
+            outcome = self.worker(job).finish(job)
+        first = next(one for one in self.jobs if one.plan.run_id == job.plan.run_id)
+        if first is not job and job in self.left:
+            self.display.say(f"{job.label}  {outcome.status}: the same run as {first.label}")
+        self.command.outcomes.setdefault((outcome.folder, job.plan.evaluation_id), outcome)
+        return outcome.objective

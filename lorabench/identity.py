@@ -1,0 +1,141 @@
+"""What names a training and an evaluation: two hashes over what decides each, and nothing else.
+
+Two spellings of one setting are one run, so the run id is made of what a config resolves to:
+modules with their ranks and scales, stages as the modules they train, content hashes in place of
+paths. Keys that only decide how a run is scored belong to the evaluation's id.
+
+A config key that is added later must change no id while it has the value that does what earlier
+versions did: it goes into NEUTRAL with that value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from lorabench.config import Config
+from lorabench.record import ARITHMETIC_VERSION
+from lorabench.stages import Stages
+
+# Keys that decide how a saved adapter is scored, and nothing about its training; `lorabench
+# evaluate` takes these. A name that ends in a dot or an underscore stands for all that begin so.
+EVALUATION_KEYS = (
+    "data.metric",
+    "data.answer_",
+    "data.test.",
+    "data.num_test",
+    "data.validation.",
+    "data.num_validation",
+    "trainer.eval_",
+    "objective",
+)
+# Keys of the groups below that never change a training: places, names, logs, what the resolved
+# parts and the content hashes stand for.
+NOT_DECIDING = {
+    "model": {"path", "name", "revision"},
+    "data": {
+        "name", "source", "skills", "min_word_length", "max_word_length", "train", "prompt",
+        "completion", "labels", "split_by", "validation_fraction", "test_fraction", "num_train",
+    },
+    "lora": {"r", "lora_alpha", "alpha_ratio", "use_rslora", "rank_pattern", "alpha_pattern"},
+    "trainer": {"device", "num_threads", "checkpoint_every", "log_every"},
+}  # fmt: skip
+# Keys added since arithmetic version 2, at the value that does what runs before them did.
+NEUTRAL: dict[str, Any] = {}
+
+
+def is_of_evaluation(key: str) -> bool:
+    """Whether a dotted key only decides how a run is scored."""
+    return any(
+        key == name or (name[-1] in "._" and key.startswith(name)) or key == name.rstrip(".")
+        for name in EVALUATION_KEYS
+    )
+
+
+def training(
+    config: Config,
+    contents: dict[str, str],
+    ranks: dict[str, int],
+    scales: dict[str, float],
+    trained: Iterable[str],
+    labels: list[str],
+) -> dict[str, Any]:
+    """Return what decides a training, canonically: the content that the run id is the hash of.
+
+    Args:
+        contents: hashes of base, tokenizer and training data.
+        ranks, scales: of each adapted module, patterns included.
+        trained: every module that trains, adapted or in full.
+        labels: of a classification, in the order of their numbers.
+    """
+    groups = dataclasses.asdict(config)
+    for group, keys in NOT_DECIDING.items():
+        groups[group] = {
+            key: value
+            for key, value in groups[group].items()
+            if key not in keys
+            and not is_of_evaluation(f"{group}.{key}")
+            and not (f"{group}.{key}" in NEUTRAL and NEUTRAL[f"{group}.{key}"] == value)
+        }
+    trainer = groups["trainer"]
+    trainer["micro_batch_size"] = trainer["micro_batch_size"] or trainer["batch_size"]
+    base = {name: contents[name] for name in ("hub", "revision", "weights")}
+    return {
+        "arithmetic": ARITHMETIC_VERSION,
+        "task": config.task,
+        "model": groups["model"] | base,
+        "tokenizer": contents["tokenizer"],
+        "data": groups["data"] | {"train": contents["train"], "labels": labels},
+        "modules": {name: [ranks[name], scales[name]] for name in sorted(ranks)},
+        "head": config.head.policy,
+        "lora": groups["lora"],
+        "trainer": trainer,
+        "stages": [
+            [stage.step, dict(sorted(stage.lr_scale.items()))]
+            for stage in Stages(config.stages, trained).all
+        ],
+        "seeds": groups["seeds"],
+    }
+
+
+def wanted_metrics(config: Config) -> list[str]:
+    """The metrics to score: those of data.metric, and the objective's."""
+    return list(dict.fromkeys([*config.data.metric, config.objective.partition("/")[2]]))
+
+
+def evaluation(
+    config: Config, contents: dict[str, str], definitions: dict[str, str]
+) -> dict[str, Any]:
+    """Return what decides the scores of an adapter: the settings of an evaluation.
+
+    Args:
+        contents: hashes of the validation and test examples.
+        definitions: the version of each metric.
+    """
+    metrics = wanted_metrics(config)
+    settings: dict[str, Any] = {
+        "definitions": {name: definitions[name] for name in sorted(metrics)},
+        "examples": {split: contents[split] for split in ("validation", "test")},
+        "eval_examples": config.trainer.eval_examples,
+        "eval_batch_size": config.trainer.eval_batch_size,
+    }
+    if any(name.startswith("answer") for name in metrics):
+        data = dataclasses.asdict(config.data)
+        settings |= {key: data[key] for key in sorted(data) if key.startswith("answer_")}
+        settings["answer_splits"] = answer_splits(config)
+    return settings
+
+
+def answer_splits(config: Config) -> list[str]:
+    """The splits to generate answers on: test, and validation where the objective asks for it."""
+    split, _, metric = config.objective.partition("/")
+    return ["validation", "test"] if (split == "validation" and "answer" in metric) else ["test"]
+
+
+def short_hash(content: Any) -> str:
+    """First 12 hex digits of sha256 over canonical JSON."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,24 @@
+"""What is to be done: the runs of a command, their packs, and the folder that remembers both.
+
+jobs     the runs of one command: planned together, refused together
+packs    which runs train together
+folder   sweep.json, and how far each run is
+"""
+
+from lorabench.sweep.folder import PackEntry, RunEntry, SweepFile, SweepFolder, entry_of, pack_id
+from lorabench.sweep.jobs import Job, Mistakes, distinct, plan_jobs
+from lorabench.sweep.packs import form_packs
+
+__all__ = [
+    "Job",
+    "Mistakes",
+    "PackEntry",
+    "RunEntry",
+    "SweepFile",
+    "SweepFolder",
+    "distinct",
+    "entry_of",
+    "form_packs",
+    "pack_id",
+    "plan_jobs",
+]

@@ -1,0 +1,181 @@
+"""The sweep folder: which runs there are, in which packs, who asked for them, how far they are.
+
+`sweep.json` lists every run, every pack and every command ever asked of the folder. Commands and
+splits of packs are added under a lock; nothing is removed. How far a run is says its record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from pydantic import BaseModel, Field
+
+from lorabench import lease, record
+from lorabench.config import ConfigErrors
+from lorabench.files import write_atomic
+from lorabench.record import Record
+from lorabench.sweep.jobs import Job
+
+SCHEMA_VERSION = 1
+LOCK_TIMEOUT = 120.0  # seconds to wait for another process that adds to sweep.json
+
+
+class RunEntry(BaseModel):
+    """One run: the overrides that tell it from its mates, and its resolved config."""
+
+    label: str
+    config: dict[str, Any]  # of the newest command: another one may ask for other scores
+
+
+class PackEntry(BaseModel):
+    """Runs that train together, in the order of their slots: a run's bits depend on the shape."""
+
+    id: str
+    runs: list[str]
+    split_from: str | None = None  # the pack that this one is a part of
+    reason: str | None = None  # why that pack was split
+
+
+class CommandEntry(BaseModel):
+    """A command that asked for runs of this folder."""
+
+    words: list[str]
+    started: str
+    runs: list[str]
+
+
+class SweepFile(BaseModel):
+    """sweep.json."""
+
+    schema_version: int = SCHEMA_VERSION
+    runs: dict[str, RunEntry] = Field(default_factory=dict)
+    packs: list[PackEntry] = Field(default_factory=list)
+    commands: list[CommandEntry] = Field(default_factory=list)
+
+    def current_packs(self) -> list[PackEntry]:
+        """The packs that were not split, in the order in which they were asked for."""
+        split = {pack.split_from for pack in self.packs}
+        return [pack for pack in self.packs if pack.id not in split]
+
+
+def entry_of(job: Job) -> RunEntry:
+    """A planned run as sweep.json lists it."""
+    return RunEntry(label=job.label, config=dataclasses.asdict(job.config))
+
+
+def pack_id(runs: Iterable[str]) -> str:
+    """First 12 hex digits of sha256 over the run ids, in the order of their slots."""
+    return hashlib.sha256(" ".join(runs).encode()).hexdigest()[:12]
+
+
+class SweepFolder:
+    """The folder of one sweep."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.locks = path / ".locks"
+
+    def read(self) -> SweepFile:
+        """The content of sweep.json; empty if there is none yet.
+
+        Raises:
+            ConfigErrors: it is damaged, or written by a newer lorabench.
+        """
+        path = self.path / "sweep.json"
+        try:
+            found = SweepFile.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return SweepFile()
+        except ValueError as error:
+            raise ConfigErrors(
+                f"sweep.json: must be as lorabench wrote it; '{path}' is damaged "
+                f"({str(error).splitlines()[0]}); restore it, or move it away: finished runs are "
+                f"kept, interrupted ones start again in new packs"
+            ) from error
+        if found.schema_version > SCHEMA_VERSION:
+            raise ConfigErrors(
+                f"sweep.json: must have a schema version of at most {SCHEMA_VERSION}; '{path}' has "
+                f"{found.schema_version}: it was written by a newer lorabench; update this one"
+            )
+        return found
+
+    # --- adding --------------------------------------------------------------------------
+
+    def add(
+        self, runs: dict[str, RunEntry], packs: Sequence[Sequence[str]], words: Sequence[str]
+    ) -> SweepFile:
+        """Add a command with its runs; those that are in no pack yet form the packs given.
+
+        A pack of which nothing has begun, and of which the command wants only some runs, is split:
+        the command need not carry the others along.
+
+        Args:
+            packs: run ids of the packs that the runs would form in an empty folder.
+            words: of the command line.
+        """
+        with self._lock():
+            content = self.read()
+            for one in content.current_packs():
+                wanted = [run for run in one.runs if run in runs]
+                if wanted and len(wanted) < len(one.runs) and not self._has_begun(one):
+                    rest = [run for run in one.runs if run not in runs]
+                    content.packs += _parts(one, [wanted, rest], "a command wanted some of it")
+            content.runs |= runs
+            packed = {run for pack in content.packs for run in pack.runs}
+            for pack in packs:
+                if new := [run for run in pack if run not in packed]:
+                    content.packs.append(PackEntry(id=pack_id(new), runs=new))
+            content.commands.append(
+                CommandEntry(words=list(words), started=record.now(), runs=list(runs))
+            )
+            self._write(content)
+            return content
+
+    def split(self, pack: PackEntry, parts: Sequence[Sequence[str]], reason: str) -> None:
+        """Replace a pack, which the caller holds, by parts of it."""
+        with self._lock():
+            content = self.read()
+            content.packs += _parts(pack, parts, reason)
+            self._write(content)
+
+    def _has_begun(self, pack: PackEntry) -> bool:
+        if lease.holder_of(self.lease_path(pack)) is not None:
+            return True
+        return any((self.path / run / "record.json").exists() for run in pack.runs)
+
+    def _lock(self) -> FileLock:
+        self.locks.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.locks / "sweep.lock", timeout=LOCK_TIMEOUT)
+
+    def _write(self, content: SweepFile) -> None:
+        write_atomic(self.path / "sweep.json", content.model_dump_json(indent=1) + "\n")
+
+    # --- how far it is -------------------------------------------------------------------
+
+    def lease_path(self, pack: PackEntry) -> Path:
+        """The file that says who holds a pack."""
+        return self.locks / f"{pack.id}.json"
+
+    def record(self, run: str) -> Record | None:
+        """The record of a run; None while it is only planned."""
+        return record.read(self.path / run)
+
+    def holder(self, run: str) -> lease.Holder | None:
+        """Who trains a run now."""
+        for pack in self.read().current_packs():
+            if run in pack.runs:
+                return lease.holder_of(self.lease_path(pack))
+        return None
+
+
+def _parts(pack: PackEntry, parts: Sequence[Sequence[str]], reason: str) -> list[PackEntry]:
+    return [
+        PackEntry(id=pack_id(runs), runs=list(runs), split_from=pack.id, reason=reason)
+        for runs in parts
+        if runs
+    ]

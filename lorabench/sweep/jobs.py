@@ -1,0 +1,95 @@
+"""The runs of one command: all of them planned, or all their errors at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from lorabench import config as configs
+from lorabench import plan
+from lorabench.config import Config, ConfigErrors
+
+
+@dataclass
+class Job:
+    """One run of the command, planned."""
+
+    config: Config
+    label: str  # the overrides that tell it from the others
+    plan: plan.Plan
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.plan.folder)
+
+
+def plan_jobs(
+    composed: list[DictConfig], labels: list[str], planner: plan.Planner | None = None
+) -> list[Job]:
+    """Plan every run; nothing is loaded but names and shapes.
+
+    Raises:
+        ConfigErrors: everything wrong with any of them, each error once.
+    """
+    planner = planner or plan.Planner()
+    labels = distinct(labels)
+    mistakes = Mistakes(len(composed))
+    jobs: list[Job] = []
+    typed: list[tuple[Config, str]] = []
+    for cfg, label in zip(composed, labels, strict=True):
+        with mistakes.of(label):
+            config = configs.typed(cfg)
+            if found := plan.check(config):
+                raise ConfigErrors(found)
+            typed.append((config, label))
+    mistakes.refuse()
+    for config, label in typed:
+        with mistakes.of(label):
+            jobs.append(Job(config, label, planner.make(config)))
+    mistakes.refuse()
+    return jobs
+
+
+def distinct(labels: list[str]) -> list[str]:
+    """The overrides that tell the runs of a command apart; those they share left out."""
+    words = [label.split() for label in labels]
+    common = set(words[0]).intersection(*words[1:]) if len(words) > 1 else set()
+    return [" ".join(word for word in label if word not in common) or "defaults" for label in words]
+
+
+class Mistakes:
+    """Collects what is wrong with the runs of a command."""
+
+    def __init__(self, total: int):
+        self.total = total  # runs of the command
+        self.found: dict[str, list[str]] = {}  # an error, and the labels of the runs it is about
+
+    @contextmanager
+    def of(self, *labels: str) -> Iterator[None]:
+        """Collect the errors raised in this block as errors of these runs."""
+        try:
+            yield
+        except ConfigErrors as refused:
+            for error in refused.errors:
+                self.found.setdefault(error, []).extend(labels)
+
+    def refuse(self) -> None:
+        """Raise all collected errors, if any.
+
+        Raises:
+            ConfigErrors: each error once.
+        """
+        if self.found:
+            raise ConfigErrors(_with_runs(*one, self.total) for one in self.found.items())
+
+
+def _with_runs(error: str, labels: list[str], total: int) -> str:
+    """Says which runs of a sweep an error is about, unless it is all of them."""
+    if len(labels) == total:
+        return error
+    more = f" and {len(labels) - 2} more" if len(labels) > 2 else ""
+    return f"{error}  [{' | '.join(labels[:2])}{more}]"

@@ -1,0 +1,15 @@
+"""A process that takes packs of a sweep under a lock, trains them, saves them and scores them.
+
+work      which pack is next, who holds it, what a failure means for the others
+training  planned runs -> saved adapters
+scoring   saved adapters -> evaluations
+members   one run while its pack is at work: record, logs, checkpoints
+shared    what packs share: the base, its tokenizer, the tokens
+"""
+
+from lorabench.worker.members import stale_checkpoints
+from lorabench.worker.shared import Shared
+from lorabench.worker.training import make_pack
+from lorabench.worker.work import Outcome, Worker
+
+__all__ = ["Outcome", "Shared", "Worker", "make_pack", "stale_checkpoints"]

@@ -1,0 +1,305 @@
+"""A run while its pack is at work: its record, its logs, its checkpoints.
+
+Every write goes through the lease of the pack: a process that was replaced writes nothing more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from omegaconf import OmegaConf
+
+from lorabench import checkpoint, record, tracking
+from lorabench.config import ConfigErrors, first_line, flatten
+from lorabench.files import write_atomic
+from lorabench.lease import Lease, Lost
+from lorabench.progress import Display
+from lorabench.stages import Stage, Stages
+from lorabench.sweep import Job, PackEntry
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Member:
+    """One run of a pack that is at work."""
+
+    job: Job
+    slot: int  # its place in the pack
+    entry: record.Record
+    lease: Lease
+    tracker: tracking.NoTracker = field(default_factory=tracking.NoTracker)
+    metrics_file: IO[str] | None = None
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+    earlier_seconds: float = 0.0  # of training, by the commands that this one resumes
+    failed: bool = False  # this run alone; its mates go on
+
+    @property
+    def folder(self) -> Path:
+        return self.job.folder
+
+    @property
+    def is_out(self) -> bool:
+        """Whether its training has ended before that of its mates: failed or stopped."""
+        return self.failed or self.entry.error is not None
+
+    def write(self) -> None:
+        """Write the record."""
+        self.lease.check()
+        self.entry.write(self.folder)
+
+    def enter(self, stage: Stage, modules: list[str]) -> None:
+        """Note what trains from now on: one entry per learning rate.
+
+        Args:
+            modules: what this run trains in any stage.
+        """
+        from lorabench.train import learning_rate
+
+        rate = learning_rate(self.job.config.trainer, stage.step)
+        for scale in dict.fromkeys(stage.lr_scale.values()):
+            mine = [module for module in modules if stage.lr_scale.get(module) == scale]
+            if mine:
+                entry = record.StageStart(
+                    step=stage.step, modules=mine, lr_scale=scale, lr=rate * scale
+                )
+                self.entry.stages.append(entry)
+
+    def log(self, step: int, row: dict[str, float], **more: float) -> None:
+        """Write one row to metrics.jsonl and to the tracker."""
+        assert self.metrics_file is not None
+        record.append_line(self.metrics_file, {"step": step, **row, **more})
+        self.tracker.log(row, step)
+
+    def fail(self, error: BaseException) -> None:
+        """Note in the record why this run failed. Keeps no reference to the exception's frames."""
+        self.failed = True
+        self.entry.status = "failed"
+        self.entry.error = what_failed(error)
+
+
+def what_failed(error: BaseException) -> str:
+    """Return an exception as one line."""
+    if isinstance(error, ConfigErrors):
+        return "; ".join(error.errors)
+    return f"{type(error).__name__}: {first_line(error, None)}".removesuffix(
+        f": {type(error).__name__}"
+    )
+
+
+def open_member(job: Job, pack: PackEntry, mates: Sequence[Job], lease: Lease) -> Member:
+    """A run that starts, or starts again."""
+    planned = job.plan.model_copy()
+    planned.pack = {
+        "id": pack.id,
+        "size": len(pack.runs),
+        "members": pack.runs,
+        "alone": job.plan.alone,
+    }
+    mine = flatten(dataclasses.asdict(job.config))
+    differing = {
+        mate.plan.run_id: {
+            key: value
+            for key, value in flatten(dataclasses.asdict(mate.config)).items()
+            if mine.get(key) != value
+        }
+        for mate in mates
+        if mate.plan.run_id != job.plan.run_id
+    }
+    entry = record.Record(
+        run_id=job.plan.run_id,
+        sweep=job.config.sweep,
+        status="running",
+        seeds=dataclasses.asdict(job.config.seeds),
+        config=dataclasses.asdict(job.config),
+        plan=planned.model_dump(),
+        mates=differing,
+        provenance={},
+        exports=record.Exports.none("the run has not finished"),
+        started=record.now(),
+    )
+    return Member(job, pack.runs.index(job.plan.run_id), entry, lease)
+
+
+def begin(member: Member) -> None:
+    """Write what is known of a run before anything is loaded."""
+    member.folder.mkdir(parents=True, exist_ok=True)
+    content = OmegaConf.to_yaml(OmegaConf.create(member.entry.config))
+    member.lease.check()
+    write_atomic(member.folder / "config.yaml", content)
+    member.write()
+
+
+@contextlib.contextmanager
+def own_failure(member: Member) -> Iterator[None]:
+    """An exception in this block fails this run only."""
+    try:
+        yield
+    except Lost:
+        raise
+    except Exception as error:
+        log.error("run %s failed\n%s", member.entry.run_id, traceback.format_exc())
+        member.fail(error)
+
+
+class RunLog(logging.FileHandler):
+    """A run's own log; if it cannot be written (a full disk), the run's outcome says why."""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+@contextlib.contextmanager
+def logs_of(folders: Sequence[Path]) -> Iterator[None]:
+    """Send this process's log to the train.log of each run."""
+    root, handlers = logging.getLogger(), []
+    try:
+        for folder in folders:
+            handler = RunLog(folder / "train.log", encoding="utf-8")
+            handlers.append(handler)
+            handler.setFormatter(
+                logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+            )
+            handler.setLevel(logging.INFO)
+            root.addHandler(handler)
+        yield
+    finally:
+        for handler in handlers:
+            root.removeHandler(handler)
+            handler.close()
+
+
+def start_tracker(member: Member, display: Display) -> None:
+    config = member.job.config
+    member.tracker = tracking.start(
+        config.tracker,
+        run_id=member.entry.run_id,
+        sweep=config.sweep,
+        name=member.job.label,
+        tags=[member.job.plan.model, f"head={config.head.policy}"],
+        config=member.entry.config,
+        folder=member.folder.parent,
+        notify=display.say,
+    )
+
+
+def open_logs(members: list[Member], start_step: int, display: Display) -> None:
+    """Open metrics.jsonl, with the rows that the checkpoint has behind it, and the tracker."""
+    for member in members:
+        path = member.folder / "metrics.jsonl"
+        rows = _kept_rows(path, start_step)
+        member.lease.check()
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+        member.metrics_file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        start_tracker(member, display)
+
+
+def _kept_rows(path: Path, steps_done: int) -> list[dict[str, Any]]:
+    """Rows of an interrupted run's metrics.jsonl that its checkpoint has behind it."""
+    rows = []
+    if steps_done and path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+                if row["step"] <= steps_done:
+                    rows.append(row)
+            except (ValueError, TypeError, KeyError):
+                continue  # cut short by a kill, or damaged
+    return rows
+
+
+# --- checkpoints -----------------------------------------------------------------------------
+
+
+def planned_fingerprint(job: Job, pack: PackEntry) -> dict[str, Any]:
+    """What a checkpoint must agree in before anything is loaded."""
+    packages = record.versions()
+    return {
+        "run_id": job.plan.run_id,
+        "arithmetic": record.ARITHMETIC_VERSION,
+        "pack": pack.id,
+        "modules": job.plan.lora_modules,
+        "packages": {name: packages.get(name) for name in ("torch", "peft", "transformers")},
+    }
+
+
+def stale_checkpoints(jobs: Sequence[Job], packs: Sequence[PackEntry]) -> list[str]:
+    """Checkpoints that these runs would resume from and must not: every difference, old and new."""
+    errors = []
+    for pack in packs:
+        for job in (job for job in jobs if job.plan.run_id in pack.runs):
+            place = job.folder / "checkpoint"
+            errors += checkpoint.check(place, pack.id, planned_fingerprint(job, pack))
+    return errors
+
+
+def furthest(members: list[Member], pack: PackEntry) -> tuple[int, list[Member]]:
+    """The runs that train in this round, and the step they continue from.
+
+    All runs of a round are at the same step. Those with the latest checkpoint go first; the others
+    follow in another round of the same pack.
+    """
+    steps = {
+        member.slot: set(checkpoint.steps(member.folder / "checkpoint", pack.id))
+        for member in members
+    }
+    last = max((step for found in steps.values() for step in found), default=0)
+    together = [member for member in members if last in steps[member.slot]]
+    return (last, together) if last else (0, members)
+
+
+def resume(members: list[Member], pack: Any, step: int, display: Display) -> None:
+    """Load the checkpoints of a step."""
+    for member in members:
+        place = member.folder / "checkpoint"
+        pack.load_state(member.slot, checkpoint.load(place, step, member.fingerprint))
+        member.entry.steps_done = step
+        told = checkpoint.told(place, step)
+        cost = told.get("cost", {})  # checkpoints before this key have none
+        member.tokens = cost.get("train_tokens", 0)
+        member.earlier_seconds = cost.get("train_seconds", 0.0)
+        if stop := told.get("stopped"):
+            member.entry.steps_done, member.entry.error = stop["steps_done"], stop["error"]
+            pack.stop(member.slot)
+        modules = pack.modules(member.slot)
+        for stage in Stages(member.job.config.stages, modules).all:
+            if stage.step < step:
+                member.enter(stage, modules)
+    display.resumed(step * len(members))
+
+
+def keep_checkpoint(members: list[Member], pack: Any, step: int) -> None:
+    """Keep all members' checkpoints of this step: written first, then put in place together."""
+    for member in members:
+        entry = member.entry
+        stop = {"steps_done": entry.steps_done, "error": entry.error} if entry.error else None
+        cost = {
+            "train_seconds": entry.cost.train_seconds,
+            "train_tokens": entry.cost.train_tokens,
+        }
+        member.lease.check()
+        place = member.folder / "checkpoint"
+        checkpoint.write(place, pack.state(member.slot), step, member.fingerprint, stop, cost)
+    for member in members:
+        member.lease.check()
+        checkpoint.commit(member.folder / "checkpoint")
+
+
+def put_in_place(part: Path, place: Path, lease: Lease) -> None:
+    """Rename a folder that is written whole to its name, replacing what an earlier try left."""
+    import shutil
+
+    lease.check()
+    shutil.rmtree(place, ignore_errors=True)
+    os.replace(part, place)

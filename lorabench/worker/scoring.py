@@ -1,0 +1,206 @@
+"""From saved adapters to evaluations: load if need be, score packed, append to the record."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lorabench import adapters, data, identity, machine, record
+from lorabench.config import ConfigErrors
+from lorabench.progress import Display
+from lorabench.sweep import Job
+from lorabench.worker.members import Member, own_failure
+from lorabench.worker.shared import Dataset, Shared
+from lorabench.worker.training import make_pack
+
+
+def load_pack(members: Sequence[Member], slots: Sequence[Job], shared: Shared) -> Any:
+    """Put saved adapters on their base, in the shape they were trained in.
+
+    Raises:
+        ConfigErrors: an adapter is gone, or not the one that was trained.
+    """
+    from safetensors.torch import load_file
+
+    from lorabench.pack import ModulePack
+
+    config = members[0].job.config
+    machine.configure_torch(config)
+    device = machine.choose_device(config.trainer.device)
+    saved = {}
+    for member in members:
+        place = member.folder / "adapter" / "adapter_model.safetensors"
+        tensors = load_file(place) if place.is_file() else {}
+        found, wanted = adapters.state_hash(tensors), member.entry.hashes["adapter"]
+        if found != wanted:
+            raise ConfigErrors(
+                f"adapter: must be the one that run {member.entry.run_id} trained, {wanted[:12]}; "
+                f"'{place}' {'is ' + found[:12] if tensors else 'is gone'}; remove "
+                f"'{member.folder}' and repeat the command that trained it"
+            )
+        saved[member.slot] = tensors
+    if slots[0].plan.alone is not None:
+        base, _ = shared.base(slots[0], device)
+        return ModulePack.of_saved(base, config, members[0].folder / "adapter", device)
+    pack, _, _ = make_pack(shared, slots, device)
+    for slot, tensors in saved.items():
+        pack.load_adapter(slot, tensors)
+    return pack
+
+
+def score(
+    members: Sequence[Member], evaluation: str, pack: Any, shared: Shared, display: Display
+) -> None:
+    """Score the members on validation and test and append the evaluation to their records.
+
+    Short memory halves the batch; a single example that does not fit is an error.
+
+    Args:
+        members: runs that are to be scored with the same settings.
+        evaluation: the id of those settings.
+    """
+    job = members[0].job
+    dataset, tokenizer = shared.dataset(job), shared.tokenizer(job)
+    batch_size = job.config.trainer.eval_batch_size
+    begun = time.perf_counter()
+    while True:
+        scored = _score(pack, dataset, tokenizer, job, batch_size)
+        if scored is not None:
+            break
+        if batch_size == 1:
+            raise MemoryError(
+                "not enough memory to score a single example; the adapter is saved; free memory "
+                "and repeat the command"
+            )
+        batch_size = (batch_size + 1) // 2
+        display.say(f"scoring does not fit into memory; trying batches of {batch_size} examples")
+    seconds = time.perf_counter() - begun
+    for member in members:
+        with own_failure(member):
+            _append(member, evaluation, scored, dataset, batch_size, seconds)
+
+
+Scored = dict[str, list[Any]]  # split -> one table per run
+
+
+def _score(
+    pack: Any, dataset: Dataset, tokenizer: Any, job: Job, batch_size: int
+) -> tuple[Scored, dict[str, Any] | None] | None:
+    """Tables of every run, and the settings of generation; None if memory was short."""
+    from lorabench.evaluate import (
+        answers,
+        eos_token_ids,
+        evaluate,
+        generation_settings,
+    )
+
+    config = job.config
+    wanted, pad_id = identity.wanted_metrics(config), data.pad_id(tokenizer)
+    written = [name for name in wanted if name.startswith("answer")]
+    found: Scored = {}
+    generation = None
+    try:
+        for split in ("validation", "test"):
+            tokens = dataset.tokens[split]
+            if config.trainer.eval_examples is not None:
+                tokens = tokens.first(config.trainer.eval_examples)
+            tables = evaluate(pack, tokens, tokenizer, pad_id, wanted, batch_size)
+            if written and split in identity.answer_splits(config):
+                eos = eos_token_ids(getattr(pack.tree, "generation_config", None), tokenizer)
+                generation = generation_settings(config.data, eos)
+                texts = answers(
+                    pack, tokens, tokenizer, pad_id, config.data, batch_size, eos_token_ids=eos
+                )
+                for name in texts[0].column_names:
+                    tables = [
+                        table.append_column(name, text[name])
+                        for table, text in zip(tables, texts, strict=True)
+                    ]
+            found[split] = tables
+    except Exception as error:
+        if not machine.is_out_of_memory(error):
+            raise
+    else:
+        return found, generation
+    # Outside the handler: the exception held the frames, and they the tensors.
+    gc.collect()
+    machine.release_memory()
+    return None
+
+
+def _append(
+    member: Member,
+    evaluation: str,
+    scored: tuple[Scored, dict[str, Any] | None],
+    dataset: Dataset,
+    batch_size: int,
+    seconds: float,
+) -> None:
+    """Write a run's predictions, then its record with the evaluation."""
+    from lorabench.evaluate import DEFINITIONS, summarise
+
+    tables, generation = scored
+    job, entry = member.job, member.entry
+    splits, kept = {}, []
+    for split, of_runs in tables.items():
+        table = of_runs[member.slot]
+        metrics = {
+            name: record.Metric(
+                value=value if math.isfinite(value) else None,
+                num_examples=count,
+                definition=DEFINITIONS[name],
+            )
+            for name, (value, count) in summarise(
+                table, identity.wanted_metrics(job.config)
+            ).items()
+        }
+        splits[split] = record.Scores(
+            examples=job.plan.contents[split],
+            tokens=dataset.tokens[split].hash(),
+            metrics=metrics,
+        )
+        kept.append(table.add_column(0, "split", [[split] * len(table)]))
+    name = f"evaluations/{evaluation}.parquet"
+    place = member.folder / name
+    part = _written(place, kept)
+    member.lease.check()
+    os.replace(part, place)
+    entry.evaluations = [one for one in entry.evaluations if one.id != evaluation]
+    entry.evaluations.append(
+        record.Evaluation(
+            id=evaluation,
+            settings=job.plan.evaluation,
+            splits=splits,
+            predictions=name,
+            predictions_sha256=hashlib.sha256(place.read_bytes()).hexdigest(),
+            batch_size=batch_size,
+            generation=generation,
+            seconds=round(seconds, 3),
+            stack=record.stack(record.provenance(machine.choose_device(job.config.trainer.device))),
+            ended=record.now(),
+        )
+    )
+    entry.cost.evaluate_seconds = round(seconds, 3)
+    if entry.status == "trained":
+        entry.status, entry.error = "finished", None
+
+
+def _written(place: Path, tables: list[Any]) -> Path:
+    """Write predictions beside their place, on the disk before they are renamed."""
+    from pyarrow import concat_tables, parquet
+
+    place.parent.mkdir(exist_ok=True)
+    part = place.with_name(f".{place.name}.part")
+    with contextlib.suppress(FileNotFoundError):
+        part.unlink()
+    parquet.write_table(concat_tables(tables, promote_options="default"), part)
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    return part

@@ -1,0 +1,155 @@
+"""What the packs of a command share: the frozen base, its tokenizer, and the tokenised data.
+
+Created by the command and handed down to whoever needs it. Everything is keyed by content, checked
+against the plan when it is read, and dropped as soon as no pack needs it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from lorabench import data
+from lorabench import model as base_model
+from lorabench.config import ConfigErrors
+from lorabench.plan import Planner
+from lorabench.sweep import Job, Mistakes
+
+
+@dataclass
+class Dataset:
+    """The tokens of each split, and what a reader of the results should know about them."""
+
+    tokens: dict[str, data.Tokens]
+    notes: list[str]
+
+
+class Shared:
+    """One base and one data set at a time, each kept for the packs that follow."""
+
+    def __init__(self, planner: Planner | None = None):
+        self.planner = planner or Planner()
+        self._bases: dict[str, tuple[Any, str]] = {}  # model, checksum
+        self._tokenizers: dict[str, Any] = {}
+        self._datasets: dict[str, Dataset] = {}
+
+    def base(self, job: Job, device: str) -> tuple[Any, str]:
+        """Return the frozen base of a run and the checksum of its tensors.
+
+        Raises:
+            ConfigErrors: its files are not those that the plan has seen.
+        """
+        key = _base_key(job)
+        if key not in self._bases:
+            self._bases.clear()
+            classes = len(job.plan.labels)
+            loaded = base_model.load_verified(
+                job.config.model, device, classes, job.plan.contents
+            )
+            self._bases[key] = (loaded, base_model.checksum(loaded))
+        return self._bases[key]
+
+    def tokenizer(self, job: Job) -> Any:
+        """Return the tokenizer of a run's base.
+
+        Raises:
+            ConfigErrors: its files are not those that the plan has seen.
+        """
+        key = _tokenizer_key(job)
+        if key not in self._tokenizers:
+            self._tokenizers.clear()
+            self._tokenizers[key] = base_model.tokenizer_verified(
+                job.config.model, job.plan.contents
+            )
+        return self._tokenizers[key]
+
+    def dataset(self, job: Job) -> Dataset:
+        """Return the tokenised splits of a run.
+
+        Raises:
+            ConfigErrors: the data are not those that the plan has seen; nothing to read or too
+                little; nothing that fits `max_length`.
+        """
+        key = _data_key(job)
+        if key not in self._datasets:
+            self._datasets.clear()
+            self._datasets[key] = self._read(job)
+        return self._datasets[key]
+
+    def _read(self, job: Job) -> Dataset:
+        settings, labels, planned = job.config.data, job.plan.labels, job.plan.contents
+        examples = data.load(settings)
+        changed = [
+            f"data.{split}: must still be the data that was planned, {planned[split][:12]}; what "
+            f"was read is {found[:12]}: it was edited in between; repeat the command"
+            for split, found in examples.hashes.items()
+            if found != planned[split]
+        ]
+        if changed:
+            raise ConfigErrors(changed)
+        tokenizer = self.tokenizer(job)
+        tokens, notes = {}, list(examples.notes)
+        for split in ("train", "validation", "test"):
+            chosen = getattr(examples, split)
+            tokens[split] = (
+                data.classify(chosen, tokenizer, settings, labels)
+                if labels
+                else data.tokenise(chosen, tokenizer, settings)
+            )
+            notes += tokens[split].notes(split, settings)
+        return Dataset(tokens, notes)
+
+    def check_data(self, jobs: list[Job]) -> list[str]:
+        """Read and tokenise the examples of all runs; those of the first are kept.
+
+        Returns:
+            What is to be said about them, each sentence once.
+        Raises:
+            ConfigErrors: what `dataset` refuses, of any run.
+        """
+        alike: dict[str, list[Job]] = {}
+        for job in jobs:
+            alike.setdefault(_data_key(job), []).append(job)
+        mistakes, notes = Mistakes(len(jobs)), []
+        for group in reversed(alike.values()):
+            with mistakes.of(*(job.label for job in group)):
+                notes += self.dataset(group[0]).notes
+        mistakes.refuse()
+        return list(dict.fromkeys(notes))
+
+    def keep_only(self, jobs: Iterable[Job]) -> None:
+        """Drop what none of these runs needs."""
+        wanted = list(jobs)
+        for kept, key_of in (
+            (self._bases, _base_key),
+            (self._tokenizers, _tokenizer_key),
+            (self._datasets, _data_key),
+        ):
+            needed = {key_of(job) for job in wanted}
+            for key in set(kept) - needed:
+                del kept[key]  # type: ignore[attr-defined]
+
+    def drop_base(self) -> None:
+        """Forget a base that is not what it was."""
+        self._bases.clear()
+
+
+def _base_key(job: Job) -> str:
+    model, contents = job.config.model, job.plan.contents
+    which = [contents[name] for name in ("hub", "revision", "weights")]
+    where = [model.path, model.dtype, model.attn_implementation]
+    return json.dumps([which, where, len(job.plan.labels), job.config.trainer.device])
+
+
+def _tokenizer_key(job: Job) -> str:
+    contents = job.plan.contents
+    return json.dumps([job.config.model.path, contents["revision"], contents["tokenizer"]])
+
+
+def _data_key(job: Job) -> str:
+    settings = job.config.data
+    rules = [settings.chat_template, settings.add_bos, settings.add_eos, settings.max_length]
+    contents = [job.plan.contents[split] for split in ("train", "validation", "test")]
+    return json.dumps([_tokenizer_key(job), contents, rules, job.plan.labels])

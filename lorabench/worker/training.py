@@ -1,0 +1,237 @@
+"""From planned runs to saved adapters: load, train, save, check.
+
+A pack has a slot for every run of its shape. Runs that are not to be trained now, because they have
+ended or belong to another command, leave their slot idle: the shape, and so the bits of the others,
+stay the same.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from lorabench import adapters, checkpoint, data, interrupt, machine, record
+from lorabench import model as base_model
+from lorabench.files import sync_folder
+from lorabench.lease import Lost
+from lorabench.progress import Display
+from lorabench.sweep import Job, PackEntry
+from lorabench.worker.members import (
+    Member,
+    keep_checkpoint,
+    open_logs,
+    own_failure,
+    planned_fingerprint,
+    put_in_place,
+    resume,
+)
+from lorabench.worker.shared import Shared
+
+
+def make_pack(shared: Shared, jobs: Sequence[Job], device: str) -> tuple[Any, Any, str]:
+    """Put the runs of these jobs on their base, ready to train.
+
+    Returns:
+        The pack, the base under it, and the checksum of the base.
+    """
+    from lorabench.pack import ModulePack, StackedPack
+
+    base, checksum = shared.base(jobs[0], device)
+    configs = [job.config for job in jobs]
+    modules = [job.plan.lora_modules for job in jobs]
+    if jobs[0].plan.alone is not None:
+        return ModulePack(base, configs[0], modules[0], device), base, checksum
+    skeleton = shared.planner.skeleton(configs[0].model, len(jobs[0].plan.labels))
+    pack = StackedPack(base, skeleton, configs, modules, device, known=shared.planner.wrapped)
+    return pack, base, checksum
+
+
+def train_pack(
+    members: list[Member],
+    slots: Sequence[Job],
+    entry: PackEntry,
+    start_step: int,
+    shared: Shared,
+    display: Display,
+) -> Any:
+    """Train the members, save their adapters, and record them as trained.
+
+    Args:
+        slots: every run of the pack's shape, in order.
+        start_step: of the checkpoints to continue from; 0 to begin.
+    Returns:
+        The pack, ready to be scored.
+    Raises:
+        KeyboardInterrupt: a signal; the members have a checkpoint of the last whole step.
+    """
+    config = members[0].job.config  # what runs of a pack share: base, data, steps, batch sizes
+    machine.configure_torch(config)
+    device = machine.choose_device(config.trainer.device)
+    memory = machine.PeakMemory(device)
+    dataset = shared.dataset(members[0].job)
+    pad_id = data.pad_id(shared.tokenizer(members[0].job))
+    pack, base, checksum = make_pack(shared, slots, device)
+    for slot in set(range(pack.size)) - {member.slot for member in members}:
+        pack.stop(slot)
+    train_tokens = dataset.tokens["train"].hash()
+    provenance = record.provenance(device)
+    for member in members:
+        _describe(member, pack, provenance, checksum, train_tokens, len(dataset.tokens["train"]))
+        member.entry.notes = [*member.job.plan.warnings, *dataset.notes]
+        member.fingerprint = planned_fingerprint(member.job, entry) | {
+            "parameters": pack.fingerprint(member.slot),
+            **member.entry.hashes,
+        }
+    if start_step:
+        resume(members, pack, start_step, display)
+    try:
+        open_logs(members, start_step, display)
+        _train(members, pack, dataset.tokens, pad_id, start_step, display)
+    except Lost:
+        raise
+    except BaseException as error:
+        step = max(member.entry.steps_done for member in members)  # a stopped run did fewer
+        if isinstance(error, KeyboardInterrupt) and step and not interrupt.torn():
+            keep_checkpoint(members, pack, step)
+        raise
+    finally:
+        for member in members:
+            if member.metrics_file is not None:
+                member.metrics_file.close()
+    if base_model.checksum(base) != checksum:
+        shared.drop_base()
+        raise RuntimeError("the frozen base changed while this pack trained; its runs are void")
+    for member in members:
+        member.entry.cost.peak_memory_bytes = memory.bytes()
+    _save(members, pack)
+    return pack
+
+
+def _describe(
+    member: Member,
+    pack: Any,
+    provenance: dict[str, Any],
+    checksum: str,
+    train_tokens: str,
+    num_examples: int,
+) -> None:
+    """Note what this run starts from."""
+    job, entry, trainer = member.job, member.entry, member.job.config.trainer
+    contents = job.plan.contents
+    entry.provenance = provenance | {
+        name: contents[name] for name in ("hub", "revision", "weights", "tokenizer")
+    }
+    shape = (num_examples, trainer.batch_size, job.config.seeds.data)
+    entry.hashes = {
+        "base": checksum,
+        "train": contents["train"],
+        "train_tokens": train_tokens,
+        "data_order": data.order_hash(*shape, trainer.steps),
+        "initial_adapter": adapters.state_hash(pack.adapter_state(member.slot)),
+    }
+
+
+def _save(members: list[Member], pack: Any) -> None:
+    """Save all adapters, then record them, then forget the checkpoints.
+
+    In this order a kill loses nothing: what has no record yet still has its checkpoint.
+    """
+    for member in members:
+        with own_failure(member):
+            part = member.folder / ".adapter.part"
+            shutil.rmtree(part, ignore_errors=True)
+            tensors = pack.adapter_state(member.slot)
+            saved = adapters.save(tensors, pack.settings(member.slot), part)
+            sync_folder(part)
+            put_in_place(part, member.folder / "adapter", member.lease)
+            member.entry.hashes["adapter"] = saved
+    for member in members:
+        if not member.failed:
+            member.entry.status = "stopped" if member.entry.error else "trained"
+            member.entry.exports = record.Exports(**member.entry.plan["exports"])
+            member.entry.ended = record.now()
+        member.write()
+    for member in members:
+        if not member.failed:
+            checkpoint.remove(member.folder / "checkpoint")
+
+
+def _train(
+    members: list[Member],
+    pack: Any,
+    splits: dict[str, data.Tokens],
+    pad_id: int,
+    start_step: int,
+    display: Display,
+) -> None:
+    import torch
+
+    from lorabench.evaluate import evaluate, summarise
+    from lorabench.train import train
+
+    trainer, lease = members[0].job.config.trainer, members[0].lease
+    validation = splits["validation"]
+    if trainer.eval_examples is not None:
+        validation = validation.first(trainer.eval_examples)
+    begun = time.perf_counter() - members[0].earlier_seconds
+    display.pack([member.job.label for member in members])
+    steps = train(pack, splits["train"], pad_id, start_step)
+    while True:
+        with interrupt.whole():
+            step = next(steps, None)
+            if step is None:
+                break
+            lease.check()
+            seconds = time.perf_counter() - begun
+            _note(members, pack, step, seconds)
+        tokens = sum(member.tokens for member in members)
+        losses = [step.loss[member.slot] for member in members]
+        display.step(step.step, trainer.steps, losses, tokens / seconds)
+        due = trainer.eval_every and step.step % trainer.eval_every == 0
+        if due and step.step < trainer.steps:
+            tables = evaluate(pack, validation, None, pad_id, ["nll"], trainer.eval_batch_size)
+            for member in members:
+                if member.entry.error is None:
+                    value = summarise(tables[member.slot], ["nll"])["nll"][0]
+                    member.log(step.step, {"validation/nll": value})
+        due = trainer.checkpoint_every and step.step % trainer.checkpoint_every == 0
+        if due:
+            keep_checkpoint(members, pack, step.step)
+    if pack.device.startswith("cuda"):
+        torch.cuda.synchronize(pack.device)
+    seconds = time.perf_counter() - begun
+    for member in members:
+        cost = member.entry.cost
+        cost.train_seconds = round(seconds, 3)
+        cost.train_tokens = member.tokens
+        cost.tokens_per_second = round(member.tokens / max(1e-9, seconds), 1)
+        cost.share = 1 / len(members)
+
+
+def _note(members: list[Member], pack: Any, step: Any, seconds: float) -> None:
+    """What a step did to each run, in its record and its metrics."""
+    trainer = members[0].job.config.trainer
+    for member in members:
+        run = member.slot
+        member.tokens += step.tokens[run]
+        member.entry.cost.train_seconds = round(seconds, 3)
+        member.entry.cost.train_tokens = member.tokens
+        if member.entry.error is not None:
+            continue  # stopped before
+        if step.stage is not None:
+            member.enter(step.stage, pack.modules(run))
+        stopped = run in step.ended
+        if step.step % trainer.log_every == 0 or step.step == trainer.steps or stopped:
+            row = {
+                "train/loss": step.loss[run],
+                "train/lr": step.lr[run],
+                "train/grad_norm": step.grad_norm[run],
+                "train/tokens_per_second": member.tokens / seconds,
+            }
+            member.log(step.step, row, seconds=seconds)
+        if stopped:
+            member.entry.error = f"stopped at step {step.step}: loss or gradient is not finite"
+        else:
+            member.entry.steps_done = step.step

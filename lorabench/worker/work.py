@@ -1,0 +1,386 @@
+"""A worker: takes packs of one sweep folder under a lock, trains and scores them, lets go.
+
+Any number of workers may serve a folder. A run that another one trains is waited for, and taken
+over when its worker is gone.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from typing import Any
+
+from lorabench import lease, machine, plan, record
+from lorabench.config import ConfigErrors, flatten, typed
+from lorabench.lease import Holder, Lease, Lost
+from lorabench.progress import Display, clock
+from lorabench.sweep import Job, PackEntry, SweepFolder
+from lorabench.worker import members as at_work
+from lorabench.worker.members import Member
+from lorabench.worker.scoring import load_pack, score
+from lorabench.worker.shared import Shared
+from lorabench.worker.training import train_pack
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5  # between looks at packs that others hold
+
+
+@dataclass
+class Outcome:
+    """How one run ended, for the command that asked for it."""
+
+    run_id: str
+    label: str
+    status: str
+    folder: str
+    error: str | None = None
+    objective: float = math.nan
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether the run is not what the command asked for."""
+        return self.status not in ("finished", "stopped")
+
+
+class Worker:
+    """Brings the runs of a command to their end, in the pack shapes of their sweep folder."""
+
+    def __init__(self, folder: SweepFolder, jobs: Sequence[Job], shared: Shared, display: Display):
+        self.folder, self.jobs, self.shared, self.display = folder, list(jobs), shared, display
+        self.before = {job.plan.run_id: _stamp(self._record(job)) for job in jobs}
+        self.failed: dict[str, str] = {}  # by this worker, which tries once: run id -> error
+        self.told_waiting = ""
+
+    # --- how far the runs are ------------------------------------------------------------
+
+    def _record(self, job: Job) -> record.Record | None:
+        return self.folder.record(job.plan.run_id)
+
+    def must_train(self, job: Job) -> bool:
+        """Whether a run has no adapter yet, and nobody has tried and failed since we began."""
+        found = self._record(job)
+        return not (found and found.has_trained()) and not self._has_failed(job, found)
+
+    def must_score(self, job: Job) -> bool:
+        """Whether a run has an adapter and lacks the scores that this command asks for."""
+        found = self._record(job)
+        if found is None or not found.has_trained() or self._has_failed(job, found):
+            return False
+        return found.arithmetic_version == record.ARITHMETIC_VERSION and not _is_scored(
+            found, job.plan.evaluation_id
+        )
+
+    def is_left(self, job: Job) -> bool:
+        """Whether there is something to do for a run."""
+        return self.must_train(job) or self.must_score(job)
+
+    def _has_failed(self, job: Job, found: record.Record | None) -> bool:
+        """Whether this worker, or another one since this one began, has tried and failed."""
+        if job.plan.run_id in self.failed:
+            return True
+        if found is None or found.error is None or found.status not in ("failed", "trained"):
+            return False
+        return _stamp(found) != self.before[job.plan.run_id]
+
+    def outcome(self, job: Job) -> Outcome:
+        """Say how a run has ended."""
+        run_id = job.plan.run_id
+        found = self._record(job)
+        status, error = (found.status, found.error) if found else ("failed", None)
+        if run_id in self.failed:
+            error = self.failed[run_id]
+            status = status if found and found.has_trained() else "failed"
+        return Outcome(
+            run_id, job.label, status, job.plan.folder, error, _objective(job, found, status)
+        )
+
+    # --- the work ------------------------------------------------------------------------
+
+    def finish(self, job: Job) -> Outcome:
+        """Train and score until a run has ended, its own pack first."""
+        while self.is_left(job):
+            if not self._take_one(first=job.plan.run_id):
+                self._wait(job)
+        return self.outcome(job)
+
+    def finish_all(self) -> list[Outcome]:
+        """Train and score until every run has ended."""
+        return [self.finish(job) for job in self.jobs]
+
+    def _take_one(self, first: str) -> bool:
+        """Do what is left of one pack; False if others hold all of them."""
+        packs = [pack for pack in self.folder.read().current_packs() if self._left_of(pack)]
+        packs.sort(key=lambda pack: first not in pack.runs)
+        self.shared.keep_only(job for pack in packs for job in self._left_of(pack))
+        for pack in packs:
+            stale = self._left_of(pack)[0].config.worker.stale_seconds
+            taken = lease.take(self.folder.lease_path(pack), stale)
+            if isinstance(taken, Holder):
+                continue
+            with taken.lease:
+                if taken.replaced:
+                    self.display.say(f"pack {pack.id}: {taken.replaced}; taken over")
+                if pack not in self.folder.read().current_packs():
+                    return True  # split before it was held
+                self._do(pack, taken.lease)
+            self.shared.keep_only(job for job in self.jobs if self.is_left(job))
+            return True
+        return False
+
+    def _left_of(self, pack: PackEntry) -> list[Job]:
+        return [job for job in self.jobs if job.plan.run_id in pack.runs and self.is_left(job)]
+
+    def _wait(self, job: Job) -> None:
+        holder = self.folder.holder(job.plan.run_id)
+        if holder is not None:
+            text = f"waiting for {holder}, which works on {job.label or job.plan.run_id}"
+            if text != self.told_waiting:
+                self.told_waiting = text
+                self.display.say(text)
+        time.sleep(POLL_SECONDS)
+
+    def _do(self, pack: PackEntry, held: Lease) -> None:
+        """Train and score what is left of a pack that is held."""
+        left = self._left_of(pack)
+        try:
+            slots = self._slots(pack)
+        except ConfigErrors as refused:
+            self._fail(left, "; ".join(refused.errors))
+            return
+        to_train = _distinct([job for job in left if self.must_train(job)])
+        try:
+            if to_train:
+                self._train_and_score(pack, slots, to_train, held)
+            else:
+                self._score_saved(pack, slots, left, held)
+        except Lost as lost:
+            self.display.say(f"pack {pack.id}: {lost}")
+        gc.collect()  # PEFT and torch leave cycles; memory of the next pack must be free
+
+    def _slots(self, pack: PackEntry) -> list[Job]:
+        """Every run of a pack's shape as a job; those of other commands from sweep.json."""
+        known = {job.plan.run_id: job for job in reversed(self.jobs)}
+        entries = self.folder.read().runs
+        return [
+            known.get(run) or job_of(run, entries[run], self.shared.planner) for run in pack.runs
+        ]
+
+    def _train_and_score(
+        self, pack: PackEntry, slots: list[Job], jobs: list[Job], held: Lease
+    ) -> None:
+        opened = [at_work.open_member(job, pack, slots, held) for job in jobs]
+        start_step, members = at_work.furthest(opened, pack)
+        begun = time.perf_counter()
+        short_of_memory = False
+        folders = [member.folder for member in members]
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        with at_work.logs_of(folders):
+            trained: Any = None
+            try:
+                for member in members:
+                    at_work.begin(member)
+                trained = train_pack(members, slots, pack, start_step, self.shared, self.display)
+            except KeyboardInterrupt:
+                self._close(members, begun, "interrupted", "interrupted by a signal")
+                raise
+            except Lost:
+                raise
+            except Exception as error:
+                log.error("pack %s failed\n%s", pack.id, traceback.format_exc())
+                short_of_memory = machine.is_out_of_memory(error)
+                for member in members:
+                    member.fail(error)
+                if short_of_memory and len(pack.runs) == 1:
+                    members[0].entry.error += (
+                        "; it trains alone already: use a smaller trainer.micro_batch_size, "
+                        "data.max_length or trainer.gradient_checkpointing=true"
+                    )
+            if trained is not None:
+                scored = [member for member in members if not member.failed]
+                self._score(scored, trained, slots, held)
+            del trained
+        if short_of_memory and len(pack.runs) > 1:
+            self._halve(pack, jobs, held)
+            return
+        self._close(members, begun)
+        self._tell(members)
+
+    def _halve(self, pack: PackEntry, jobs: list[Job], held: Lease) -> None:
+        """Split a pack that does not fit into memory; its parts are trained from the start."""
+        gc.collect()
+        machine.release_memory()
+        held.check()
+        runs = [job.plan.run_id for job in jobs]
+        half = (len(runs) + 1) // 2
+        self.folder.split(pack, [runs[:half], runs[half:]], "out of memory")
+        self.display.say(
+            f"a pack of {len(pack.runs)} does not fit into memory; trying packs of {half}"
+        )
+
+    def _score_saved(
+        self, pack: PackEntry, slots: list[Job], jobs: list[Job], held: Lease
+    ) -> None:
+        """Score adapters that are saved already; nothing is trained."""
+        begun = time.perf_counter()
+        members = []
+        for job in _distinct(jobs):
+            found = self._record(job)
+            assert found is not None
+            members.append(Member(job, pack.runs.index(job.plan.run_id), found, held))
+        with at_work.logs_of([member.folder for member in members]):
+            try:
+                loaded = load_pack(members, slots, self.shared)
+            except ConfigErrors as refused:
+                self._fail(jobs, "; ".join(refused.errors))
+                return
+            self._score(members, loaded, slots, held)
+        self._close(members, begun)
+        self._tell(members)
+
+    def _score(
+        self, members: list[Member], loaded: Any, slots: list[Job], held: Lease
+    ) -> None:
+        """Score every evaluation that the command asks of these runs, packed."""
+        wanted: dict[str, list[Member]] = {}
+        for member in members:
+            for job in self.jobs:
+                if job.plan.run_id == member.job.plan.run_id and not _is_scored(
+                    member.entry, job.plan.evaluation_id
+                ):
+                    same = Member(job, member.slot, member.entry, held, member.tracker)
+                    if all(one.entry is not member.entry for one in
+                           wanted.setdefault(job.plan.evaluation_id, [])):
+                        wanted[job.plan.evaluation_id].append(same)
+        for evaluation, of_runs in wanted.items():
+            try:
+                score(of_runs, evaluation, loaded, self.shared, self.display)
+            except (KeyboardInterrupt, Lost):
+                raise
+            except Exception as error:
+                log.error("scoring failed\n%s", traceback.format_exc())
+                for member in of_runs:
+                    member.entry.error = f"scoring failed: {at_work.what_failed(error)}"
+                    self.failed[member.entry.run_id] = member.entry.error
+
+    def _close(
+        self,
+        members: list[Member],
+        begun: float,
+        status: record.Status | None = None,
+        error: str | None = None,
+    ) -> None:
+        """Write the records' last state, then finish the trackers."""
+        for member in members:
+            entry = member.entry
+            if status is not None and not entry.has_trained():
+                entry.status, entry.error = status, error
+            if member.failed:
+                self.failed[entry.run_id] = entry.error or "failed"
+            seconds = time.perf_counter() - begun
+            entry.cost.total_seconds = round(
+                max(entry.cost.total_seconds, member.earlier_seconds + seconds), 3
+            )
+            entry.ended = record.now()
+            try:
+                member.write()
+            except OSError as unwritable:
+                self.failed[entry.run_id] = f"record cannot be written: {unwritable}"
+        for member in members:
+            member.tracker.finish(_summary(member), failed=member.entry.status == "failed")
+
+    def _fail(self, jobs: Sequence[Job], error: str) -> None:
+        """Give up on runs of which nothing was written."""
+        for job in jobs:
+            self.failed[job.plan.run_id] = error
+            self.display.done(job.label, f"failed: {error}", job.config.trainer.steps)
+
+    def _tell(self, members: Sequence[Member]) -> None:
+        for member in members:
+            steps = member.job.config.trainer.steps
+            error = self.failed.get(member.entry.run_id)
+            self.display.done(member.job.label, last_line(member.entry, error), steps)
+
+
+def job_of(run: str, entry: Any, planner: plan.Planner) -> Job:
+    """A run of sweep.json as a job.
+
+    Raises:
+        ConfigErrors: its base or its data are gone or are no longer what they were.
+    """
+    from omegaconf import OmegaConf
+
+    config = typed(OmegaConf.create(entry.config))
+    if errors := plan.check(config):
+        raise ConfigErrors(errors)
+    made = planner.make(config)
+    if made.run_id != run:
+        raise ConfigErrors(
+            f"sweep.json: run {run} must still resolve to what was planned; it resolves to "
+            f"{made.run_id} now: its data, base or tokenizer changed; put them back, or repeat "
+            f"the command that asked for it"
+        )
+    return Job(config, entry.label, made)
+
+
+def _distinct(jobs: Sequence[Job]) -> list[Job]:
+    """One job per run."""
+    return list({job.plan.run_id: job for job in reversed(jobs)}.values())[::-1]
+
+
+def _is_scored(entry: record.Record, evaluation: str) -> bool:
+    found = entry.evaluation(evaluation)
+    return found is not None
+
+
+def _stamp(found: record.Record | None) -> tuple[Any, ...]:
+    """What changes when somebody tries a run again."""
+    return (found.status, found.started, found.ended, found.error) if found else ()
+
+
+def _objective(job: Job, found: record.Record | None, status: str) -> float:
+    """The value that a sweeper of Hydra minimises or maximises; NaN for a failed or stopped run."""
+    if found is None or status != "finished":
+        return math.nan
+    scored = found.evaluation(job.plan.evaluation_id)
+    split, _, name = job.config.objective.partition("/")
+    metric = scored.splits[split].metrics.get(name) if scored else None
+    return math.nan if metric is None or metric.value is None else metric.value
+
+
+def _summary(member: Member) -> dict[str, float]:
+    scores = {
+        key.removesuffix(".value").replace(".", "/"): value
+        for key, value in flatten(
+            {
+                split: {name: metric.value for name, metric in found.items()}
+                for split, found in member.entry.metrics.items()
+            }
+        ).items()
+        if value is not None
+    }
+    return scores | {
+        "trainable_parameters": member.job.plan.trainable_parameters,
+        "train_seconds": member.entry.cost.train_seconds,
+    }
+
+
+def last_line(entry: record.Record, error: str | None = None) -> str:
+    """Say how a run ended."""
+    if error is not None or entry.status == "failed":
+        kept = "; its adapter is saved" if entry.has_trained() else ""
+        return f"failed: {error or entry.error}{kept}"
+    scores = "".join(
+        f"  {name} {'not finite' if m.value is None else format(m.value, '.4f')}"
+        for name, m in entry.metrics.get("test", {}).items()
+    )
+    size = entry.plan["pack"]["size"]
+    packed = f" in a pack of {size}" if size > 1 else ""
+    return f"{entry.status}{scores}  {clock(entry.cost.total_seconds)}{packed}"
