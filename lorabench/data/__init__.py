@@ -8,6 +8,7 @@ templates columns -> the text of prompt and completion
 hashes    the content hash of each split
 splits    which example is in train, validation and test
 tokens    prompt and completion as token ids
+chat      the same, through the tokenizer's chat template
 labels    of a classification: the classes, and prompts as token ids
 batches   padding, labels, and the order of the training examples
 """
@@ -25,7 +26,7 @@ from lorabench.data.hashes import content_hash, content_hashes
 from lorabench.data.labels import classify, labels_of
 from lorabench.data.sources import check
 from lorabench.data.splits import Example, Splits, load
-from lorabench.data.tokens import Tokens, tokenise
+from lorabench.data.tokens import Tokens, opens_with_bos, tokenise
 
 __all__ = [
     "IGNORED",
@@ -40,6 +41,7 @@ __all__ = [
     "labels_of",
     "load",
     "longest_completion",
+    "opens_with_bos",
     "order",
     "order_hash",
     "pad_id",

@@ -66,7 +66,8 @@ def classify(
         return_attention_mask=False,
         verbose=False,  # of long texts: they are counted here
     )["input_ids"]
-    kept = Tokens([], [], [], [], 0, 0, labels=labels)
+    kept = Tokens([], [], [], [], 0, 0, labels=labels, num_examples=len(examples))
+    kept.longest = max(map(len, encoded), default=0)
     for index, (example, ids) in enumerate(zip(examples, encoded, strict=True)):
         if not ids:
             raise ConfigErrors(

@@ -55,11 +55,7 @@ class Shared:
                     else data.tokenise(wanted, tokenizer, config.data)
                 )
                 found[split] = tokens
-                if tokens.num_too_long:
-                    notes.append(
-                        f"data.{split}: {tokens.num_too_long} examples of more than "
-                        f"{config.data.max_length} tokens are left out (data.max_length)"
-                    )
+                notes += tokens.notes(split, config.data)
             self.tokens[key] = (found, notes)
         return self.tokens[key]
 
