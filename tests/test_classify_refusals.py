@@ -44,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
         (
             ["data.labels=[aa,b,c]"],
             ["data.train: every completion must be one of the 3 labels (aa, b, c); got 'a' (did "
-             "you mean 'aa'?)", "more; mend it, or name it in data.labels"],
+             "you mean 'aa'?)", "more; fix the label or add it to data.labels"],
         ),
         (
             ["target_modules=custom", "target_modules.names=[query,classifier]"],
@@ -85,7 +85,7 @@ def test_labels_that_training_never_saw_are_refused(
         plan.make(composed(*words))
     assert refused.value.errors == [
         "data.test: every completion must be one of the 2 labels (no, yes); got 'nope' (did you "
-        "mean 'no'?) for the prompt 'ca'; mend it, or name it in data.labels"
+        "mean 'no'?) for the prompt 'ca'; fix the label or add it to data.labels"
     ]
     made = plan.make(composed(*words, "data.labels=[yes,nope,no]"))
     assert made.labels == ["yes", "nope", "no"]

@@ -1,7 +1,9 @@
 """data=hub: a local folder, against datasets itself; a hub that cannot be reached."""
 
+import os
+
 import pytest
-from sources import hub, hub_folder, run_python, texts
+from sources import hub, hub_folder, run_python, texts, write
 
 from lorabench import data
 from lorabench.config import ConfigErrors, SourceConfig
@@ -25,8 +27,41 @@ def test_local_folder_as_hub(tmp_path, cache):
     splits = data.load(cfg)
     table = cache.load_dataset(str(folder), split="test")
     assert set(texts(splits.test)) == {(f"{row['q']}=", str(row["n"])) for row in table}
-    assert len(splits.train) == 48 and len(splits.validation) == 2
+    assert len(splits.train) + len(splits.validation) == 50
     assert splits.notes == []
+
+
+def test_an_edit_that_keeps_size_and_time_is_trained_on(tmp_path, cache):
+    """Datasets answers from its cache: the new hash would be recorded beside the old text."""
+    folder = tmp_path / "d"
+    folder.mkdir()
+    cfg = hub(folder, test=SourceConfig(), prompt="{prompt}", completion="{completion}")
+    seen = []
+    for word in ("aaa", "zzz"):
+        rows = [{"prompt": f"p{i}", "completion": word} for i in range(10, 50)]
+        os.utime(write(folder / "train.jsonl", rows), (1e9, 1e9))
+        splits = data.load(cfg)
+        assert {e.completion for e in splits.train} == {word}
+        assert splits.hashes == data.content_hashes(cfg)
+        seen.append(splits.hashes["train"])
+    assert seen[0] != seen[1]
+    assert not list((tmp_path / "cache").glob("lorabench-*"))  # nothing stays behind
+
+
+def test_a_folder_that_changes_while_it_is_read_is_refused(tmp_path, cache, monkeypatch):
+    """Which of the two contents was trained on would be anybody's guess."""
+    folder = hub_folder(tmp_path)
+    load_dataset = cache.load_dataset
+
+    def load_and_edit(*args, **kwargs):
+        table = load_dataset(*args, **kwargs)
+        (folder / "data" / "train-more.jsonl").write_text("{}")
+        return table
+
+    monkeypatch.setattr(cache, "load_dataset", load_and_edit)
+    expected = r"must not change while it is read; .* was (\w{64}) before and (?!\1)\w{64} after;"
+    with pytest.raises(ConfigErrors, match=expected):
+        data.load(hub(folder))
 
 
 @pytest.mark.parametrize(
@@ -35,7 +70,7 @@ def test_local_folder_as_hub(tmp_path, cache):
         ({"prompt": "{qq}"}, "data.prompt: every column must be one of q, n, bad ('"),
         ({"completion": "{bad}"}, "row 1 of '"),
         ({"test": "nope"}, "data.test.path: must be a dataset that loads; "),
-        ({"subset": "nope"}, "'nope' not found. Available: ['default']; mend the folder"),
+        ({"subset": "nope"}, "'nope' not found. Available: ['default']; correct the folder"),
     ],
 )
 def test_bad_hub(tmp_path, cache, kwargs, expected):

@@ -41,7 +41,7 @@ def test_missing_file_names_the_nearest(tmp_path):
         (b'{"prompt": 1' + b"0" * 5000 + b', "completion": "b"}\n', "line 1 of {}: Exceeds"),
         (
             b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n{"prompt": "b"}\n',
-            "line 2 of {}: no column 'completion' (and 1 more); mend or remove the line",
+            "line 2 of {}: no column 'completion' (and 1 more); correct or remove the line",
         ),
         (
             b'{"promt": "a", "completion": "b"}\n',

@@ -1,5 +1,8 @@
 """Tokens and labels: the references are the tokenizers, called plainly, and a model's own loss."""
 
+import hashlib
+import struct
+
 import pytest
 
 from lorabench import data
@@ -12,12 +15,6 @@ def tokenizer():
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(TINY_GEMMA)
-
-
-CHAT = (
-    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}\n"
-    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-)
 
 
 def examples(*pairs):
@@ -53,6 +50,66 @@ def test_bos_is_not_doubled(tokenizer):
     assert tokens.input_ids[0].count(tokenizer.bos_token_id) == 1
 
 
+def words(opens_with_bos, **special):
+    """A word-level tokenizer that adds BOS, as Llama's and Gemma's, or only has one, as GPT-2's."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "a", "b", "<unk>"])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if opens_with_bos:
+        inner.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **special
+    )
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_bos_where_the_tokenizer_adds_it(adds):
+    """A model that never saw BOS at the start of a text scores worse with one."""
+    tokenizer = words(adds)
+    assert tokenizer.bos_token_id == 0 and data.opens_with_bos(tokenizer) == adds
+    tokens = data.tokenise(examples(("a a", "b"), ("<s> a", "b")), tokenizer, config())
+    assert tokens.input_ids[0] == [*tokenizer("a a")["input_ids"], 3, 1]
+    assert tokens.input_ids[1] == [0, 2, 3, 1]  # written by the user: never doubled, never lost
+    without = data.tokenise(examples(("a a", "b")), tokenizer, config(add_bos=False))
+    assert without.input_ids == [[2, 2, 3, 1]]
+
+
+def test_gpt2_has_a_bos_token_and_adds_none(tmp_path):
+    """Transformers' own class, on which the error was made."""
+    import json
+
+    from transformers import GPT2Tokenizer
+
+    vocabulary = {"<|endoftext|>": 0, "a": 1, "b": 2, "=": 3}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = GPT2Tokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    assert tokenizer.bos_token_id is not None and tokenizer("a=")["input_ids"] == [1, 3]
+    tokens = data.tokenise(examples(("a=", "b")), tokenizer, config())
+    assert tokens.input_ids == [[1, 3, 2, tokenizer.eos_token_id]]
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_chat_templates_bos_is_not_doubled(adds):
+    template = (
+        "{{ bos_token }} {{ messages[0]['content'] }} "
+        "{% if not add_generation_prompt %}{{ messages[1]['content'] }}{% endif %}"
+    )
+    tokenizer = words(adds, chat_template=template)
+    tokens = data.tokenise(examples(("a", "b")), tokenizer, config(chat_template=True))
+    assert tokens.input_ids == [[0, 2, 3, 1]] and tokens.completion_start == [2]
+
+
+def test_the_embedded_base_opens_with_bos(tokenizer):
+    """It was trained so; its published numbers hold only with it."""
+    assert data.opens_with_bos(tokenizer)
+
+
 def bpe(**special):
     """A tokenizer that knows '=5' as one token."""
     from tokenizers import Tokenizer, models
@@ -82,6 +139,19 @@ def test_too_long_and_empty_are_left_out_never_cut(tokenizer):
     tokens = data.tokenise(pairs, tokenizer, config(max_length=7))  # <bos> abc de <eos>
     assert tokens.indices == [0, 1, 4] and tokens.ids == ["0", "1", "4"]
     assert tokens.num_too_long == 1 and tokens.num_empty == 1
+    assert tokens.notes("test", config(max_length=7)) == [
+        "data.test: 3 of 5 examples are left; 1 were left out because they are longer than "
+        "data.max_length=7 tokens; data.max_length=8 would keep them all",
+        "data.test: 1 of 5 examples were left out because their completion gives no token; fill it "
+        "in, or remove them",
+    ]
+    assert tokens.first(1).notes("test", config(max_length=7)) == tokens.notes(
+        "test", config(max_length=7)
+    )
+    whole = data.tokenise(pairs[:4], tokenizer, config(max_length=8))
+    assert whole.num_too_long == 0 and not data.tokenise(pairs[:3], tokenizer, config()).notes(
+        "test", config()
+    )
     assert max(map(len, tokens.input_ids)) == 7
     with pytest.raises(
         ConfigErrors,
@@ -96,43 +166,6 @@ def test_empty_prompt_needs_a_bos(tokenizer):
     assert tokens.completion_start == [1]
     with pytest.raises(ConfigErrors, match=r"^data\.prompt: must give at least one token"):
         data.tokenise(examples(("", "b")), tokenizer, config(add_bos=False))
-
-
-@pytest.fixture
-def chat(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", CHAT)
-    return tokenizer
-
-
-def test_chat_template(chat):
-    tokens = data.tokenise(examples(("hi", "yo")), chat, config(chat_template=True))
-    (ids,), (start,) = tokens.input_ids, tokens.completion_start
-    assert chat.decode(ids[:start]) == "<bos>[user]hi<eos>\n[assistant]"
-    assert chat.decode(ids[start:]) == "yo<eos>"  # the template's EOS, not a second; no newline
-    assert ids.count(chat.bos_token_id) == 1
-    whole = data.tokenise(examples(("hi", "yo")), chat, config(chat_template=True, add_eos=False))
-    assert chat.decode(whole.input_ids[0][start:]) == "yo<eos>\n"
-
-
-def test_chat_template_without_eos_gets_one(chat, monkeypatch):
-    monkeypatch.setattr(chat, "chat_template", CHAT.replace("{{ eos_token }}", ""))
-    tokens = data.tokenise(examples(("hi", "yo"), ("a", "")), chat, config(chat_template=True))
-    start = tokens.completion_start[0]
-    assert chat.decode(tokens.input_ids[0][start:]) == "yo\n<eos>"
-    assert tokens.num_empty == 1
-
-
-def test_bad_chat_templates(tokenizer, chat, monkeypatch):
-    monkeypatch.setattr(chat, "chat_template", "{{ messages | length }}" + CHAT)
-    with pytest.raises(
-        ConfigErrors,
-        match=r"must write a conversation that begins with its prompt; "
-        r".* gives '2<bos>.*' in place of '1<bos>.*' at token 0",
-    ):
-        data.tokenise(examples(("hi", "yo")), chat, config(chat_template=True))
-    monkeypatch.setattr(chat, "chat_template", None)
-    with pytest.raises(ConfigErrors, match=r"^data\.chat_template: must be false with a tokenizer"):
-        data.tokenise(examples(("hi", "yo")), chat, config(chat_template=True))
 
 
 def test_labels_are_those_hugging_face_expects(tokenizer):
@@ -153,6 +186,31 @@ def test_labels_are_those_hugging_face_expects(tokenizer):
             losses += [-logs[t - 1, ids[t]] for t in range(start, len(ids))]
     # float32 sums in another order
     torch.testing.assert_close(loss, torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_hash_is_of_the_tokens_alone(tokenizer):
+    """Another boundary, id, label or order of the same numbers is another training set."""
+
+    def made(ids, starts, label_ids=()):
+        count = len(ids)
+        return data.Tokens(
+            ids, starts, [""] * count, list(range(count)), 0, 0, label_ids=list(label_ids)
+        )
+
+    numbers = [2, 3, 5, 6, 7, 2, 8, 9, 2, 1, 0]  # 2 examples; each length and ids; starts; labels
+    expected = hashlib.sha256(struct.pack(f"<{len(numbers)}q", *numbers)).hexdigest()
+    assert made([[5, 6, 7], [8, 9]], [2, 1]).hash() == expected
+    others = [
+        made([[5, 6], [7, 8, 9]], [2, 1]),
+        made([[5, 6, 7], [8, 9]], [1, 2]),
+        made([[8, 9], [5, 6, 7]], [2, 1]),
+        made([[5, 6, 7], [8, 9]], [2, 1], [0, 1]),
+        made([[5, 6, 7], [8, 9]], [2, 1], [1, 0]),
+    ]
+    assert len({expected, *(tokens.hash() for tokens in others)}) == 6
+    tokens = data.tokenise(examples(("a", "b"), ("c", "d")), tokenizer, config())
+    renamed = data.tokenise(examples(("a", "b"), ("c", "d"), ("e", "")), tokenizer, config())
+    assert tokens.hash() == renamed.hash() != tokens.first(1).hash()
 
 
 def test_pad_id(tokenizer):

@@ -95,7 +95,7 @@ class DataConfig:
     num_test: int | None = None
     # tokens
     chat_template: bool = False  # prompt as a user turn, completion as the assistant's
-    add_bos: bool = True  # where the tokenizer has one
+    add_bos: bool = True  # where the tokenizer itself opens a text with BOS
     add_eos: bool = True  # the completion ends with it
     max_length: int = 512  # tokens of prompt and completion; longer examples are left out, counted
     # scores

@@ -2,10 +2,13 @@
 
 Knows no model and no trainer, and imports without torch, transformers and datasets.
 
+files     hashes of files
 sources   reading and checking: skills, jsonl files, datasets of the hub
 templates columns -> the text of prompt and completion
-splits    which example is in train, validation and test; the hash of them all
+hashes    the content hash of each split
+splits    which example is in train, validation and test
 tokens    prompt and completion as token ids
+chat      the same, through the tokenizer's chat template
 labels    of a classification: the classes, and prompts as token ids
 batches   padding, labels, and the order of the training examples
 """
@@ -19,10 +22,11 @@ from lorabench.data.batches import (
     pad_id,
     padded_length,
 )
+from lorabench.data.hashes import content_hash, content_hashes
 from lorabench.data.labels import classify, labels_of
 from lorabench.data.sources import check
-from lorabench.data.splits import Example, Splits, content_hash, load
-from lorabench.data.tokens import Tokens, tokenise
+from lorabench.data.splits import Example, Splits, load
+from lorabench.data.tokens import Tokens, opens_with_bos, tokenise
 
 __all__ = [
     "IGNORED",
@@ -33,9 +37,11 @@ __all__ = [
     "check",
     "classify",
     "content_hash",
+    "content_hashes",
     "labels_of",
     "load",
     "longest_completion",
+    "opens_with_bos",
     "order",
     "order_hash",
     "pad_id",

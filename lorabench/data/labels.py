@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorabench.config import ConfigErrors, DataConfig, and_more, did_you_mean
+from lorabench.data.hashes import combined
 from lorabench.data.splits import Example, load
 from lorabench.data.templates import SPLITS
 from lorabench.data.tokens import Tokens
@@ -21,31 +22,32 @@ def labels_of(cfg: DataConfig, content: str) -> list[str]:
     Raises:
         ConfigErrors: fewer than two, or a completion of any set that is none of them.
     """
-    key = repr((cfg, content))
-    if key not in _KNOWN:
-        examples = load(cfg)
-        found = sorted({example.completion for example in examples.train})
-        labels = found if cfg.labels is None else list(cfg.labels)
-        if len(labels) < 2:
-            raise ConfigErrors(
-                f"data.labels: must be at least two; every example of data.train has "
-                f"{labels[0]!r}; give other data, or all labels as data.labels=[...]"
+    if (known := _KNOWN.get(repr((cfg, content)))) is not None:
+        return known
+    examples = load(cfg)
+    found = sorted({example.completion for example in examples.train})
+    labels = found if cfg.labels is None else list(cfg.labels)
+    if len(labels) < 2:
+        raise ConfigErrors(
+            f"data.labels: must be at least two; every example of data.train has "
+            f"{labels[0]!r}; give other data, or all labels as data.labels=[...]"
+        )
+    errors = []
+    for split in SPLITS:
+        unknown = [e for e in getattr(examples, split) if e.completion not in labels]
+        if unknown:
+            prompts = and_more(f"{example.prompt!r:.60}" for example in unknown)
+            shown = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
+            errors.append(
+                f"data.{split}: every completion must be one of the {len(labels)} labels "
+                f"({shown}); got {did_you_mean(unknown[0].completion, labels)} for the prompt "
+                f"{prompts}; fix the label or add it to data.labels"
             )
-        errors = []
-        for split in SPLITS:
-            unknown = [e for e in getattr(examples, split) if e.completion not in labels]
-            if unknown:
-                prompts = and_more(f"{example.prompt!r:.60}" for example in unknown)
-                shown = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
-                errors.append(
-                    f"data.{split}: every completion must be one of the {len(labels)} labels "
-                    f"({shown}); got {did_you_mean(unknown[0].completion, labels)} for the prompt "
-                    f"{prompts}; mend it, or name it in data.labels"
-                )
-        if errors:
-            raise ConfigErrors(errors)
-        _KNOWN[key] = labels
-    return _KNOWN[key]
+    if errors:
+        raise ConfigErrors(errors)
+    # Keyed by what was read: another hash than `content` if the data have changed since.
+    _KNOWN[repr((cfg, combined(examples.hashes)))] = labels
+    return labels
 
 
 def classify(
@@ -64,7 +66,8 @@ def classify(
         return_attention_mask=False,
         verbose=False,  # of long texts: they are counted here
     )["input_ids"]
-    kept = Tokens([], [], [], [], 0, 0, labels=labels)
+    kept = Tokens([], [], [], [], 0, 0, labels=labels, num_examples=len(examples))
+    kept.longest = max(map(len, encoded), default=0)
     for index, (example, ids) in enumerate(zip(examples, encoded, strict=True)):
         if not ids:
             raise ConfigErrors(

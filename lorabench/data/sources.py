@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.config import ConfigErrors, DataConfig, SourceConfig, nearest
+from lorabench.data.files import Remembered, folder_hashes
 from lorabench.data.templates import SPLITS, columns_of, own_sources, row_error, unknown_columns
 from lorabench.zoo import skills
 
@@ -47,7 +50,7 @@ def check(cfg: DataConfig) -> list[str]:
             if not path.is_dir() and (path.exists() or not HUB_ID.fullmatch(str(source.path))):
                 errors.append(_no_such_path(key, path, "a dataset id or a folder"))
         elif path.is_file():
-            errors += _jsonl_errors(key, str(path), stamp(path), tuple(columns.items()))
+            errors += _jsonl_errors(key, path, columns)
         else:
             errors.append(_no_such_path(key, path, "an existing file"))
     return list(dict.fromkeys(errors))
@@ -56,12 +59,6 @@ def check(cfg: DataConfig) -> list[str]:
 def local(source: SourceConfig) -> Path:
     """The path, as it would be on this machine."""
     return Path(source.path or "").expanduser()
-
-
-def stamp(path: Path) -> tuple[int, int]:
-    """Size and time of a file: a cached reading holds as long as they do."""
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
 
 
 def skill_examples(cfg: DataConfig, split: str) -> list[tuple[str, str]]:
@@ -133,21 +130,26 @@ def _no_such_path(key: str, path: Path, law: str) -> str:
         return f"{key}: must be {law}; '{path}' is {came}; {remedy}"
     there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = nearest(path.name, there)
-    remedy = f"did you mean '{path.parent / close[0]}'?" if close else "mend the path"
+    remedy = f"did you mean '{path.parent / close[0]}'?" if close else "correct the path"
     return f"{key}: must be {law}; '{path}' does not exist, seen from {Path.cwd()}; {remedy}"
 
 
 # jsonl
 
 
-def jsonl_rows(path: str) -> Iterator[tuple[int, dict[str, Any] | None, str]]:
-    """Of each line that is not blank: its number, its object or None, and then the reason.
+def jsonl_rows(path: Path, digest: Any = None) -> Iterator[tuple[int, dict[str, Any] | None, str]]:
+    """Yield the number of each line that is not blank, and its object, or None and the reason.
 
     Read with `json`, not with datasets' reader: that one turns "2020-01-01" into a datetime, 1
     beside 2.5 into 1.0, and a long integer into a float.
+
+    Args:
+        digest: A hashlib object to feed with the bytes of the file as they are read.
     """
     with open(path, "rb") as file:  # lines end at \n alone: U+2028 may stand in the data
         for number, line in enumerate(file, 1):
+            if digest is not None:
+                digest.update(line)
             if not line.strip():
                 continue
             try:
@@ -161,9 +163,34 @@ def jsonl_rows(path: str) -> Iterator[tuple[int, dict[str, Any] | None, str]]:
             yield number, row if is_object else None, "" if is_object else f"it is {row!r:.40}"
 
 
-@lru_cache(maxsize=64)
-def _jsonl_errors(key: str, path: str, stamp: tuple, columns: tuple) -> list[str]:
-    """Everything wrong with one file; of its bad lines the first, and how many more."""
+def jsonl_columns(
+    key: str, source: SourceConfig, columns: dict[str, str], digest: Any
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file that `check` has passed; feed `digest` with the bytes read.
+
+    Raises:
+        ConfigErrors: A row that cannot be used: the file was edited since it was checked.
+    """
+    path = local(source)
+    for number, row, reason in jsonl_rows(path, digest):
+        if row is None or (reason := row_error(row, columns)):
+            raise ConfigErrors(
+                f"{key}: must not change while it is read; line {number} of {path} was valid "
+                f"before, now: {reason}; run again once nothing writes to it"
+            )
+        yield row
+
+
+_CHECKED = Remembered(64)
+
+
+def _jsonl_errors(key: str, path: Path, columns: dict[str, str]) -> list[str]:
+    """Return everything wrong with one file; of its bad lines the first, and how many more."""
+    asked = (key, str(path), tuple(columns.items()))
+    return _CHECKED.get(path, asked, lambda: _check_jsonl(key, path, columns))
+
+
+def _check_jsonl(key: str, path: Path, columns: dict[str, str]) -> list[str]:
     there: list[str] = []
     bad: list[str] = []
     try:
@@ -172,9 +199,9 @@ def _jsonl_errors(key: str, path: str, stamp: tuple, columns: tuple) -> list[str
                 if not there:
                     there = list(row)
                     where = f"line {number} of {path}"
-                    if unknown := unknown_columns(dict(columns), there, where):
+                    if unknown := unknown_columns(columns, there, where):
                         return unknown
-                reason = row_error(row, dict(columns))
+                reason = row_error(row, columns)
             if reason:
                 bad.append(f"line {number} of {path}: {reason}")
     except OSError as error:
@@ -184,52 +211,96 @@ def _jsonl_errors(key: str, path: str, stamp: tuple, columns: tuple) -> list[str
     if bad:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         law = "every line must be a JSON object with text or a number in each column used"
-        return [f"{key}: {law}; {bad[0]}{more}; mend or remove the line"]
+        return [f"{key}: {law}; {bad[0]}{more}; correct or remove the line"]
     return [] if there else [f"{key}: must hold at least one example; {path} is empty"]
 
 
 # hub
 
 
-def hub_rows(key: str, source: SourceConfig, columns: dict[str, str]) -> list[dict[str, Any]]:
-    """The rows of a dataset of the hub or of a local folder, cut to the columns asked for.
+def hub_identity(source: SourceConfig) -> list[Any]:
+    """Return what decides the rows of a dataset: the files of a local folder, or id and commit."""
+    folder = local(source)
+    if folder.is_dir():
+        return [source.subset, source.split, folder_hashes(folder)]
+    return [source.subset, source.split, source.path, source.revision]
+
+
+def hub_rows(
+    key: str, source: SourceConfig, columns: dict[str, str]
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Return the rows of a dataset, cut to the columns asked for, and its `hub_identity`.
 
     Raises:
-        ConfigErrors: no network, no such dataset, subset or split, or unfit columns.
+        ConfigErrors: No network, no such dataset, subset or split, unfit columns, or a folder that
+            changes while it is read.
+    """
+    folder, identity = local(source), hub_identity(source)
+    if folder.is_dir():
+        names, rows = _folder_rows(key, folder, source, columns)
+        if (after := hub_identity(source)) != identity:
+            raise ConfigErrors(
+                f"{key}: must not change while it is read; the sha256 of the files in '{folder}' "
+                f"was {_hash(identity)} before and {_hash(after)} after; run again once nothing "
+                "writes to it"
+            )
+    else:
+        names, rows = _load_dataset(key, source.path, source, columns, revision=source.revision)
+    if errors := unknown_columns(columns, names, f"'{source.path}'"):
+        raise ConfigErrors(errors)
+    for number, row in enumerate(rows, 1):
+        if reason := row_error(row, columns):
+            law = "every row must hold text or a number in each column used"
+            where = f"row {number} of '{source.path}': {reason}"
+            raise ConfigErrors(f"{key}: {law}; {where}; correct or remove the row")
+    return rows, identity
+
+
+def _folder_rows(
+    key: str, folder: Path, source: SourceConfig, columns: dict[str, str]
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return column names and rows of a local folder, read past datasets' cache.
+
+    That cache is keyed by names, sizes and times of the files: an edit that keeps them would be
+    answered with the rows of before.
     """
     import datasets
 
-    folder = local(source)
-    is_folder = folder.is_dir()
-    path = str(folder) if is_folder else source.path
+    home = Path(datasets.config.HF_DATASETS_CACHE)  # where the tables would lie in any case
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="lorabench-", dir=home) as cache:
+        return _load_dataset(key, str(folder), source, columns, cache_dir=cache)
+
+
+def _load_dataset(
+    key: str, path: str | None, source: SourceConfig, columns: dict[str, str], **options: Any
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the names of all columns, and the rows cut to those of `columns` that exist."""
+    import datasets
+
     try:
         with _quiet_hub():
-            table = datasets.load_dataset(
-                path, source.subset, split=source.split,
-                revision=None if is_folder else source.revision,
-            )  # fmt: skip
+            table = datasets.load_dataset(path, source.subset, split=source.split, **options)
     except Exception as error:
         # datasets raises anything from ConnectionError to pyarrow's own: always a source's fault.
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         chosen = {"subset": source.subset, "split": source.split, "revision": source.revision}
         given = "".join(f", {name} '{value}'" for name, value in chosen.items() if value)
         remedy = (
-            "mend the folder, or the subset and split"
-            if is_folder
-            else f"mend the name; without network give a local folder as {key}, or a file with "
+            "correct the folder, or the subset and split"
+            if "cache_dir" in options
+            else f"correct the name; without network give a local folder as {key}, or a file with "
             "data=jsonl; a gated dataset wants its terms accepted and HF_TOKEN set"
         )
         message = f"must be a dataset that loads; '{path}'{given}: {reason.rstrip('. ')}; {remedy}"
         raise ConfigErrors(f"{key}: {message}") from error
-    if errors := unknown_columns(columns, table.column_names, f"'{path}'"):
-        raise ConfigErrors(errors)
-    rows = table.select_columns(list(columns)).to_list()
-    for number, row in enumerate(rows, 1):
-        if reason := row_error(row, columns):
-            law = "every row must hold text or a number in each column used"
-            where = f"row {number} of '{path}': {reason}"
-            raise ConfigErrors(f"{key}: {law}; {where}; mend or remove the row")
-    return rows
+    names = table.column_names
+    wanted = [name for name in columns if name in names]
+    return names, table.select_columns(wanted).to_list()
+
+
+def _hash(identity: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 @contextmanager

@@ -1,0 +1,94 @@
+"""Prompt and completion through the tokenizer's chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from lorabench.config import ConfigErrors, DataConfig
+
+# What a template gets for today's date, so that the same run has the same tokens on every day and
+# in every time zone. Llama 3.1's template falls back to this date itself.
+TODAY = datetime(2024, 7, 26)
+
+
+def render(template: str, tokenizer: Any, prompt: str, completion: str) -> tuple[str, str]:
+    """Return the prompt with the opening of the assistant's turn, and the whole conversation."""
+    turns = [{"role": "user", "content": prompt}]
+    opened = tokenizer.apply_chat_template(
+        turns, chat_template=template, add_generation_prompt=True, tokenize=False
+    )
+    turns.append({"role": "assistant", "content": completion})
+    return opened, tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+
+
+def template_of(tokenizer: Any) -> str:
+    """Return the tokenizer's chat template, with a fixed date where it asks for today's.
+
+    Raises:
+        ConfigErrors: The tokenizer has none.
+    """
+    if not tokenizer.chat_template:
+        raise ConfigErrors(
+            "data.chat_template: must be false with a tokenizer that has no chat template; got "
+            f"true and '{tokenizer.name_or_path}'; set data.chat_template=false or use an "
+            "instruction-tuned model"
+        )
+    template = tokenizer.get_chat_template()
+    return _FIXED_DATE + template if "strftime_now" in template else template
+
+
+def _fixed_date() -> str:
+    """Return a Jinja macro that hides transformers' strftime_now.
+
+    A macro, for transformers (5.23) turns a function passed to a template into a string.
+    """
+    longhand = {code: f"%{code}" for code in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"}
+    longhand |= {"D": "%m/%d/%y", "e": "%d", "F": "%Y-%m-%d", "h": "%b", "R": "%H:%M"}
+    longhand |= {"T": "%H:%M:%S"}
+    fills = {f"%{code}": TODAY.strftime(format) for code, format in longhand.items()}
+    fills |= {f"%-{code}": fills[f"%{code}"].lstrip("0") or "0" for code in "dHIjmMSUWy"}
+    filled = "".join(f"|replace({code!r}, {text!r})" for code, text in fills.items())
+    # The line break is the one that Jinja removes after a block (trim_blocks).
+    return "{%- macro strftime_now(format) -%}{{ format" + filled + " }}{%- endmacro %}\n"
+
+
+_FIXED_DATE = _fixed_date()
+
+
+def chat(
+    examples: Sequence[Any], tokenizer: Any, cfg: DataConfig, encode: Any
+) -> list[tuple[list[int], list[int], str | None]]:
+    """Return ids of prompt and completion, and what is left of a completion that loses text.
+
+    Tokenising the rendered text without special tokens is what apply_chat_template does itself.
+
+    Raises:
+        ConfigErrors: No chat template, or one whose conversation does not begin with its prompt.
+    """
+    template = template_of(tokenizer)
+    rendered = [render(template, tokenizer, one.prompt, one.completion) for one in examples]
+    prompts = encode(tokenizer, [opened for opened, _ in rendered])
+    conversations = encode(tokenizer, [whole for _, whole in rendered])
+    eos, found = tokenizer.eos_token_id, []
+    for example, prompt, full, (opened, whole) in zip(
+        examples, prompts, conversations, rendered, strict=True
+    ):
+        if full[: len(prompt)] != prompt:
+            at = next(i for i, ids in enumerate(prompt) if full[i : i + 1] != [ids])
+            gives, meant = (tokenizer.decode(ids[at : at + 5]) for ids in (full, prompt))
+            raise ConfigErrors(
+                "data.chat_template: must write a conversation that begins with its prompt; that "
+                f"of '{tokenizer.name_or_path}' gives {gives!r} in place of {meant!r} at token "
+                f"{at}; set data.chat_template=false and write the turns into data.prompt"
+            )
+        completion = full[len(prompt) :]
+        if cfg.add_eos and example.completion:
+            end = len(completion) - completion[::-1].index(eos) if eos in completion else None
+            completion = [*completion, eos] if end is None else completion[:end]
+        left = None
+        if example.completion.strip() not in whole.removeprefix(opened):
+            left = tokenizer.decode(completion, skip_special_tokens=True).strip()
+        found.append((prompt, completion if example.completion else [], left))
+    return found
