@@ -38,6 +38,7 @@ def evaluate(
     tokenizer: Any,
     pad_id: int,
     metrics: list[str],
+    batch_size: int | None = None,
 ) -> list[pa.Table]:
     """One table a run: example (its content id), the metrics asked for, and what was predicted.
 
@@ -48,7 +49,7 @@ def evaluate(
     is_classes = bool(tokens.labels)
     right = "accuracy" if is_classes else "exact_match"
     settings = pack.configs[0]
-    size = settings.trainer.eval_batch_size
+    size = batch_size or settings.trainer.eval_batch_size
     count = len(tokens)
     nll = np.full((pack.size, count), np.nan)
     exact = np.zeros((pack.size, count), dtype=np.int8)
@@ -151,3 +152,11 @@ def answers(
                 rows[run].append({"generated": text, "answer": int(right)})
     nothing = [{"generated": None, "answer": None}] * (len(tokens) - count)
     return [pa.Table.from_pylist([*one, *nothing]) for one in rows]
+
+
+def eos_token_ids(generation: Any, tokenizer: Any) -> list[int]:
+    return [tokenizer.eos_token_id]
+
+
+def generation_settings(settings: DataConfig, eos: list[int]) -> dict[str, Any]:
+    return {"eos_token_ids": eos}

@@ -89,7 +89,9 @@ def attach(base: PreTrainedModel, config: Config, modules: list[str]) -> PeftMod
     return wrapped
 
 
-def attach_skeleton(skeleton: PreTrainedModel, config: Config, modules: list[str]) -> PeftModel:
+def attach_skeleton(
+    skeleton: PreTrainedModel, config: Config, modules: list[str], known: Any = None
+) -> PeftModel:
     """The adapter on the meta device: names and shapes of everything a run trains.
 
     Built once for all runs whose adapters differ in seeds or rates alone: to be read, not changed.
@@ -97,8 +99,8 @@ def attach_skeleton(skeleton: PreTrainedModel, config: Config, modules: list[str
     Raises:
         ConfigErrors: PEFT refuses a module, or leaves one out.
     """
-    known = _ATTACHED.setdefault(skeleton, {})
-    key = repr((config.model, config.task, config.lora, config.head, modules))
+    known = {} if known is None else known
+    key = id(skeleton), repr((config.model, config.task, config.lora, config.head, modules))
     if key not in known:
         known[key] = _attach_skeleton(skeleton, config, modules)
     return known[key]

@@ -48,10 +48,11 @@ class StackedPack:
         configs: list[Config],
         modules: list[list[str]],
         device: str,
+        known: Any = None,
     ):
         self.configs, self.device = configs, device
         self.wrapped = [
-            adapters.attach_skeleton(skeleton, config, names)
+            adapters.attach_skeleton(skeleton, config, names, known)
             for config, names in zip(configs, modules, strict=True)
         ]
         distinct = {id(one): one for one in self.wrapped}
