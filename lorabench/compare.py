@@ -91,31 +91,32 @@ def choose_evaluations(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
 
     Returns:
         By split: `shared`, whether there is such a one (else each run's newest is taken), its
-        `settings`, `ended`, the time of the newest, and `of_runs`, the evaluation by run id.
+        `settings`, `ended`, the time of the newest, and `of_runs`, one evaluation per record, None
+        where a run has no scores of the split.
     """
     found: dict[str, dict[str, Any]] = {}
     for split in SPLITS:
-        by_run = {
-            one.run_id: {comparable(e, split): e for e in one.evaluations if split in e.splits}
+        by_run = [
+            {comparable(e, split): e for e in one.evaluations if split in e.splits}
             for one in records
-        }
-        by_run = {run: evaluations for run, evaluations in by_run.items() if evaluations}
-        if not by_run:
+        ]
+        scored = [evaluations for evaluations in by_run if evaluations]
+        if not scored:
             continue
-        common = set.intersection(*(set(evaluations) for evaluations in by_run.values()))
-        newest = {
-            key: max(evaluations[key].ended for evaluations in by_run.values()) for key in common
-        }
-        if newest:
-            # Of two that ended in one second, the one that came later in the record.
-            order = list(next(iter(by_run.values())))
-            key = max(common, key=lambda one: (newest[one], order.index(one)))
-            of_runs = {run: evaluations[key] for run, evaluations in by_run.items()}
-        else:
-            of_runs = {run: list(evaluations.values())[-1] for run, evaluations in by_run.items()}
-        last = max(of_runs.values(), key=lambda one: one.ended)
+        common = set.intersection(*map(set, scored))
+        # Of two that ended within a second, the one that comes later in the record.
+        order = list(scored[0])
+        best = max(
+            common,
+            key=lambda key: (max(one[key].ended for one in scored), order.index(key)),
+            default=None,
+        )
+        of_runs = [
+            (one[best] if best else list(one.values())[-1]) if one else None for one in by_run
+        ]
+        last = max((one for one in of_runs if one), key=lambda one: one.ended)
         found[split] = {
-            "shared": bool(common),
+            "shared": best is not None,
             "settings": last.settings,
             "ended": last.ended,
             "of_runs": of_runs,
@@ -167,6 +168,7 @@ def table(records: list[Record]) -> dict[str, Any]:
     varied = [key for key in keys if len({repr(one.get(key)) for one in settings}) > 1]
     finished = [one for one in records if one.status == "finished"]
     chosen, usual = choose_evaluations(finished), usual_stack(finished)
+    metrics = _metrics(records, finished, chosen)
     groups: dict[str, list[int]] = {}
     for i, one in enumerate(records):
         if one.status == "finished":
@@ -179,7 +181,7 @@ def table(records: list[Record]) -> dict[str, Any]:
             {
                 "setting": {key: settings[members[0]].get(key) for key in varied},
                 "seeds": sorted({records[i].config["seed"] for i in members}),
-                "metrics": _spreads([_metrics(records[i], chosen) for i in members]),
+                "metrics": _spreads([metrics[i] for i in members]),
                 "trainable_parameters": first.plan["trainable_parameters"],
                 "train_seconds": spread([cost.train_seconds for cost in costs]),
                 "pack_size": spread([1 / cost.share for cost in costs]),
@@ -207,7 +209,7 @@ def table(records: list[Record]) -> dict[str, Any]:
                 "setting": {key: settings[i].get(key) for key in varied},
                 "seeds": one.seeds,
                 "status": one.status,
-                "metrics": _metrics(one, chosen),
+                "metrics": metrics[i],
                 "trainable_parameters": one.plan.get("trainable_parameters"),
                 "cost": one.cost.model_dump(),
             }
@@ -215,7 +217,7 @@ def table(records: list[Record]) -> dict[str, Any]:
         ],
         "evaluations": {
             split: {key: value for key, value in found.items() if key != "of_runs"}
-            | {"ids": {run: one.id for run, one in found["of_runs"].items()}}
+            | {"ids": sorted({one.id for one in found["of_runs"] if one is not None})}
             for split, found in chosen.items()
         },
         "notes": dict(Counter(note for one in finished for note in one.notes)),
@@ -223,14 +225,27 @@ def table(records: list[Record]) -> dict[str, Any]:
     }
 
 
-def _metrics(one: Record, chosen: dict[str, dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """A run's values of the chosen evaluations: split -> name -> value."""
-    found = {}
-    for split in chosen:
-        evaluation = chosen[split]["of_runs"].get(one.run_id)
-        if evaluation is not None:
-            scores = evaluation.splits[split].metrics
-            found[split] = {name: metric.value for name, metric in scores.items()}
+def _metrics(
+    records: list[Record], finished: list[Record], chosen: dict[str, dict[str, Any]]
+) -> list[dict[str, dict[str, float | None]]]:
+    """Values of the chosen evaluations, one split -> name -> value per record.
+
+    A run that has not finished shows its newest evaluation, if it has any.
+    """
+    places = {id(one): place for place, one in enumerate(finished)}
+    found = []
+    for one in records:
+        values: dict[str, dict[str, float | None]] = {}
+        place = places.get(id(one))
+        for split in chosen if place is not None else one.metrics:
+            if place is None:
+                scores = one.metrics[split]
+            elif evaluation := chosen[split]["of_runs"][place]:
+                scores = evaluation.splits[split].metrics
+            else:
+                continue
+            values[split] = {name: metric.value for name, metric in scores.items()}
+        found.append(values)
     return found
 
 

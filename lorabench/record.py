@@ -191,7 +191,9 @@ def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
     """A record of an earlier schema version as one of this version."""
     if content.get("schema_version", 1) >= 2:
         return content
-    content = {key: value for key, value in content.items() if key not in ("metrics", "process")} | {
+    content = {
+        key: value for key, value in content.items() if key not in ("metrics", "process")
+    } | {
         "arithmetic_version": 1,
         "evaluations": [_first_evaluation(content)] if content.get("metrics") else [],
     }

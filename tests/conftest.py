@@ -96,6 +96,17 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.name: record for path, record in recorded_runs(folder)}
 
 
+def scores(record: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Metrics of a record's newest evaluation: split -> name -> value, number, definition."""
+    return {split: one["metrics"] for split, one in record["evaluations"][-1]["splits"].items()}
+
+
+def predictions(folder: Path) -> Path:
+    """The predictions of a run's newest evaluation."""
+    record = json.loads((folder / "record.json").read_text())
+    return folder / record["evaluations"][-1]["predictions"]
+
+
 def untouched(folder: Path) -> bool:
     return not any(folder.iterdir())
 
@@ -104,14 +115,12 @@ def untouched(folder: Path) -> bool:
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test where a model's shapes or weights are read."""
     from lorabench import model as base_model
-    from lorabench import plan
 
     def refuse(*_: Any) -> None:
         raise AssertionError("a model was read before the errors were shown")
 
-    for name in ("skeleton", "load", "tokenizer"):
+    for name in ("skeleton", "load", "load_verified", "tokenizer", "tokenizer_verified"):
         monkeypatch.setattr(base_model, name, refuse)
-    monkeypatch.setattr(plan, "skeleton", refuse)  # the one kept from an earlier command
 
 
 # --- stock PEFT ------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers as t
-from conftest import composed, recorded_runs
+from conftest import composed, predictions, recorded_runs, scores
 from peft import PeftModel
 from stock_classifier import LABELS, stock_model, words_of
 from torch import nn
@@ -59,21 +59,21 @@ def test_adapters_reload_in_plain_peft_to_the_recorded_scores(
         with torch.no_grad():
             logits = model(**batch).logits
         nll = nn.functional.cross_entropy(logits, targets, reduction="none").double()
-        scores = record["metrics"]["test"]
+        found = scores(record)["test"]
         # The issue's bound: float32, the same examples, GEMMs of other shapes.
-        assert abs(scores["nll"]["value"] - nll.mean().item()) < 1e-6
+        assert abs(found["nll"]["value"] - nll.mean().item()) < 1e-6
         right = (logits.argmax(1) == targets).double()
-        assert scores["accuracy"]["value"] == right.mean().item()
-        assert scores["accuracy"]["num_examples"] == len(examples)
-        assert scores["accuracy"]["definition"] == "accuracy/1"
-        table = pd.read_parquet(folder / "predictions.parquet").query("split == 'test'")
+        assert found["accuracy"]["value"] == right.mean().item()
+        assert found["accuracy"]["num_examples"] == len(examples)
+        assert found["accuracy"]["definition"] == "accuracy/1"
+        table = pd.read_parquet(predictions(folder)).query("split == 'test'")
         assert table.accuracy.tolist() == right.tolist()
         assert table.predicted.tolist() == [LABELS[i] for i in logits.argmax(1)]
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         first = json.loads(lines[0])["train/loss"]
         assert first == pytest.approx(math.log(len(LABELS)), abs=0.5)
         if kind != "bert":  # whose weights are random: nothing to tell letters by
-            assert scores["nll"]["value"] < 0.8 * math.log(len(LABELS))
+            assert found["nll"]["value"] < 0.8 * math.log(len(LABELS))
 
 
 def test_a_run_that_cannot_pack_classifies_alone(
@@ -83,7 +83,7 @@ def test_a_run_that_cannot_pack_classifies_alone(
     assert cli.main(["train", *words, f"output_dir={tmp_path}"]) == 0
     ((_, record),) = recorded_runs(tmp_path)
     assert record["status"] == "finished" and "DoRA" in record["plan"]["pack"]["alone"]
-    assert set(record["metrics"]["test"]) == {"nll", "accuracy"}
+    assert set(scores(record)["test"]) == {"nll", "accuracy"}
 
 
 # transformers 5.17's DeBERTa is scripted.
@@ -134,7 +134,7 @@ def test_a_classifier_is_tried_trained_and_exported_with_its_labels(
 
     config = composed(*words)
     tokenizer = t.AutoTokenizer.from_pretrained(place)
-    table = pd.read_parquet(run / "predictions.parquet").query("split == 'test'")
+    table = pd.read_parquet(predictions(run)).query("split == 'test'")
     examples = {example.id: example.prompt for example in data.load(config.data).test}
     with torch.no_grad():
         for example, predicted in zip(table["example"], table["predicted"], strict=True):

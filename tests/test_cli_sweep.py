@@ -10,11 +10,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from conftest import GRID, SMOKE, records, say, untouched
+from conftest import GRID, SMOKE, predictions, records, say, scores, untouched
 from safetensors import safe_open
 
-from lorabench import adapters, cli, runner
+from lorabench import adapters
 from lorabench import model as base_model
+from lorabench.sweep import SweepFolder
 
 
 def adapter_files(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -31,14 +32,19 @@ def adapter_files(folder: Path) -> dict[str, tuple[bytes, int]]:
 def test_a_multirun_leaves_a_whole_folder_for_each_run(output):
     found = records(output)
     assert len(found) == 4
-    assert {path.name for path in (output / "default").iterdir()} == {*found, "multirun.yaml"}
+    assert {path.name for path in (output / "default").iterdir()} == {
+        *found,
+        "multirun.yaml",
+        "sweep.json",
+        ".locks",
+    }
     for run_id, record in found.items():
         folder = output / "default" / run_id
         assert {path.name for path in folder.iterdir()} == {
             "record.json",
             "config.yaml",
             "metrics.jsonl",
-            "predictions.parquet",
+            "evaluations",
             "adapter",
             ".hydra",
             "train.log",
@@ -67,17 +73,17 @@ def test_the_files_of_a_run_agree_with_its_record(output):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [1, 2, 3, 4]
         assert all(row["train/loss"] > 0 for row in rows)
-        table = pd.read_parquet(folder / "predictions.parquet")
+        table = pd.read_parquet(predictions(folder))
         assert table.groupby("split").size().to_dict() == {
             "validation": 8,
             "test": 8,
         }  # eval_examples=8
-        for split, scores in record["metrics"].items():
+        for split, found in scores(record).items():
             part = table[table["split"] == split]
             assert part["example"].is_unique
             for name in ("nll", "exact_match"):
-                assert scores[name]["value"] == pytest.approx(part[name].mean(), rel=1e-12)
-                assert scores[name]["num_examples"] == 8
+                assert found[name]["value"] == pytest.approx(part[name].mean(), rel=1e-12)
+                assert found[name]["num_examples"] == 8
         with safe_open(folder / "adapter" / "adapter_model.safetensors", "np") as tensors:
             count = sum(tensors.get_tensor(name).size for name in tensors.keys())  # noqa: SIM118
         assert count == record["plan"]["trainable_parameters"]
@@ -89,7 +95,7 @@ def test_the_same_command_again_keeps_everything_and_takes_seconds(output, monke
     def refuse(*_: Any) -> None:
         raise AssertionError("weights were read for runs that are kept")
 
-    monkeypatch.setattr(base_model, "load", refuse)
+    monkeypatch.setattr(base_model, "load_verified", refuse)
     files, before = adapter_files(output), records(output)
     assert len(files) == 4
     begun = time.perf_counter()
@@ -116,7 +122,7 @@ def test_the_same_run_alone_and_elsewhere_has_the_same_adapter(output, tmp_path)
         assert record["plan"]["pack"] == there["plan"]["pack"]
         assert record["hashes"] == there["hashes"] and len(record["hashes"]["adapter"]) >= 12
         assert adapter_files(same)[run_id][0] == adapter_files(output)[run_id][0]
-        assert record["metrics"] == there["metrics"]
+        assert scores(record) == scores(there)
 
     alone = tmp_path / "alone"
     assert say("train", *SMOKE, "head=lora", "seed=1", f"output_dir={alone}").code == 0
@@ -124,10 +130,10 @@ def test_the_same_run_alone_and_elsewhere_has_the_same_adapter(output, tmp_path)
     there = records(output)[run_id]
     assert there["config"]["head"]["policy"] == "lora" and there["config"]["seed"] == 1
     assert record["plan"]["pack"]["size"] == 1 and there["plan"]["pack"]["size"] == 4
-    for name in ("base", "data", "data_order", "initial_adapter"):
+    for name in ("base", "train", "train_tokens", "data_order", "initial_adapter"):
         assert record["hashes"][name] == there["hashes"][name]
     # A few float32 steps: rounding of a loss near 10, grown by AdamW's division.
-    nll = [one["metrics"]["test"]["nll"]["value"] for one in (record, there)]
+    nll = [scores(one)["test"]["nll"]["value"] for one in (record, there)]
     assert nll[0] == pytest.approx(nll[1], rel=1e-4)
     assert (
         len({one["hashes"]["adapter"] for one in records(output).values()}) == 4
@@ -166,14 +172,14 @@ def test_a_failing_run_does_not_end_the_sweep_and_is_tried_again(tmp_path, monke
     assert adapter_files(tmp_path)[found[8]["run_id"]] == finished
 
 
-@pytest.mark.parametrize("file", [None, "multirun.yaml"])
+@pytest.mark.parametrize("file", [None, "sweep.json"])
 def test_a_disk_that_takes_nothing_more_is_told_in_a_line(file, tmp_path, monkeypatch):
-    """Whatever breaks inside a pack is told, not that the job around it has no result."""
+    """What breaks outside the runs is told, not that a job has no result."""
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", file)
 
-    monkeypatch.setattr(runner, "run_pack", full)
+    monkeypatch.setattr(SweepFolder, "add", full)
     said = say("train", "-m", *SMOKE, "seed=0,1", f"output_dir={tmp_path}")
     assert said.code == 2 and said.out == "" and len(said.lines) == 1
     where = f" at '{file}'" if file else ""
@@ -181,20 +187,13 @@ def test_a_disk_that_takes_nothing_more_is_told_in_a_line(file, tmp_path, monkey
     assert f"ice'{where}; make room" in said.err
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_grid_point_that_is_another_run_becomes_what_that_became(tmp_path, monkeypatch, fails):
+def test_a_grid_point_that_is_a_failed_run_has_failed_too(tmp_path, monkeypatch):
     """Two spellings of the default scale: one run, told twice and only once it has ended."""
-    if fails:
-        monkeypatch.setattr(adapters, "save", lambda *_: (_ for _ in ()).throw(OSError("full")))
-    command = [*SMOKE, "lora.alpha_ratio=null,2", f"output_dir={tmp_path}"]
-    task = cli.Train()
-    kept, packs = task.plan(*cli.compose(["-m", *command])[:2], 16)
-    assert packs == [[0]] and kept == {}
-    (first,) = task.run([0])
-    assert set(kept) == {1} and kept[1]["label"] == "lora.alpha_ratio=2"
-    for key in ("run_id", "status", "folder", "error"):
-        assert kept[1][key] == first[key]
-    assert first["status"] == ("failed" if fails else "finished")
+    monkeypatch.setattr(adapters, "save", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    said = say("train", "-m", *SMOKE, "lora.alpha_ratio=null,2", f"output_dir={tmp_path}")
+    assert said.code == 1
+    assert "lora.alpha_ratio=2  failed: the same run as lora.alpha_ratio=null" in said.lines
+    assert "1 of 1 runs did not finish:" in said.lines
 
 
 def test_the_line_about_the_same_run_comes_behind_that_run(tmp_path):

@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from conftest import GRID, SMOKE, records, say, untouched
+from conftest import GRID, SMOKE, records, say, scores, untouched
 
 from lorabench.record import this_process
 
@@ -149,7 +149,7 @@ def test_compare_has_one_row_a_setting(output):
     for row, line in zip(content["rows"], lines, strict=True):
         policy = row["setting"]["head.policy"]
         values = [
-            r["metrics"]["test"]["nll"]["value"]
+            scores(r)["test"]["nll"]["value"]
             for r in found
             if r["config"]["head"]["policy"] == policy
         ]

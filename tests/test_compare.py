@@ -15,10 +15,35 @@ import pytest
 from rich.console import Console
 
 from lorabench import compare, show
-from lorabench.record import Cost, Metric, Record
+from lorabench.record import Cost, Evaluation, Metric, Record, Scores
 
 GRID = list(itertools.product(["lora", "exclude"], [64, 8, 16], [0, 1, 2]))
 NAMES = {"nll": "nll/1", "exact_match": "exact_match/1"}
+
+
+def scored(values: dict[str, float | None], **changes) -> Evaluation:
+    """An evaluation with these values on validation and on test."""
+    splits = {
+        split: Scores(
+            examples=f"the {split} examples",
+            tokens="",
+            metrics={
+                name: Metric(value=value, num_examples=8, definition=NAMES[name])
+                for name, value in values.items()
+            },
+        )
+        for split in ("validation", "test")
+    }
+    content = {
+        "id": "0123456789ab",
+        "settings": {"eval_examples": None, "eval_batch_size": 32},
+        "splits": splits,
+        "predictions": "evaluations/0123456789ab.parquet",
+        "predictions_sha256": "",
+        "batch_size": 32,
+        "ended": "2026-11-25T12:00:00Z",
+    }
+    return Evaluation(**(content | changes))
 
 
 def entry(
@@ -49,13 +74,7 @@ def entry(
         },
         seeds={"init": seed, "data": seed, "dropout": seed},
         plan={"trainable_parameters": 1000 * r + len(head)},
-        metrics={
-            split: {
-                name: Metric(value=value, num_examples=8, definition=NAMES[name])
-                for name, value in values.items()
-            }
-            for split in ("validation", "test")
-        },
+        evaluations=[scored(values)],
         cost=Cost(
             train_seconds=number.uniform(1, 9),
             total_seconds=number.uniform(9, 19),
@@ -216,7 +235,7 @@ def test_runs_that_did_not_finish_are_left_out_and_named(records):
     statuses = ["running", "failed", "stopped", "interrupted"]
     for one, status in zip(records, statuses, strict=False):
         one.status = status
-        one.metrics = {}
+        one.evaluations = []
     table = compare.table(records)
     assert table["left_out"] == {
         status: [one.run_id] for one, status in zip(records, statuses, strict=False)

@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
-from conftest import composed
+from conftest import composed, predictions, scores
 
 from lorabench import cli, data, plan
 from lorabench import model as base_model
@@ -160,9 +160,9 @@ def test_recorded_nll_is_what_plain_peft_gives_without_lorabench(tmp_path: Path)
     import json
 
     values = json.loads(done.stdout.splitlines()[-1])
-    recorded = json.loads((folder / "record.json").read_text())["metrics"]["test"]["nll"]
+    recorded = scores(json.loads((folder / "record.json").read_text()))["test"]["nll"]
     # The bound: float32, the same batches, sums in another order.
     assert abs(recorded["value"] - sum(values) / len(values)) < 1e-6
-    table = pd.read_parquet(folder / "predictions.parquet").query("split == 'test'")
+    table = pd.read_parquet(predictions(folder)).query("split == 'test'")
     np.testing.assert_allclose(table.nll, values, rtol=1e-5)
     assert recorded["num_examples"] == len(values) == 40

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMOKE, composed, recorded_runs, say
+from conftest import SMOKE, composed, recorded_runs, say, scores
 from stock import Stock, compare_gradients, compare_training, copy_of, mixture, packed, train_pack
 
 from lorabench import data
@@ -94,17 +94,17 @@ def test_a_sweep_by_the_command_line_repeats_itself(dtype: str, tmp_path: Path) 
         # On the CPU the sums have another order; under autocast each product rounds by 2^-9.
         bound = 1e-4 if dtype == "float32" else 2e-2
         assert plain_nll(folder, record) == pytest.approx(
-            record["metrics"]["test"]["nll"]["value"], rel=bound
+            scores(record)["test"]["nll"]["value"], rel=bound
         )
 
 
 def plain_nll(folder: Path, record: dict[str, Any]) -> float:
     """Of the test examples, by transformers and PEFT alone."""
+    from lorabench.runner import SHARED
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     from lorabench import model as base_model
-    from lorabench.runner import SHARED
 
     config = composed(*SMOKE)
     splits, _ = SHARED.splits(config)
@@ -113,7 +113,7 @@ def plain_nll(folder: Path, record: dict[str, Any]) -> float:
         warnings.simplefilter("ignore")  # about tied layers
         model = PeftModel.from_pretrained(base, str(folder / "adapter")).eval()
     values = []
-    count = record["metrics"]["test"]["nll"]["num_examples"]
+    count = scores(record)["test"]["nll"]["num_examples"]
     tokens = splits["test"].first(count)
     for ids, start in zip(tokens.input_ids, tokens.completion_start, strict=True):
         with torch.no_grad():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import scores
 
 from lorabench import cli
 from lorabench.pack import StackedPack
@@ -28,7 +29,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         entry = json.loads(path.read_text())
         rows = [json.loads(row) for row in (path.parent / "metrics.jsonl").read_text().splitlines()]
         found[entry["run_id"]] = (
-            entry["status"], entry["error"], entry["steps_done"], entry["metrics"],
+            entry["status"], entry["error"], entry["steps_done"], scores(entry),
             entry["hashes"]["adapter"], [row["step"] for row in rows],
         )  # fmt: skip
     return found

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import scores
 from hydra.experimental.callback import Callback
 from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
 from omegaconf import DictConfig
@@ -146,10 +147,12 @@ def test_callbacks_fire_for_every_member_and_returns_keep_their_order(
     assert [job.overrides[-3:-1] for job in jobs] == wanted
     assert [job.hydra_cfg.hydra.job.num for job in jobs] == list(range(4))
     for job, (r, _) in zip(jobs, wanted, strict=True):
-        folder = Path(job.return_value["folder"])
+        folder = Path(job.hydra_cfg.hydra.runtime.output_dir)
         recorded = json.loads((folder / "record.json").read_text())
         assert f"lora.r={recorded['config']['lora']['r']}" == r
-        assert recorded["run_id"] == job.return_value["run_id"] == folder.name
+        assert recorded["run_id"] == folder.name
+        # What Hydra's sweepers optimise: the objective, validation/nll.
+        assert job.return_value == scores(recorded)["validation"]["nll"]["value"]
     starts = [event for event in Witness.seen if event[0] == "start"]
     ends = [event for event in Witness.seen if event[0] == "end"]
     assert len(starts) == len(ends) == 4

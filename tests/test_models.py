@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import composed
+from conftest import composed, scores
 from safetensors import safe_open
 
 from lorabench import cli, data, versions
@@ -102,7 +102,7 @@ def test_an_architecture_trains_and_comes_back_by_plain_peft(
         with safe_open(path.parent / "adapter" / "adapter_model.safetensors", "pt") as tensors:
             assert set(tensors.keys()) == wanted
 
-        nll = record["metrics"]["test"]["nll"]
+        nll = scores(record)["test"]["nll"]
         values = nll_by_plain_peft(path.parent / "adapter", words)
         assert nll["num_examples"] == len(values) > 1
         # The bound: float32 sums of other shapes, one example at a time.

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import composed, recorded_runs
+from conftest import composed, recorded_runs, scores
 from stock import TINY
 from torch import Tensor, nn
 
@@ -69,7 +69,7 @@ def test_each_adapter_holds_its_own_keys_and_reloads_to_the_recorded_nll(tmp_pat
         )
         value = float((nll.double().sum(1) / (labels[:, 1:] != -100).sum(1)).mean())
         # The issue's bound: float32, the same examples, GEMMs of other shapes.
-        assert abs(record["metrics"]["test"]["nll"]["value"] - value) < 1e-6
+        assert abs(scores(record)["test"]["nll"]["value"] - value) < 1e-6
 
 
 # --- what does not pack ----------------------------------------------------------------------
@@ -117,7 +117,7 @@ TWO = ["head=exclude,lora", "lora.r=4", "lora.lora_dropout=0.1"]
 
 def outcome(folder: Path) -> dict[str, Any]:
     """What must be the same of every run, by its id."""
-    return {r["run_id"]: (r["status"], r["hashes"], r["metrics"]) for _, r in recorded_runs(folder)}
+    return {r["run_id"]: (r["status"], r["hashes"], scores(r)) for _, r in recorded_runs(folder)}
 
 
 def test_a_killed_pack_resumes_to_the_same_bits(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from conftest import composed
+from lorabench.runner import SHARED
 
 from lorabench import adapters, cli
 from lorabench import model as base_model
-from lorabench.runner import SHARED
 
 TINY = ["tracker=none", "data.num_train=64", "data.num_validation=8", "data.num_test=8"]
 GRID = ["head=exclude,lora,full", "lora.r=4,8"]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import composed
+from conftest import composed, scores
 
 from lorabench import adapters, checkpoint, cli, data, plan, record
 from lorabench import model as base_model
@@ -56,7 +56,7 @@ def test_a_local_folder_trains_on_a_local_jsonl(
         found = json.loads(path.read_text())
         assert found["status"] == "finished" and found["steps_done"] == 4
         assert found["config"]["model"]["path"] == str(tiny_folder(kind))
-        assert found["metrics"]["test"]["nll"]["value"] > 0
+        assert scores(found)["test"]["nll"]["value"] > 0
 
 
 def test_the_same_run_twice_has_the_same_adapter_hash(tmp_path: Path) -> None:
@@ -66,9 +66,16 @@ def test_the_same_run_twice_has_the_same_adapter_hash(tmp_path: Path) -> None:
         assert cli.main(["train", *FAST, *arguments]) == 0
         found.append(the_record(tmp_path / name))
     assert found[0]["hashes"] == found[1]["hashes"]
-    assert set(found[0]["hashes"]) == {"base", "data", "data_order", "initial_adapter", "adapter"}
+    assert set(found[0]["hashes"]) == {
+        "base",
+        "train",
+        "train_tokens",
+        "data_order",
+        "initial_adapter",
+        "adapter",
+    }
     assert found[0]["hashes"]["adapter"] != found[0]["hashes"]["initial_adapter"]
-    assert found[0]["metrics"] == found[1]["metrics"]
+    assert scores(found[0]) == scores(found[1])
 
 
 def run_to(config: Any, stop: int | None, state: Any = None, start: int = 0) -> ModulePack:
@@ -121,7 +128,7 @@ def test_a_killed_run_resumes_to_the_same_adapter(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     subprocess.run([*command, f"output_dir={tmp_path / 'whole'}"], check=True, capture_output=True)
     a, b = the_record(killed), the_record(tmp_path / "whole")
-    assert a["hashes"] == b["hashes"] and a["metrics"] == b["metrics"]
+    assert a["hashes"] == b["hashes"] and scores(a) == scores(b)
     steps = [
         json.loads(line)["step"]
         for line in (path.parent / "metrics.jsonl").read_text().splitlines()
@@ -178,17 +185,17 @@ def test_a_checkpoint_of_other_versions_is_refused_before_anything_loads(
     for path, version in zip(paths, ("0.1.2", "0.1.3"), strict=True):
         content = json.loads(path.read_text())
         content["fingerprint"]["packages"]["peft"] = version
-        content["fingerprint"]["config"]["lora"]["lora_alpha"] = 7.0
+        content["fingerprint"]["arithmetic"] = 1
         path.write_text(json.dumps(content))
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(base_model, "load", never)
+        patch.setattr(base_model, "load_verified", never)
         assert cli.main(arguments) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2, "both checkpoints, before either is resumed"
     for version in ("0.1.2", "0.1.3"):
         (line,) = (line for line in lines if version in line)
-        assert "config.lora.lora_alpha: 7.0 -> 32.0; packages.peft: " in line and "remove" in line
+        assert "arithmetic: 1 -> 2; packages.peft: " in line and "remove" in line
     for path in paths:
         shutil.rmtree(path.parent)
     assert cli.main(arguments) == 0

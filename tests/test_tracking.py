@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import scores
 
 from lorabench import cli, tracking
 from lorabench.config import TrackerConfig
@@ -165,7 +166,7 @@ def test_the_summary_is_the_records(sweep, mirrored):
         for update in of_kind(rows, "summary"):
             summary |= update["update"]
         for split in ("validation", "test"):
-            for name, metric in found[run_id]["metrics"][split].items():
+            for name, metric in scores(found[run_id])[split].items():
                 assert summary[f"{split}/{name}"] == metric["value"]
         assert summary["trainable_parameters"] == found[run_id]["plan"]["trainable_parameters"]
         assert summary["train_seconds"] == found[run_id]["cost"]["train_seconds"]
@@ -245,7 +246,7 @@ def test_a_tracker_that_breaks_does_not_hurt_the_run(tmp_path, monkeypatch, meth
     )
     assert "and more" not in err
     (found,) = records(tmp_path / "default").values()
-    assert found["status"] == "finished" and found["metrics"]["test"]["nll"]["value"] > 0
+    assert found["status"] == "finished" and scores(found)["test"]["nll"]["value"] > 0
     lines = (tmp_path / "default" / found["run_id"] / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 4
 

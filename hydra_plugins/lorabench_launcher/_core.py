@@ -9,7 +9,9 @@ others with it. Each is still a Hydra job with its own folder, config files and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobReturn, configure_log, filter_overrides, run_job, setup_globals
@@ -35,7 +37,7 @@ def launch(
     if begin is not None:
         labels = [" ".join(filter_overrides(overrides)) for overrides in job_overrides]
         session = begin([task_config(job) for job in jobs], labels, pack_size)
-        tasks = [lambda _, i=i: session.result(i) for i in range(len(jobs))]
+        tasks = [partial(_result, session, i) for i in range(len(jobs))]
     returns = []
     for job, task in zip(jobs, tasks, strict=True):
         returned = run_job(
@@ -48,6 +50,11 @@ def launch(
         returns.append(returned)
         configure_log(config.hydra.hydra_logging, config.hydra.verbose)
     return returns
+
+
+def _result(session: Any, index: int, _: DictConfig) -> Any:
+    """The task of one job."""
+    return session.result(index)
 
 
 def compose_jobs(

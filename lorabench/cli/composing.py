@@ -135,12 +135,14 @@ def _search_path(config_path: str | None, config_dir: str | None) -> Any:
 
 def _swept(loader: Any, whole: Any) -> tuple[list[Any], list[str]]:
     """The task configs and labels of a multirun."""
+    from hydra._internal.callbacks import Callbacks
     from hydra.core.plugins import Plugins
     from hydra.core.utils import JobReturn, JobStatus, filter_overrides
     from hydra.plugins.launcher import Launcher
     from hydra.types import HydraContext
-    from hydra_plugins.lorabench_launcher._core import compose_jobs, task_config
     from omegaconf import OmegaConf, open_dict
+
+    from hydra_plugins.lorabench_launcher._core import compose_jobs, task_config
 
     configs: list[Any] = []
     labels: list[str] = []
@@ -163,14 +165,12 @@ def _swept(loader: Any, whole: Any) -> tuple[list[Any], list[str]]:
                 for _ in job_overrides
             ]
 
-    from hydra._internal.callbacks import Callbacks
-
     sweeper = Plugins.instance().instantiate_sweeper(
         config=whole,
         hydra_context=HydraContext(config_loader=loader, callbacks=Callbacks()),
         task_function=lambda _: None,
     )
-    words = OmegaConf.to_container(whole.hydra.overrides.task, resolve=False)
+    words: Any = OmegaConf.to_container(whole.hydra.overrides.task, resolve=False)
     planned = whole.copy()
     with tempfile.TemporaryDirectory(prefix="lorabench-plan-") as place, open_dict(planned):
         planned.hydra.sweep.dir = place  # sweepers write their own settings there

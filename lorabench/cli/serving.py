@@ -114,9 +114,7 @@ def read_overrides(words: Sequence[str]) -> dict[str, Any]:
     return changes
 
 
-def _serve(
-    folder: SweepFolder, wanted: dict[str, tuple[str, Any]], changes: dict[str, Any]
-) -> int:
+def _serve(folder: SweepFolder, wanted: dict[str, tuple[str, Any]], changes: dict[str, Any]) -> int:
     """Bring these runs of a folder to their end: trained, and scored as their configs ask."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from lorabench import interrupt

@@ -60,11 +60,7 @@ class Session:
         """Add the runs of one folder to its sweep.json, in packs if they are new there."""
         known = worker.folder.read()
         packed = {run for pack in known.packs for run in pack.runs}
-        new: dict[str, Job] = {}
-        for job in worker.jobs:
-            if job.plan.run_id not in packed:
-                new.setdefault(job.plan.run_id, job)
-        fresh = list(new.values())
+        fresh = [j for j in sweep.first_of_each(worker.jobs) if j.plan.run_id not in packed]
         packs: list[list[str]] = []
         if fresh:
             device = machine.choose_device(fresh[0].config.trainer.device)
@@ -83,12 +79,14 @@ class Session:
 
     def _greet(self) -> None:
         """Say what is kept, what is to do, and what others are doing."""
-        distinct = {job.plan.run_id: job for job in self.left}
-        steps = sum(job.config.trainer.steps for job in distinct.values())
-        self.display.num_runs, self.display.steps_total = len(distinct), steps
-        kept = [job for job in self.jobs if job.plan.run_id not in distinct]
-        busy = [j for j in distinct.values() if self.worker(j).folder.holder(j.plan.run_id)]
-        to_score = [j for j in distinct.values() if self.worker(j).must_score(j)]
+        distinct = sweep.first_of_each(self.left)
+        to_score = [job for job in distinct if self.worker(job).must_score(job)]
+        self.display.num_runs = len(distinct)
+        self.display.steps_total = sum(
+            job.config.trainer.steps for job in distinct if job not in to_score
+        )
+        kept = [job for job in self.jobs if job not in self.left]
+        busy = [j for j in distinct if self.worker(j).folder.holder(j.plan.run_id)]
         same = len(self.left) - len(distinct)
         for place, worker in self.workers.items():
             mine = {job.plan.run_id for job in worker.jobs}

@@ -125,7 +125,7 @@ def plan(arguments: list[str]) -> int:
     if not composed.is_sweep:
         say_if_sweep(composed.hydra)
     planned = sweep.plan_jobs(composed.configs, composed.labels, planner)
-    jobs = list({job.plan.run_id: job for job in reversed(planned)}.values())[::-1]
+    jobs = sweep.first_of_each(planned)
     memory = machine.free_memory(machine.choose_device(jobs[0].config.trainer.device))
     packs = sweep.form_packs(jobs, composed.pack_size, memory)
     shared = Shared(planner)

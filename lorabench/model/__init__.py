@@ -5,7 +5,16 @@ needed, so that run ids and checks of a sweep cost no import.
 """
 
 from lorabench.model.hub import hub_commit, hub_failure
-from lorabench.model.loading import architecture, dtype, load, load_verified, plain, skeleton, tokenizer, tokenizer_verified
+from lorabench.model.loading import (
+    architecture,
+    dtype,
+    load,
+    load_verified,
+    plain,
+    skeleton,
+    tokenizer,
+    tokenizer_verified,
+)
 from lorabench.model.place import (
     TOKENIZER_FILES,
     WEIGHT_PATTERNS,

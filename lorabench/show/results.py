@@ -159,7 +159,9 @@ def comparison(table: dict[str, Any], folder: Path, as_json: bool) -> None:
     for status, ids in table["left_out"].items():
         out.print(f"left out, {status}: {', '.join(ids)}", style="yellow")
     for text in dict.fromkeys(text for row in rows for text in row["other_stack"]):
-        out.print(f"stack other: {text}; such rows differ by more than their setting", style="yellow")
+        out.print(
+            f"stack other: {text}; such rows differ by more than their setting", style="yellow"
+        )
     for split, found in table["evaluations"].items():
         if not found["shared"]:
             out.print(

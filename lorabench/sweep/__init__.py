@@ -6,7 +6,7 @@ folder   sweep.json, and how far each run is
 """
 
 from lorabench.sweep.folder import PackEntry, RunEntry, SweepFile, SweepFolder, entry_of, pack_id
-from lorabench.sweep.jobs import Job, Mistakes, distinct, plan_jobs
+from lorabench.sweep.jobs import Job, Mistakes, distinct, first_of_each, plan_jobs
 from lorabench.sweep.packs import form_packs
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "SweepFolder",
     "distinct",
     "entry_of",
+    "first_of_each",
     "form_packs",
     "pack_id",
     "plan_jobs",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +59,14 @@ def distinct(labels: list[str]) -> list[str]:
     words = [label.split() for label in labels]
     common = set(words[0]).intersection(*words[1:]) if len(words) > 1 else set()
     return [" ".join(word for word in label if word not in common) or "defaults" for label in words]
+
+
+def first_of_each(jobs: Iterable[Job]) -> list[Job]:
+    """One job per run, in order: grid points may be the same run in other words."""
+    found: dict[str, Job] = {}
+    for job in jobs:
+        found.setdefault(job.plan.run_id, job)
+    return list(found.values())
 
 
 class Mistakes:

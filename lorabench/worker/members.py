@@ -166,6 +166,7 @@ def logs_of(folders: Sequence[Path]) -> Iterator[None]:
     root, handlers = logging.getLogger(), []
     try:
         for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
             handler = RunLog(folder / "train.log", encoding="utf-8")
             handlers.append(handler)
             handler.setFormatter(

@@ -45,9 +45,7 @@ class Shared:
         if key not in self._bases:
             self._bases.clear()
             classes = len(job.plan.labels)
-            loaded = base_model.load_verified(
-                job.config.model, device, classes, job.plan.contents
-            )
+            loaded = base_model.load_verified(job.config.model, device, classes, job.plan.contents)
             self._bases[key] = (loaded, base_model.checksum(loaded))
         return self._bases[key]
 

@@ -6,6 +6,7 @@ over when its worker is gone.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import math
@@ -13,14 +14,13 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-
 from typing import Any
 
 from lorabench import lease, machine, plan, record
 from lorabench.config import ConfigErrors, flatten, typed
 from lorabench.lease import Holder, Lease, Lost
 from lorabench.progress import Display, clock
-from lorabench.sweep import Job, PackEntry, SweepFolder
+from lorabench.sweep import Job, PackEntry, SweepFolder, first_of_each
 from lorabench.worker import members as at_work
 from lorabench.worker.members import Member
 from lorabench.worker.scoring import load_pack, score
@@ -57,6 +57,7 @@ class Worker:
         self.before = {job.plan.run_id: _stamp(self._record(job)) for job in jobs}
         self.failed: dict[str, str] = {}  # by this worker, which tries once: run id -> error
         self.told_waiting = ""
+        self.told: set[str] = set()  # runs whose end was shown
 
     # --- how far the runs are ------------------------------------------------------------
 
@@ -73,9 +74,13 @@ class Worker:
         found = self._record(job)
         if found is None or not found.has_trained() or self._has_failed(job, found):
             return False
-        return found.arithmetic_version == record.ARITHMETIC_VERSION and not _is_scored(
-            found, job.plan.evaluation_id
-        )
+        is_ours = found.arithmetic_version == record.ARITHMETIC_VERSION
+        return is_ours and not self._is_scored(found, job)
+
+    def _is_scored(self, found: record.Record, job: Job) -> bool:
+        """Whether a run has the evaluation that a job asks for, with its predictions."""
+        evaluation = found.evaluation(job.plan.evaluation_id)
+        return evaluation is not None and (job.folder / evaluation.predictions).is_file()
 
     def is_left(self, job: Job) -> bool:
         """Whether there is something to do for a run."""
@@ -105,9 +110,14 @@ class Worker:
 
     def finish(self, job: Job) -> Outcome:
         """Train and score until a run has ended, its own pack first."""
+        was_left = self.is_left(job)
         while self.is_left(job):
             if not self._take_one(first=job.plan.run_id):
                 self._wait(job)
+        if was_left and job.plan.run_id not in self.told:
+            found = self._record(job)
+            assert found is not None, "a run that nobody here has tried was tried by another"
+            self._tell_one(job, f"{last_line(found)}, by another process")
         return self.outcome(job)
 
     def finish_all(self) -> list[Outcome]:
@@ -154,7 +164,7 @@ class Worker:
         except ConfigErrors as refused:
             self._fail(left, "; ".join(refused.errors))
             return
-        to_train = _distinct([job for job in left if self.must_train(job)])
+        to_train = first_of_each([job for job in left if self.must_train(job)])
         try:
             if to_train:
                 self._train_and_score(pack, slots, to_train, held)
@@ -166,7 +176,7 @@ class Worker:
 
     def _slots(self, pack: PackEntry) -> list[Job]:
         """Every run of a pack's shape as a job; those of other commands from sweep.json."""
-        known = {job.plan.run_id: job for job in reversed(self.jobs)}
+        known = {job.plan.run_id: job for job in first_of_each(self.jobs)}
         entries = self.folder.read().runs
         return [
             known.get(run) or job_of(run, entries[run], self.shared.planner) for run in pack.runs
@@ -179,15 +189,13 @@ class Worker:
         start_step, members = at_work.furthest(opened, pack)
         begun = time.perf_counter()
         short_of_memory = False
-        folders = [member.folder for member in members]
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-        with at_work.logs_of(folders):
-            trained: Any = None
+        with at_work.logs_of([member.folder for member in members]):
             try:
                 for member in members:
                     at_work.begin(member)
                 trained = train_pack(members, slots, pack, start_step, self.shared, self.display)
+                self._score([member for member in members if not member.failed], trained)
+                del trained
             except KeyboardInterrupt:
                 self._close(members, begun, "interrupted", "interrupted by a signal")
                 raise
@@ -198,18 +206,18 @@ class Worker:
                 short_of_memory = machine.is_out_of_memory(error)
                 for member in members:
                     member.fail(error)
-                if short_of_memory and len(pack.runs) == 1:
-                    members[0].entry.error += (
-                        "; it trains alone already: use a smaller trainer.micro_batch_size, "
-                        "data.max_length or trainer.gradient_checkpointing=true"
-                    )
-            if trained is not None:
-                scored = [member for member in members if not member.failed]
-                self._score(scored, trained, slots, held)
-            del trained
+        # Outside the handler: the exception held the frames, and they the pack.
         if short_of_memory and len(pack.runs) > 1:
             self._halve(pack, jobs, held)
+            for member in members:
+                member.tracker.finish({}, failed=True)
             return
+        if short_of_memory:
+            members[0].entry.error = (
+                f"{members[0].entry.error}; the run trains alone already: use a smaller "
+                f"trainer.micro_batch_size or data.max_length, or "
+                f"trainer.gradient_checkpointing=true"
+            )
         self._close(members, begun)
         self._tell(members)
 
@@ -225,50 +233,48 @@ class Worker:
             f"a pack of {len(pack.runs)} does not fit into memory; trying packs of {half}"
         )
 
-    def _score_saved(
-        self, pack: PackEntry, slots: list[Job], jobs: list[Job], held: Lease
-    ) -> None:
+    def _score_saved(self, pack: PackEntry, slots: list[Job], jobs: list[Job], held: Lease) -> None:
         """Score adapters that are saved already; nothing is trained."""
         begun = time.perf_counter()
         members = []
-        for job in _distinct(jobs):
+        for job in first_of_each(jobs):
             found = self._record(job)
             assert found is not None
             members.append(Member(job, pack.runs.index(job.plan.run_id), found, held))
         with at_work.logs_of([member.folder for member in members]):
             try:
-                loaded = load_pack(members, slots, self.shared)
+                self._score(members, load_pack(members, slots, self.shared))
             except ConfigErrors as refused:
                 self._fail(jobs, "; ".join(refused.errors))
                 return
-            self._score(members, loaded, slots, held)
-        self._close(members, begun)
+            finally:
+                self._close(members, begun)
         self._tell(members)
 
-    def _score(
-        self, members: list[Member], loaded: Any, slots: list[Job], held: Lease
-    ) -> None:
+    def _score(self, members: Sequence[Member], loaded: Any) -> None:
         """Score every evaluation that the command asks of these runs, packed."""
-        wanted: dict[str, list[Member]] = {}
+        wanted: dict[str, dict[str, Member]] = {}  # evaluation id -> run id -> member
         for member in members:
             for job in self.jobs:
-                if job.plan.run_id == member.job.plan.run_id and not _is_scored(
-                    member.entry, job.plan.evaluation_id
-                ):
-                    same = Member(job, member.slot, member.entry, held, member.tracker)
-                    if all(one.entry is not member.entry for one in
-                           wanted.setdefault(job.plan.evaluation_id, [])):
-                        wanted[job.plan.evaluation_id].append(same)
+                same_run = job.plan.run_id == member.job.plan.run_id
+                if same_run and not self._is_scored(member.entry, job):
+                    asked = dataclasses.replace(member, job=job)
+                    wanted.setdefault(job.plan.evaluation_id, {})[job.plan.run_id] = asked
         for evaluation, of_runs in wanted.items():
+            scored = list(of_runs.values())
             try:
-                score(of_runs, evaluation, loaded, self.shared, self.display)
+                score(scored, evaluation, loaded, self.shared, self.display)
             except (KeyboardInterrupt, Lost):
                 raise
             except Exception as error:
                 log.error("scoring failed\n%s", traceback.format_exc())
-                for member in of_runs:
+                for member in scored:
                     member.entry.error = f"scoring failed: {at_work.what_failed(error)}"
                     self.failed[member.entry.run_id] = member.entry.error
+            for member in scored:
+                if member.failed:  # of its own predictions; its adapter is saved
+                    member.entry.status = "trained"
+                    self.failed[member.entry.run_id] = member.entry.error or "scoring failed"
 
     def _close(
         self,
@@ -300,13 +306,16 @@ class Worker:
         """Give up on runs of which nothing was written."""
         for job in jobs:
             self.failed[job.plan.run_id] = error
-            self.display.done(job.label, f"failed: {error}", job.config.trainer.steps)
+            self._tell_one(job, f"failed: {error}")
 
     def _tell(self, members: Sequence[Member]) -> None:
         for member in members:
-            steps = member.job.config.trainer.steps
             error = self.failed.get(member.entry.run_id)
-            self.display.done(member.job.label, last_line(member.entry, error), steps)
+            self._tell_one(member.job, last_line(member.entry, error))
+
+    def _tell_one(self, job: Job, text: str) -> None:
+        self.told.add(job.plan.run_id)
+        self.display.done(job.label, text, job.config.trainer.steps)
 
 
 def job_of(run: str, entry: Any, planner: plan.Planner) -> Job:
@@ -328,16 +337,6 @@ def job_of(run: str, entry: Any, planner: plan.Planner) -> Job:
             f"the command that asked for it"
         )
     return Job(config, entry.label, made)
-
-
-def _distinct(jobs: Sequence[Job]) -> list[Job]:
-    """One job per run."""
-    return list({job.plan.run_id: job for job in reversed(jobs)}.values())[::-1]
-
-
-def _is_scored(entry: record.Record, evaluation: str) -> bool:
-    found = entry.evaluation(evaluation)
-    return found is not None
 
 
 def _stamp(found: record.Record | None) -> tuple[Any, ...]:
