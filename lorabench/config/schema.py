@@ -100,7 +100,8 @@ class DataConfig:
     max_length: int = 512  # tokens of prompt and completion; longer examples are left out, counted
     # scores
     metric: list[str] = field(default_factory=lambda: ["nll", "exact_match"])
-    answer_pattern: str | None = None  # regex; its last match's last group is the answer
+    answer_pattern: str | None = None  # regex; the last group of its first match is the answer
+    answer_stop: list[str] = field(default_factory=list)  # a generation ends before any of these
     answer_examples: int = 200  # examples to generate on
     answer_max_new_tokens: int = 256
 

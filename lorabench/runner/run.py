@@ -244,7 +244,14 @@ def _evaluate(
     members: list[Member], pack: Any, splits: dict[str, data.Tokens], tokenizer: Any
 ) -> None:
     """Scores and predictions of every member on validation and test."""
-    from lorabench.evaluate import DEFINITIONS, answers, evaluate, summarise
+    from lorabench.evaluate import (
+        DEFINITIONS,
+        GENERATED,
+        answers,
+        eos_token_ids,
+        evaluate,
+        summarise,
+    )
 
     config = members[0].job.config
     wanted, pad_id = config.data.metric, data.pad_id(tokenizer)
@@ -253,9 +260,10 @@ def _evaluate(
     for split in ("validation", "test"):
         tokens = _cut(splits[split], config.trainer.eval_examples)
         tables = evaluate(pack, tokens, tokenizer, pad_id, wanted)
-        if "answer" in wanted and split == "test":
-            written = answers(pack, tokens, tokenizer, pad_id, config.data)
-            for name in ("generated", "answer"):
+        if split == "test" and set(GENERATED) & set(wanted):
+            eos = eos_token_ids(pack.tree.generation_config, tokenizer)
+            written = answers(pack, tokens, tokenizer, pad_id, config.data, eos)
+            for name in written[0].column_names:
                 tables = [
                     table.append_column(name, one[name])
                     for table, one in zip(tables, written, strict=True)
