@@ -87,8 +87,8 @@ class DataConfig:
     completion: str = "{completion}"  # template over columns
     labels: list[str] | None = None  # task=seq_cls: the classes; None: train's completions, sorted
     split_by: str | None = None  # column whose hash splits; None: the prompt
-    validation_fraction: float = 0.05  # taken from train where validation has no path
-    test_fraction: float = 0.05  # taken from train where test has no path
+    validation_fraction: float = 0.05  # about this part of train, where validation has no path
+    test_fraction: float = 0.05  # about this part of train, where test has no path
     # sizes, in examples; None: all there are
     num_train: int | None = None
     num_validation: int | None = None
