@@ -1,24 +1,36 @@
 """Scores of a pack on one split: per example, every run at once.
 
 Definitions (the number after the slash goes up when one changes):
-    nll/1          mean negative log-likelihood of an example's completion tokens (with EOS where
-                   the completion ends with it), nats a token; the split's value is the mean over
-                   examples
-    exact_match/1  1 where the argmax equals every completion token given the ones before it,
-                   which is when greedy decoding writes exactly the completion
-    answer/1       1 where the last match of data.answer_pattern in a greedy generation equals the
-                   last match in the reference completion, spaces, commas, '$' and a final '.' aside
-    accuracy/1     1 where the likeliest class is the example's; `nll` is then that of its class
+    nll/1              mean negative log-likelihood of an example's completion tokens (with EOS
+                       where the completion ends with it), in nats per token; the split's value is
+                       the mean over examples
+    nll_per_token/1    the same summed over all completion tokens of the split, divided by their
+                       number: a long completion weighs more. What stock transformers gives for the
+                       whole split in one batch, and what train/loss is for a training batch
+    exact_match/1      1 where the argmax equals every completion token given the ones before it,
+                       which is when greedy decoding writes exactly the completion
+    answer/2           1 where the first match of data.answer_pattern in a greedy generation equals
+                       the first match in the reference completion
+    answer_flexible/1  1 where the last number in a greedy generation equals the answer of the
+                       reference: its first match of data.answer_pattern, or, without a pattern,
+                       its own last number. lm-evaluation-harness' flexible-extract of gsm8k
+    accuracy/1         1 where the likeliest class is the example's; `nll` is then that of its class
+
+A generation ends before the first of data.answer_stop, so that a model that runs on into a next
+question is not scored on it. Spaces, commas, '$' and a final '.' do not count, and numbers compare
+as numbers: 18.00 is 18. The harness compares them as text; nothing else differs from it.
 """
 
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from transformers import GenerationConfig
 
 from lorabench import data
 from lorabench.config import DataConfig
@@ -26,10 +38,15 @@ from lorabench.pack import Batch, ModulePack, StackedPack
 
 DEFINITIONS = {
     "nll": "nll/1",
+    "nll_per_token": "nll_per_token/1",
     "exact_match": "exact_match/1",
-    "answer": "answer/1",
+    "answer": "answer/2",
+    "answer_flexible": "answer_flexible/1",
     "accuracy": "accuracy/1",
 }
+GENERATED = ("answer", "answer_flexible")  # metrics that ask for generations
+# lm-evaluation-harness, tasks/gsm8k/gsm8k.yaml, filter flexible-extract (its group_select is -1).
+LAST_NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 
 
 def evaluate(
@@ -40,18 +57,19 @@ def evaluate(
     metrics: list[str],
     batch_size: int | None = None,
 ) -> list[pa.Table]:
-    """One table a run: example (its content id), the metrics asked for, and what was predicted.
+    """Return one table per run: example (its content id), num_tokens, scores and predictions.
 
     Args:
-        tokens: the tokenised split, already cut to the examples to score.
-        metrics: out of DEFINITIONS.
+        tokens: The tokenised split, already cut to the examples to score.
+        metrics: Out of DEFINITIONS; those of GENERATED are the business of `answers`.
+        batch_size: Examples per forward; None: trainer.eval_batch_size.
     """
     is_classes = bool(tokens.labels)
     right = "accuracy" if is_classes else "exact_match"
-    settings = pack.configs[0]
-    size = batch_size or settings.trainer.eval_batch_size
+    size = batch_size or pack.configs[0].trainer.eval_batch_size
     count = len(tokens)
     nll = np.full((pack.size, count), np.nan)
+    num_tokens = np.zeros(count, dtype=np.int64)
     exact = np.zeros((pack.size, count), dtype=np.int8)
     texts = [[""] * count for _ in range(pack.size)]
     # Examples of similar length together: a batch is as wide as its longest.
@@ -65,10 +83,11 @@ def evaluate(
         nll_RN, argmax_RN = (part.cpu().numpy() for part in pack.score(batch))
         targets_BW = batch.targets_SN[0].cpu().numpy().reshape(len(indices), -1)
         there_BW = targets_BW != data.IGNORED
+        num_tokens[indices] = there_BW.sum(1)
         for run in range(pack.size):
             nll_BW = np.where(there_BW, nll_RN[run].reshape(there_BW.shape).astype(np.float64), 0)
             argmax_BW = argmax_RN[run].reshape(there_BW.shape)
-            nll[run, indices] = nll_BW.sum(1) / there_BW.sum(1)
+            nll[run, indices] = nll_BW.sum(1) / num_tokens[indices]
             exact[run, indices] = ((argmax_BW == targets_BW) | ~there_BW).all(1)
             rows = [ids[there] for ids, there in zip(argmax_BW, there_BW, strict=True)]
             if is_classes:
@@ -79,8 +98,8 @@ def evaluate(
                 texts[run][i] = text
     tables = []
     for run in range(pack.size):
-        columns: dict[str, Any] = {"example": tokens.ids}
-        if "nll" in metrics:
+        columns: dict[str, Any] = {"example": tokens.ids, "num_tokens": num_tokens}
+        if "nll" in metrics or "nll_per_token" in metrics:
             columns["nll"] = nll[run]
         if right in metrics:
             columns[right] = exact[run]
@@ -90,22 +109,71 @@ def evaluate(
 
 
 def summarise(table: pa.Table, metrics: list[str]) -> dict[str, tuple[float, int]]:
-    """The split's value of each metric and the number of examples behind it."""
+    """Return the split's value of each metric and the number of examples behind it."""
     found = {}
-    for name in (name for name in metrics if name in table.column_names):
-        values = table[name].drop_null().to_numpy()  # `answer` is asked of some examples only
-        found[name] = float(values.mean()), int((~np.isnan(values)).sum())
+    for name in metrics:
+        column = "nll" if name == "nll_per_token" else name
+        if column not in table.column_names:
+            continue
+        # Answers are asked of some examples only.
+        scored = table.filter(table[column].is_valid())
+        values = scored[column].to_numpy()
+        weights = scored["num_tokens"].to_numpy() if name == "nll_per_token" else None
+        found[name] = float(np.average(values, weights=weights)), int((~np.isnan(values)).sum())
     return found
 
 
 def extract(pattern: str, text: str) -> str | None:
-    """The answer in a text: the last match's last group (or the match), normalised."""
-    matches = list(re.finditer(pattern, text))
-    if not matches:
-        return None
-    found = matches[-1]
-    answer = found.group(found.re.groups) if found.re.groups else found.group()
-    return re.sub(r"[\s,$]", "", answer or "").rstrip(".")
+    """Return the answer in a text: the first match's last group (or the match), cleaned."""
+    match = re.search(pattern, text)
+    return _clean(match.group(match.re.groups) or "") if match else None
+
+
+def last_number(text: str) -> str | None:
+    """Return the last number in a text, as lm-evaluation-harness' flexible-extract, cleaned."""
+    matches = list(LAST_NUMBER.finditer(text))
+    return _clean(matches[-1].group()) if matches else None
+
+
+def _clean(answer: str) -> str:
+    return re.sub(r"[\s,$]", "", answer).rstrip(".")
+
+
+def is_same(answer: str | None, reference: str | None) -> bool:
+    """Return whether two cleaned answers are the same, as numbers where both are numbers."""
+    if answer is None or reference is None:
+        return False
+    both = (answer, reference)
+    if all(re.fullmatch(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)", one) for one in both):
+        return Decimal(answer) == Decimal(reference)
+    return answer == reference
+
+
+def cut(text: str, stops: list[str]) -> str:
+    """Return the text before the first of the stops."""
+    return text[: min((text.index(stop) for stop in stops if stop in text), default=None)]
+
+
+def eos_token_ids(base_generation_config: GenerationConfig | None, tokenizer: Any) -> list[int]:
+    """Return the ids that end a generation: the base's and the tokenizer's.
+
+    An instruction-tuned base ends its turn with another token than its tokenizer's EOS. Nothing
+    else of the base's generation config is used.
+    """
+    found = {tokenizer.eos_token_id}
+    theirs = getattr(base_generation_config, "eos_token_id", None)
+    found.update(theirs if isinstance(theirs, list | tuple) else [theirs])
+    return sorted(found - {None})
+
+
+def generation_settings(settings: DataConfig, eos_token_ids: list[int]) -> dict[str, Any]:
+    """Return what decides a generation, in transformers' names: greedy, and where it ends."""
+    return {
+        "do_sample": False,
+        "num_beams": 1,
+        "max_new_tokens": settings.answer_max_new_tokens,
+        "eos_token_id": eos_token_ids,
+    }
 
 
 def answers(
@@ -114,49 +182,60 @@ def answers(
     tokenizer: Any,
     pad_id: int,
     settings: DataConfig,
+    eos_token_ids: list[int],
+    batch_size: int | None = None,
 ) -> list[pa.Table]:
-    """Greedy generations on the first `answer_examples` examples and whether they are right.
+    """Generate greedily on the first `answer_examples` examples and score what is written.
 
+    Args:
+        tokens: The tokenised split, whichever it is.
+        eos_token_ids: What ends a generation; see `eos_token_ids`.
+        batch_size: Prompts per generation; None: trainer.eval_batch_size.
     Returns:
-        One table a run: generated, answer (0 or 1); null from the `answer_examples`th on.
+        One table per run: generated, and each of GENERATED that settings.metric asks for (0 or 1);
+        null from the `answer_examples`th example on.
     """
     count = min(settings.answer_examples, len(tokens))
-    size = pack.configs[0].trainer.eval_batch_size
-    assert settings.answer_pattern is not None
+    size = batch_size or pack.configs[0].trainer.eval_batch_size
+    wanted = [name for name in GENERATED if name in settings.metric]
+    decided = generation_settings(settings, eos_token_ids)
+    # Made anew, so that nothing of the base's generation_config.json is in it.
+    config = GenerationConfig(
+        **(decided | {"eos_token_id": eos_token_ids or None}), pad_token_id=pad_id, use_cache=True
+    )
     rows: list[list[dict[str, Any]]] = [[] for _ in range(pack.size)]
     for start in range(0, count, size):
         chosen = range(start, min(start + size, count))
         prompts = [tokens.input_ids[i][: tokens.completion_start[i]] for i in chosen]
+        completions = [tokens.input_ids[i][tokens.completion_start[i] :] for i in chosen]
+        references = tokenizer.batch_decode(completions, skip_special_tokens=True)
         width = max(map(len, prompts))
         # Generation continues at the right edge, so prompts are padded on the left.
         input_ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         written_RBL = pack.generate(
-            input_ids.to(pack.device),
-            mask.to(pack.device),
-            max_new_tokens=settings.answer_max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            pad_token_id=pad_id,
-            eos_token_id=tokenizer.eos_token_id,
+            input_ids.to(pack.device), mask.to(pack.device), generation_config=config
         ).cpu()
         for run in range(pack.size):
             texts = tokenizer.batch_decode(written_RBL[run, :, width:], skip_special_tokens=True)
-            for i, text in zip(chosen, texts, strict=True):
-                completion = tokens.input_ids[i][tokens.completion_start[i] :]
-                wanted = extract(
-                    settings.answer_pattern, tokenizer.decode(completion, skip_special_tokens=True)
-                )
-                right = wanted is not None and extract(settings.answer_pattern, text) == wanted
-                rows[run].append({"generated": text, "answer": int(right)})
-    nothing = [{"generated": None, "answer": None}] * (len(tokens) - count)
-    return [pa.Table.from_pylist([*one, *nothing]) for one in rows]
+            for text, reference in zip(texts, references, strict=True):
+                scores = {name: score(name, text, reference, settings) for name in wanted}
+                rows[run].append({"generated": text, **scores})
+    nothing = dict.fromkeys(["generated", *wanted])
+    rest = [nothing] * (len(tokens) - count)
+    return [pa.Table.from_pylist([*one, *rest]) for one in rows]
 
 
-def eos_token_ids(generation: Any, tokenizer: Any) -> list[int]:
-    return [tokenizer.eos_token_id]
+def score(metric: str, text: str, reference: str, settings: DataConfig) -> int:
+    """Return 1 if a generation has the reference's answer, else 0.
 
-
-def generation_settings(settings: DataConfig, eos: list[int]) -> dict[str, Any]:
-    return {"eos_token_ids": eos}
+    Args:
+        metric: One of GENERATED.
+        reference: The text of the reference completion.
+    """
+    pattern, text = settings.answer_pattern, cut(text, settings.answer_stop)
+    asked = last_number(reference) if pattern is None else extract(pattern, reference)
+    if metric == "answer_flexible":
+        return int(is_same(last_number(text), asked))
+    assert pattern is not None, "range_errors refuses `answer` without a pattern"
+    return int(is_same(extract(pattern, text), asked))

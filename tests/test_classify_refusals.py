@@ -31,7 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
         ),
         (
             ["task=causal_lm"],
-            ["data.metric: must be out of nll, exact_match, answer with task=causal_lm",
+            ["data.metric: must be out of nll, exact_match, nll_per_token, answer, answer_flexible",
+                 "with task=causal_lm",
              "got 'accuracy'; use data.metric=[nll,exact_match]"],
         ),
         (

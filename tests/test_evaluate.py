@@ -16,8 +16,9 @@ from conftest import composed, predictions, scores
 
 from lorabench import cli, data, plan
 from lorabench import model as base_model
-from lorabench.evaluate import answers, evaluate, extract, summarise
-from lorabench.pack import ModulePack
+from lorabench.config.ranges import METRICS
+from lorabench.evaluate import DEFINITIONS, evaluate, summarise
+from lorabench.pack import Batch, ModulePack
 
 SMALL = [
     "tracker=none",
@@ -72,51 +73,51 @@ def test_exact_match_is_greedy_decoding_writing_the_completion(skills: list[str]
     assert table.exact_match.tolist() == generated
 
 
-def test_answers_match_generation_one_by_one() -> None:
-    pack, tokens, _ = scored(*KNOWN)
-    config = composed(
-        *SMALL,
-        *KNOWN,
-        "data.metric=[answer]",
-        "data.answer_pattern='[a-z]+'",
-        "data.answer_examples=20",
-        "data.answer_max_new_tokens=12",
+def test_nll_per_token_is_the_stock_loss_of_the_whole_split() -> None:
+    """A mean over examples weighs short completions more, and is not comparable with train/loss."""
+    _, tokens, table = scored()
+    base = base_model.load(composed(*SMALL).model, "cpu")
+    width = max(map(len, tokens.input_ids))
+    ids = torch.zeros(len(tokens), width, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for row, (one, start) in enumerate(zip(tokens.input_ids, tokens.completion_start, strict=True)):
+        ids[row, : len(one)] = torch.tensor(one)
+        labels[row, start : len(one)] = torch.tensor(one[start:])
+    with torch.no_grad():
+        expected = base(input_ids=ids, labels=labels).loss.item()
+    summary = summarise(pa.Table.from_pandas(table), ["nll", "nll_per_token"])
+    # Other batches: float32 rounding of a loss near 10.
+    assert summary["nll_per_token"] == (pytest.approx(expected, rel=2e-5), 40)
+    assert abs(summary["nll"][0] - expected) > 1e-3  # completions of several lengths
+    assert table.num_tokens.tolist() == (labels != -100).sum(1).tolist()
+
+
+def test_batch_size_is_an_argument_and_changes_no_score(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A machine short of memory halves it, and must get the same table."""
+    pack, tokens, table = scored(*KNOWN)
+    tokenizer = base_model.tokenizer(pack.configs[0].model)
+    sizes: list[int] = []
+    score = pack.score
+
+    def counted(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        sizes.append(len(batch.input_ids_SBT[0]))
+        return score(batch)
+
+    monkeypatch.setattr(pack, "score", counted)
+    (small,) = evaluate(
+        pack, tokens, tokenizer, data.pad_id(tokenizer), ["nll", "exact_match"], batch_size=7
     )
-    tokenizer = base_model.tokenizer(config.model)
-    (table,) = answers(pack, tokens, tokenizer, data.pad_id(tokenizer), config.data)
-    assert len(table) == len(tokens) == 40
-    assert table["answer"].null_count == table["generated"].null_count == 20
-    asked = table.slice(0, 20).to_pandas()
-    pack.tree.eval()
-    for i, row in asked.iterrows():
-        start = tokens.completion_start[i]
-        out = pack.tree.generate(
-            torch.tensor([tokens.input_ids[i][:start]]),
-            do_sample=False,
-            max_new_tokens=12,
-            attention_mask=torch.ones(1, start, dtype=torch.long),
-        )
-        text = tokenizer.decode(out[0, start:], skip_special_tokens=True)
-        assert row.generated == text  # padding on the left and the mask change nothing
-        wanted = tokenizer.decode(tokens.input_ids[i][start:], skip_special_tokens=True)
-        assert row.answer == int(text == wanted)
-    assert 0 < asked.answer.mean() <= 1
+    assert sizes == [7] * 5 + [5]
+    assert small["example"].to_pylist() == table.example.tolist()
+    assert small["exact_match"].to_pylist() == table.exact_match.tolist()
+    # Other shapes of the products: float32 rounding.
+    np.testing.assert_allclose(small["nll"].to_numpy(), table.nll, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("so 3 + 4 = 7\n#### 7", "7"),
-        ("#### 1,234.", "1234"),
-        ("first #### 1 then #### $2,000", "2000"),
-        ("The answer is: 42", "42"),
-        ("no answer", None),
-    ],
-)
-def test_answers_are_extracted_and_normalised(text: str, answer: str | None) -> None:
-    pattern = composed("data=metamathqa").data.answer_pattern
-    assert pattern is not None
-    assert extract(pattern, text) == answer
+def test_every_metric_is_defined() -> None:
+    assert set(DEFINITIONS) == set(METRICS)
 
 
 def test_recorded_nll_is_what_plain_peft_gives_without_lorabench(tmp_path: Path) -> None:

@@ -12,8 +12,11 @@ from lorabench.config.schema import Config, DataConfig, LoraSettings
 
 TASKS = ("causal_lm", "seq_cls")
 DTYPES = ("float64", "float32", "bfloat16")
-METRICS = ("nll", "exact_match", "answer", "accuracy")
-METRICS_OF = {"causal_lm": ("nll", "exact_match", "answer"), "seq_cls": ("nll", "accuracy")}
+METRICS_OF = {
+    "causal_lm": ("nll", "exact_match", "nll_per_token", "answer", "answer_flexible"),
+    "seq_cls": ("nll", "accuracy"),
+}
+METRICS = tuple(dict.fromkeys(name for names in METRICS_OF.values() for name in names))
 STAGE_KEYS = ("from_step", "train", "lr_scale")
 
 
@@ -180,6 +183,13 @@ def _data(found: Found, data: DataConfig) -> None:
             re.compile(data.answer_pattern)
         except re.error as error:
             found.errors.append(f"data.answer_pattern: must be a regular expression; {error}")
+    must(
+        all(data.answer_stop),
+        "data.answer_stop",
+        "a list of texts, none of them empty",
+        data.answer_stop,
+        "for example data.answer_stop=['Question:']",
+    )
     must(data.max_length >= 2, "data.max_length", "at least 2 tokens", data.max_length)
     for key in ("num_train", "num_validation", "num_test"):
         value = getattr(data, key)

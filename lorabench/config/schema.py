@@ -87,8 +87,8 @@ class DataConfig:
     completion: str = "{completion}"  # template over columns
     labels: list[str] | None = None  # task=seq_cls: the classes; None: train's completions, sorted
     split_by: str | None = None  # column whose hash splits; None: the prompt
-    validation_fraction: float = 0.05  # taken from train where validation has no path
-    test_fraction: float = 0.05  # taken from train where test has no path
+    validation_fraction: float = 0.05  # about this part of train, where validation has no path
+    test_fraction: float = 0.05  # about this part of train, where test has no path
     # sizes, in examples; None: all there are
     num_train: int | None = None
     num_validation: int | None = None
@@ -100,7 +100,8 @@ class DataConfig:
     max_length: int = 512  # tokens of prompt and completion; longer examples are left out, counted
     # scores
     metric: list[str] = field(default_factory=lambda: ["nll", "exact_match"])
-    answer_pattern: str | None = None  # regex; its last match's last group is the answer
+    answer_pattern: str | None = None  # regex; the last group of its first match is the answer
+    answer_stop: list[str] = field(default_factory=list)  # a generation ends before any of these
     answer_examples: int = 200  # examples to generate on
     answer_max_new_tokens: int = 256
 

@@ -5,13 +5,14 @@ Letters: R runs in the pack (here 1), B batch, T tokens, N rows that carry a los
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from lorabench import adapters
 from lorabench.config import Config
@@ -25,6 +26,20 @@ def autocast(config: Config, device: str) -> AbstractContextManager[Any]:
     if config.trainer.dtype == "bfloat16":
         return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
     return nullcontext()
+
+
+@contextmanager
+def without_generation_config(tree: Any) -> Iterator[None]:
+    """Hide the base's generation_config.json from generate().
+
+    It fills every setting from there that its caller leaves unset (repetition_penalty, min_length,
+    ...), also those of a generation_config that is passed.
+    """
+    theirs, tree.generation_config = tree.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        tree.generation_config = theirs
 
 
 def enable_checkpointing(tree: Any) -> None:
@@ -164,7 +179,7 @@ class ModulePack:
         """Greedy continuations, (R, B, L')."""
         self.tree.eval()
         try:
-            with autocast(self.configs[0], self.device):
+            with autocast(self.configs[0], self.device), without_generation_config(self.tree):
                 written = self.tree.generate(
                     input_ids=input_ids_BL, attention_mask=mask_BL, **settings
                 )

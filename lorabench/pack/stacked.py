@@ -25,7 +25,12 @@ from lorabench.pack.layers import PackedBias, PackedHead, PackedLinear, PackedNo
 from lorabench.pack.norms import fuse_norms
 from lorabench.pack.optimizer import StackedAdamW
 from lorabench.pack.places import Place, places
-from lorabench.pack.solo import autocast, enable_checkpointing, make_head
+from lorabench.pack.solo import (
+    autocast,
+    enable_checkpointing,
+    make_head,
+    without_generation_config,
+)
 from lorabench.pack.storage import Members, Stacked
 
 # What a layer may be given where hidden states are repeated before it: states, masks and positions
@@ -290,7 +295,7 @@ class StackedPack:
         self._refresh()
         self.tree.eval()
         try:
-            with autocast(self.configs[0], self.device):
+            with autocast(self.configs[0], self.device), without_generation_config(self.tree):
                 written = self.tree.generate(
                     input_ids=input_ids_BL.repeat(self.size, 1),
                     attention_mask=mask_BL.repeat(self.size, 1), **settings,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import math
@@ -94,16 +95,11 @@ def _score(
     pack: Any, dataset: Dataset, tokenizer: Any, job: Job, batch_size: int
 ) -> tuple[Scored, dict[str, Any] | None] | None:
     """Tables of every run, and the settings of generation; None if memory was short."""
-    from lorabench.evaluate import (
-        answers,
-        eos_token_ids,
-        evaluate,
-        generation_settings,
-    )
+    from lorabench.evaluate import GENERATED, answers, eos_token_ids, evaluate, generation_settings
 
     config = job.config
     wanted, pad_id = identity.wanted_metrics(config), data.pad_id(tokenizer)
-    written = [name for name in wanted if name.startswith("answer")]
+    settings = dataclasses.replace(config.data, metric=wanted)  # the objective's among them
     found: Scored = {}
     generation = None
     try:
@@ -112,12 +108,10 @@ def _score(
             if config.trainer.eval_examples is not None:
                 tokens = tokens.first(config.trainer.eval_examples)
             tables = evaluate(pack, tokens, tokenizer, pad_id, wanted, batch_size)
-            if written and split in identity.answer_splits(config):
-                eos = eos_token_ids(getattr(pack.tree, "generation_config", None), tokenizer)
-                generation = generation_settings(config.data, eos)
-                texts = answers(
-                    pack, tokens, tokenizer, pad_id, config.data, batch_size, eos_token_ids=eos
-                )
+            if set(GENERATED) & set(wanted) and split in identity.answer_splits(config):
+                eos = eos_token_ids(pack.tree.generation_config, tokenizer)
+                generation = generation_settings(settings, eos)
+                texts = answers(pack, tokens, tokenizer, pad_id, settings, eos, batch_size)
                 for name in texts[0].column_names:
                     tables = [
                         table.append_column(name, text[name])
