@@ -5,7 +5,15 @@ needed, so that run ids and checks of a sweep cost no import.
 """
 
 from lorabench.model.hub import hub_commit, hub_failure
-from lorabench.model.loading import architecture, dtype, load, plain, skeleton, tokenizer
+from lorabench.model.loading import (
+    architecture,
+    dtype,
+    load,
+    plain,
+    random_settings,
+    skeleton,
+    tokenizer,
+)
 from lorabench.model.place import (
     TOKENIZER_FILES,
     WEIGHT_PATTERNS,
@@ -35,6 +43,7 @@ __all__ = [
     "num_parameters",
     "output_head",
     "plain",
+    "random_settings",
     "share",
     "skeleton",
     "tokenizer",
