@@ -305,11 +305,8 @@ def _warnings(config: Config, base: Any) -> list[str]:
     where = base_model.location(config.model)
     if Path(where).is_dir():
         original = AutoConfig.from_pretrained(where)
-        for key, value in vars(original).items():
-            if isinstance(value, float) and ("dropout" in key or "pdrop" in key) and value:
-                found.append(
-                    f"the base's own {key}={value:g} is switched off: only lora_dropout acts"
-                )
+        for key, value in base_model.random_settings(original).items():
+            found.append(f"the base's own {key}={value:g} is switched off: only lora_dropout acts")
     return found
 
 

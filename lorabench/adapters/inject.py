@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lorabench import model as base_model
 from lorabench import tasks
@@ -77,16 +78,31 @@ def attach(base: PreTrainedModel, config: Config, modules: list[str]) -> PeftMod
             low_cpu_mem_usage=False,
         )
     seed_weights(wrapped, config)
-    dtype = torch.float64 if config.trainer.dtype == "float64" else torch.float32
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+    _raise_precision(wrapped, torch.float64 if config.trainer.dtype == "float64" else torch.float32)
     if config.task == "seq_cls" and head:
         copy_of_head: Any = wrapped.get_base_model().get_submodule(head[0])
         with torch.no_grad():
             for part, parameter in copy_of_head.modules_to_save[ADAPTER].named_parameters():
                 parameter.copy_(initial_head(base, config, part))
     return wrapped
+
+
+# Modules that compute with a float32 bias over a bfloat16 base; others may add it as it is, and
+# pass float32 on to layers that take none (FalconLinear).
+MIXED_PRECISION = (nn.LayerNorm, nn.Linear, Conv1D)
+
+
+def _raise_precision(wrapped: PeftModel, dtype: torch.dtype) -> None:
+    """Hold what trains in `dtype`: a bfloat16 parameter would lose most of its small updates."""
+    for name, parameter in list(wrapped.named_parameters()):
+        if not parameter.requires_grad or parameter.dtype == dtype:
+            continue
+        module = wrapped.get_submodule(name.rpartition(".")[0])
+        if name.endswith(".bias") and type(module) not in MIXED_PRECISION:
+            continue
+        parameter.data = parameter.data.to(dtype)
+        if isinstance(module, nn.LayerNorm):  # whose kernel wants weight and bias of one dtype
+            module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
 
 
 def attach_skeleton(

@@ -27,11 +27,38 @@ def dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def architecture(model: ModelConfig, classes: int = 0) -> Any:
-    """The transformers config, base dropouts at zero.
+# Rates of what a base draws at random while it trains: dropout, attn_pdrop, layerdrop,
+# drop_path_rate, drop_connect_rate, router_jitter_noise, moe_jitter_eps and the like.
+RANDOM = re.compile(r"drop|jitter")
 
-    Only lora_dropout is an experiment's business: masks inside the base would tie a run's
-    randomness to what else is computed.
+
+def random_settings(config: Any) -> dict[str, float]:
+    """Return the rates, other than zero, at which a base would act at random in training.
+
+    Those of a part are named with it: `ffn_config.moe_jitter_eps`.
+
+    Args:
+        config: a transformers config.
+    """
+    return {name: getattr(part, key) for part, key, name in _random_settings(config)}
+
+
+def _random_settings(config: Any, prefix: str = "") -> Iterator[tuple[Any, str, str]]:
+    """Yield every such rate: the config that holds it, its key there, its dotted name."""
+    from transformers import PreTrainedConfig
+
+    for key, value in list(vars(config).items()):
+        if isinstance(value, float) and value and RANDOM.search(key):
+            yield config, key, f"{prefix}{key}"
+        elif isinstance(value, PreTrainedConfig):
+            yield from _random_settings(value, f"{prefix}{key}.")
+
+
+def architecture(model: ModelConfig, classes: int = 0) -> Any:
+    """Return the transformers config with everything random in the base at zero.
+
+    Only lora_dropout is an experiment's business: randomness inside the base would tie a run's
+    result to the global seed and to what else is computed.
 
     Args:
         classes: of a classification; 0: a language model.
@@ -45,13 +72,8 @@ def architecture(model: ModelConfig, classes: int = 0) -> Any:
         return AutoConfig.from_pretrained(where, **options)
 
     config = _call(model, load)
-    for part in {
-        id(config): config,
-        id(config.get_text_config()): config.get_text_config(),
-    }.values():
-        for key, value in list(vars(part).items()):
-            if isinstance(value, float) and re.search(r"dropout|pdrop", key) and value:
-                setattr(part, key, 0.0)
+    for part, key, _ in _random_settings(config):
+        setattr(part, key, 0.0)
     if classes:
         config.num_labels = classes
     return config
@@ -82,6 +104,8 @@ def load(model: ModelConfig, device: str, classes: int = 0) -> PreTrainedModel:
     Args:
         classes: of a classification, whose head is zero here; 0: a language model.
     """
+    import torch
+
     config = architecture(model, classes)
     # A checkpoint that is a classifier itself may have another number of classes.
     options = {"ignore_mismatched_sizes": True} if classes else {}
@@ -99,6 +123,9 @@ def load(model: ModelConfig, device: str, classes: int = 0) -> PreTrainedModel:
         tasks.blank_head(base, loaded, model_name(model))
     else:
         _must_be_whole(base, sorted(loaded["missing_keys"]), model)
+    for module in base.modules():  # a rate that an architecture has in its code
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
     base.requires_grad_(False)
     base.config.use_cache = False
     return base.to(device).eval()

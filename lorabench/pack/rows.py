@@ -51,7 +51,9 @@ class ChosenRows(nn.Module):
         index = rows_SN.expand(x_SND.shape[0], -1)[..., None].expand(-1, -1, width)
         y_SND = self.block(torch.gather(x_SND, 1, index)) * there_SN[..., None]
         # Added, not set: rows that only fill the shape may repeat a chosen one, and add nothing.
-        return torch.zeros_like(x_SND).scatter_add(1, index, y_SND).reshape(x.shape)
+        return (
+            torch.zeros_like(x_SND, dtype=y_SND.dtype).scatter_add(1, index, y_SND).reshape(x.shape)
+        )
 
 
 def choose_rows(body: nn.Module) -> ChosenRows | None:

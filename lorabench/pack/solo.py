@@ -137,11 +137,13 @@ class ModulePack:
             num_targets: labelled tokens of the whole batch, so that micro-batches weigh as in one.
         """
         self.clock.step, self.clock.micro_step, self.clock.training = step, micro_step, True
-        with autocast(self.configs[0], self.device):
-            hidden = self.head.hidden(batch.input_ids_SBT[0], batch)
-            loss = self.head.nll(hidden, batch.targets_SN).sum() / num_targets[0]
-        loss.backward()
-        self.clock.training = False
+        try:
+            with autocast(self.configs[0], self.device):
+                hidden = self.head.hidden(batch.input_ids_SBT[0], batch)
+                loss = self.head.nll(hidden, batch.targets_SN).sum() / num_targets[0]
+            loss.backward()
+        finally:
+            self.clock.training = False
         return loss.detach()[None]
 
     def update(self, lr: list[float]) -> Tensor:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -41,6 +42,38 @@ REPEATABLE = {
     "layer_past", "use_cache", "output_attentions", "encoder_hidden_states",
     "encoder_attention_mask", "cache_position", "per_layer_input", "kwargs",
 }  # fmt: skip
+
+
+class Repeat:
+    """A forward pre-hook that repeats a shared batch once per run.
+
+    Holds nothing of the pack: a bound method of the pack would tie module tree and pack in a
+    reference cycle, and the memory of a finished pack would wait for the garbage collector.
+    """
+
+    def __init__(self, size: int):
+        self.size = size  # R
+        self.batch_size: int | None = None  # B while a shared batch is computed, else None
+
+    @contextmanager
+    def on(self, batch_size: int) -> Iterator[None]:
+        self.batch_size = batch_size
+        try:
+            yield
+        finally:
+            self.batch_size = None
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self.batch_size is None:
+            return None
+        return self._spread(tuple(args)), {k: self._spread(v) for k, v in kwargs.items()}
+
+    def _spread(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() > 1 and len(value) == self.batch_size:
+            return value.repeat(self.size, *[1] * (value.dim() - 1))
+        if isinstance(value, tuple):
+            return tuple(map(self._spread, value))
+        return value
 
 
 class StackedPack:
@@ -183,6 +216,7 @@ class StackedPack:
         assert head is not None
         below = sorted(modules - {head[0]})
         found = [re.match(r"(.+?)\.(\d+)\.", name) for name in below]
+        self.repeat = Repeat(self.size)
         self.repeats_at_head = not below
         self.repeats_inside = False
         if below and all(found) and len({match[1] for match in found if match}) == 1:
@@ -192,22 +226,8 @@ class StackedPack:
                 return
             # Hidden states are repeated once, before the first; masks are handed to every layer.
             for layer in layers[first:]:
-                layer.register_forward_pre_hook(self._repeat, with_kwargs=True)
+                layer.register_forward_pre_hook(self.repeat, with_kwargs=True)
             self.repeats_inside = True
-        self.repeat_size: int | None = None  # B while a shared batch runs
-
-    def _repeat(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if self.repeat_size is None:
-            return None
-
-        def spread(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.dim() > 1 and len(value) == self.repeat_size:
-                return value.repeat(self.size, *[1] * (value.dim() - 1))
-            if isinstance(value, tuple):
-                return tuple(map(spread, value))
-            return value
-
-        return spread(tuple(args)), {key: spread(value) for key, value in kwargs.items()}
 
     # --- what trains ---------------------------------------------------------------------
 
@@ -241,11 +261,16 @@ class StackedPack:
             input_ids = input_ids.expand(self.size, -1, -1)
         flat = input_ids.reshape(-1, input_ids.shape[-1])
         self.head.tells_apart = not (batch.shared and self.repeats_at_head)
-        self.repeat_size = flat.shape[0] if batch.shared and self.repeats_inside else None
-        try:
-            return self.head.hidden(flat, batch)
-        finally:
-            self.repeat_size = None
+        return self.head.hidden(flat, batch)
+
+    def _repeating(self, batch: Batch) -> AbstractContextManager[None]:
+        """Repeat a shared batch at the first trained layer.
+
+        A training step keeps this on until its backward pass is done: with gradient checkpointing
+        some transformers (5.17) run a layer's hooks again when they recompute it.
+        """
+        shared_inside = batch.shared and self.repeats_inside
+        return self.repeat.on(batch.input_ids_SBT.shape[1]) if shared_inside else nullcontext()
 
     def forward_backward(
         self, step: int, micro_step: int, batch: Batch, num_targets: list[int]
@@ -254,13 +279,17 @@ class StackedPack:
         for clock in self.clocks:
             clock.step, clock.micro_step, clock.training = step, micro_step, True
         self._refresh()
-        with autocast(self.configs[0], self.device):
-            nll_RN = self.head.nll(self._hidden(batch), batch.targets_SN.expand(self.size, -1))
-        divisor_R = torch.tensor(num_targets, dtype=nll_RN.dtype, device=nll_RN.device)
-        loss_R = nll_RN.sum(1) / divisor_R
-        loss_R.sum().backward()
-        for clock in self.clocks:
-            clock.training = False
+        try:
+            with self._repeating(batch):
+                with autocast(self.configs[0], self.device):
+                    targets_RN = batch.targets_SN.expand(self.size, -1)
+                    nll_RN = self.head.nll(self._hidden(batch), targets_RN)
+                divisor_R = torch.tensor(num_targets, dtype=nll_RN.dtype, device=nll_RN.device)
+                loss_R = nll_RN.sum(1) / divisor_R
+                loss_R.sum().backward()
+        finally:
+            for clock in self.clocks:
+                clock.training = False
         return loss_R.detach()
 
     def update(self, lr: list[float]) -> Tensor:
@@ -279,14 +308,14 @@ class StackedPack:
     def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Teacher-forced nll and argmax of every row, (R, N) each."""
         self._refresh()
-        with autocast(self.configs[0], self.device):
+        with self._repeating(batch), autocast(self.configs[0], self.device):
             return self.head.scored(self._hidden(batch), batch.targets_SN.expand(self.size, -1))
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """Logits of every row, (R, N, V)."""
         self._refresh()
-        with autocast(self.configs[0], self.device):
+        with self._repeating(batch), autocast(self.configs[0], self.device):
             return self.head.logits(self._hidden(batch))
 
     @torch.no_grad()
