@@ -12,7 +12,7 @@ from conftest import composed
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from lorabench import cli, plan, sweep
+from lorabench import adapters, cli, plan, sweep
 from lorabench import model as base_model
 from lorabench.config import ConfigErrors
 
@@ -164,7 +164,24 @@ def test_run_id_follows_what_decides_the_result_and_nothing_else(
         ["lora.alpha_ratio=2"],
         ["trainer.log_every=9"],
         ["model.name=nickname"],
-    ]
+        ["worker.stale_seconds=9"],
+        # Spellings of the same training:
+        ["trainer.micro_batch_size=8"],
+        ["lora.use_rslora=true", "lora.lora_alpha=8"],
+        [
+            "target_modules=custom",
+            "target_modules.names=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]",
+        ],
+        ["lora.r=8", "lora.lora_alpha=16", "lora.rank_pattern={proj:16}",
+         "lora.alpha_pattern={proj:32}"],
+        ["stages=none"],
+        # Settings of the evaluation:
+        ["data.metric=[nll,nll_per_token]"],
+        ["data.num_test=17", "data.num_validation=5"],
+        ["data.answer_pattern=x", "data.answer_stop=[y]", "data.answer_examples=3"],
+        ["trainer.eval_batch_size=7", "trainer.eval_every=2", "trainer.eval_examples=3"],
+        ["objective=test/nll"],
+    ]  # fmt: skip
     other = [
         ["lora.r=17"],
         ["lora.lora_alpha=31"],
@@ -204,17 +221,64 @@ def test_run_id_of_a_folder_is_its_content_not_its_place(
     assert plan.run_id(composed("model=local", f"model.path={moved}")) != here
 
 
-def test_a_pinned_hub_model_has_a_run_id_without_network() -> None:
-    assert len(plan.run_id(composed("model=gemma-2b"))) == 12
+def test_the_evaluation_id_follows_what_decides_the_scores_and_nothing_else() -> None:
+    def id_of(*overrides: str) -> str:
+        return plan.make(composed(*overrides)).evaluation_id
+
+    assert id_of() == id_of("lora.r=4", "seed=3", "trainer.steps=7", "sweep=other")
+    different = [
+        ["data.metric=[nll,nll_per_token]"],
+        ["data.num_test=17"],
+        ["data.num_validation=17"],
+        ["trainer.eval_examples=3"],
+        ["trainer.eval_batch_size=3"],
+    ]
+    assert len({id_of(), *(id_of(*words) for words in different)}) == 1 + len(different)
 
 
-def test_memory_estimate_counts_base_and_optimizer() -> None:
-    small, large = (plan.make(composed(f"lora.r={r}")) for r in (16, 64))
-    per_parameter = (large.memory_bytes - small.memory_bytes) / (
-        large.trainable_parameters - small.trainable_parameters
-    )
-    assert per_parameter == 16  # weight, gradient and two moments in float32
-    assert torch.tensor(small.train_flops).isfinite()
+def test_another_test_file_is_another_evaluation_of_the_same_run(
+    jsonl: Path, tmp_path: Path
+) -> None:
+    rows = jsonl.read_text().splitlines()
+    words = ["data=jsonl", f"data.train.path={jsonl}", "data.max_length=64"]
+    made = []
+    for name in ("one", "two"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(rows[:5] if name == "one" else rows[5:9]) + "\n")
+        made.append(plan.make(composed(*words, f"data.test.path={path}")))
+    assert made[0].run_id == made[1].run_id
+    assert made[0].evaluation_id != made[1].evaluation_id
+    # A test set that is taken out of the training file leaves another training set behind.
+    assert plan.make(composed(*words)).run_id != made[0].run_id
+
+
+def test_a_pinned_hub_model_is_known_without_network() -> None:
+    found = base_model.identity(composed("model=gemma-2b").model)
+    assert found["hub"] == "google/gemma-2b" and len(found["revision"]) == 40
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_memory_estimate_counts_what_torchs_optimizer_holds(dtype: str) -> None:
+    """Weights, gradients and moments of a run, as torch.optim.AdamW allocates them."""
+    words = ["head=full", "model.dtype=" + dtype]
+    small, large = (composed(*words, f"lora.r={r}") for r in (4, 32))
+    held = []
+    for config in (small, large):
+        base = base_model.load(config.model, "cpu")
+        wrapped = adapters.attach(base, config, plan.make(config).lora_modules)
+        parameters = list(adapters.trainable(wrapped).values())
+        optimizer = torch.optim.AdamW(parameters, fused=True)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        held.append(
+            sum(p.nbytes + p.grad.nbytes for p in parameters)  # type: ignore[union-attr]
+            + sum(m.nbytes for state in optimizer.state.values() for m in state.values())
+        )
+    plans = [plan.make(config) for config in (small, large)]
+    counted = plans[1].memory_bytes - plans[0].memory_bytes
+    # Each tensor has a step count of four bytes more, the same number of them in both.
+    assert counted == held[1] - held[0]
 
 
 def test_a_large_vocabulary_does_not_keep_runs_apart(tmp_path: Path) -> None:

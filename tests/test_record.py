@@ -6,8 +6,6 @@ import json
 import os
 import platform
 import re
-import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from lorabench import record
-from lorabench.record import Cost, Metric, Record
+from lorabench import files, lease, record
+from lorabench.record import Cost, Evaluation, Metric, Record, Scores
 
 
 def entry(**changes) -> Record:
@@ -33,22 +31,21 @@ def entry(**changes) -> Record:
     return Record(**(content | changes))
 
 
-@pytest.fixture
-def sleeper():
-    """A live process that is not this one."""
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    yield child
-    child.kill()
-    child.wait()
-
-
-def process_of(pid: int) -> dict:
-    return {"pid": pid, "host": socket.gethostname(), "start": record.process_start(pid)}
+def evaluation(value: float | None) -> Evaluation:
+    metric = Metric(value=value, num_examples=8, definition="nll/1")
+    return Evaluation(
+        id="0123456789ab",
+        settings={"eval_examples": None},
+        splits={"test": Scores(examples="ab", tokens="cd", metrics={"nll": metric})},
+        predictions="evaluations/0123456789ab.parquet",
+        predictions_sha256="ef",
+        batch_size=4,
+    )
 
 
 def test_a_record_reads_back_as_it_was(tmp_path):
     whole = entry(
-        metrics={"test": {"nll": Metric(value=1 / 3, num_examples=8, definition="nll/1")}},
+        evaluations=[evaluation(1 / 3)],
         cost=Cost(train_seconds=0.1, peak_memory_bytes=2**40),
         hashes={"adapter": "ab"},
         notes=["né", "a\nb"],
@@ -61,14 +58,14 @@ def test_a_record_reads_back_as_it_was(tmp_path):
     assert record.read(tmp_path) == whole
     content = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
     assert content["schema_version"] == record.SCHEMA_VERSION
-    assert content["metrics"]["test"]["nll"]["value"] == 1 / 3  # float64 survives JSON exactly
+    (one,) = content["evaluations"]
+    value = one["splits"]["test"]["metrics"]["nll"]["value"]
+    assert value == 1 / 3  # float64 survives JSON exactly
     assert content["config"]["lora"] == {"r": 8, "lora_alpha": None}
 
 
 def test_a_metric_that_is_not_finite_does_not_lose_the_record(tmp_path):
-    entry(metrics={"test": {"nll": Metric(value=None, num_examples=0, definition="nll/1")}}).write(
-        tmp_path
-    )
+    entry(evaluations=[evaluation(None)]).write(tmp_path)
     assert record.read(tmp_path).metrics["test"]["nll"].value is None
 
 
@@ -96,53 +93,37 @@ def test_a_reader_never_sees_half_a_record(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "record.json"
-    record.write_atomic(path, "old")
+    files.write_atomic(path, "old")
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        record.write_atomic(path, "new")
+        files.write_atomic(path, "new")
     assert path.read_text() == "old"
 
 
-def test_running_with_a_live_process_stays_running(tmp_path, sleeper):
-    entry(status="running", process=process_of(sleeper.pid)).write(tmp_path / "other")
-    entry(status="running", process=record.this_process()).write(tmp_path / "own")
-    assert record.read(tmp_path / "other").status == "running"
-    assert record.read(tmp_path / "own").status == "running"
+def test_a_running_record_is_running_while_its_pack_is_held(tmp_path):
+    running = entry(status="running", plan={"pack": {"id": "pack"}})
+    running.write(tmp_path / "run")
+    assert record.read(tmp_path / "run").status == "interrupted"
+    taken = lease.take(tmp_path / ".locks" / "pack.json", 5)
+    assert record.read(tmp_path / "run").status == "running"
+    taken.lease.release()
+    assert record.read(tmp_path / "run").status == "interrupted"
+    content = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert content["status"] == "running", "it was only read"
 
 
-def test_running_with_a_killed_process_is_interrupted(tmp_path, sleeper):
-    entry(status="running", process=process_of(sleeper.pid)).write(tmp_path)
-    sleeper.send_signal(signal.SIGKILL)
-    os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)  # dead, its parent has not looked yet
-    assert record.read(tmp_path).status == "interrupted"
-    sleeper.wait()
-    assert record.read(tmp_path).status == "interrupted"
-    assert json.loads((tmp_path / "record.json").read_text())["status"] == "running"  # only read
+def test_a_record_of_a_newer_lorabench_is_not_read(tmp_path):
+    entry(schema_version=record.SCHEMA_VERSION + 1).write(tmp_path)
+    assert record.read(tmp_path) is None
 
 
-@pytest.mark.parametrize("who", ["another", "this"])
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="start times come from /proc")
-def test_a_reused_process_number_is_not_taken_for_the_run(tmp_path, sleeper, who):
-    """A restarted container gives the same numbers again, this process's own among them."""
-    pid = sleeper.pid if who == "another" else os.getpid()
-    entry(status="running", process=process_of(pid) | {"start": "1"}).write(tmp_path)
-    assert record.read(tmp_path).status == "interrupted"
-
-
-def test_another_hosts_run_is_taken_to_be_alive(tmp_path):
-    entry(status="running", process={"pid": 1, "host": "elsewhere", "start": "1"}).write(tmp_path)
-    assert record.read(tmp_path).status == "running"
-
-
-@pytest.mark.parametrize("status", ["finished", "stopped", "interrupted", "failed"])
+@pytest.mark.parametrize("status", ["trained", "finished", "stopped", "interrupted", "failed"])
 def test_other_statuses_are_left_alone(tmp_path, status):
-    entry(
-        status=status, process={"pid": 2**22 + 1, "host": socket.gethostname(), "start": "1"}
-    ).write(tmp_path)
+    entry(status=status).write(tmp_path)
     assert record.read(tmp_path).status == status
 
 

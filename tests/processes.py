@@ -1,0 +1,105 @@
+"""The command line in processes of its own, forked from this one, where torch is imported already.
+
+A fork starts at once; a fresh interpreter needs seconds for its imports. What is started so can be
+killed, stopped and waited for like any other process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Process:
+    """A command line at work; what it prints, both streams, goes to a file."""
+
+    pid: int
+    output: Path
+    code: int | None = None
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+        return self.code
+
+    def wait(self, seconds: float = 120) -> int:
+        wait_for(lambda: self.poll() is not None, seconds)
+        assert self.code is not None
+        return self.code
+
+    @property
+    def said(self) -> str:
+        return self.output.read_text()
+
+
+def wait_for(holds: Callable[[], Any], seconds: float = 120) -> None:
+    """Wait until something holds, looking often."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it never came to hold"
+        time.sleep(0.02)
+
+
+def start(output: Path, *words: Any, before: Callable[[], Any] | None = None) -> Process:
+    """Run `lorabench WORDS` in a fork of this process.
+
+    Args:
+        output: a file, or a folder to write one into.
+        before: called in the child first, to break something in it.
+    """
+    from lorabench import cli
+
+    if output.is_dir():
+        output = output / f"said-{time.monotonic_ns()}.txt"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return Process(pid, output)
+    code = 70
+    try:  # the child: it must never return into pytest
+        with open(output, "w", buffering=1) as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+            sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.default_int_handler)
+            if before is not None:
+                before()
+            code = cli.main([str(word) for word in words])
+            sys.stdout.flush()
+            sys.stderr.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+@contextlib.contextmanager
+def running(
+    output: Path, *words: Any, before: Callable[[], Any] | None = None
+) -> Iterator[Process]:
+    """A process that is gone when the block ends, whatever happens in it."""
+    process = start(output, *words, before=before)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send(signal.SIGKILL)
+            process.wait()
