@@ -25,7 +25,7 @@ NOT_A_SETTING = (
     "worker.",
 )
 # Metrics where more is better; of the others less is.
-HIGHER_IS_BETTER = {"exact_match", "answer", "accuracy"}
+HIGHER_IS_BETTER = {"exact_match", "answer", "answer_flexible", "accuracy"}
 
 
 def setting(one: Record) -> dict[str, Any]:

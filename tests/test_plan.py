@@ -172,8 +172,6 @@ def test_run_id_follows_what_decides_the_result_and_nothing_else(
             "target_modules=custom",
             "target_modules.names=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]",
         ],
-        ["lora.r=8", "lora.lora_alpha=16", "lora.rank_pattern={proj:16}",
-         "lora.alpha_pattern={proj:32}"],
         ["stages=none"],
         # Settings of the evaluation:
         ["data.metric=[nll,nll_per_token]"],
