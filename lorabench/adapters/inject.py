@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHANGES_BASE = ("pissa", "olora")  # inits that take B A out of the base weight
+NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 ADAPTER = "default"  # a name PEFT's substring filters cannot confuse with a module
 
 
@@ -266,6 +267,17 @@ def owner(name: str) -> str:
     # PEFT's own parts of a module; else a bias, which is the module's own parameter.
     module, *own = re.split(r"\.(?:base_layer|lora_\w+|modules_to_save)\.", inner, maxsplit=1)
     return module if own else inner.rpartition(".")[0]
+
+
+def decayed(wrapped: nn.Module) -> set[str]:
+    """Return the names of the parameters that weight decay shrinks, as the HF Trainer chooses them.
+
+    Neither biases nor norms. Source: `Trainer.get_decay_parameter_names`; the Trainer itself takes
+    a second to import.
+    """
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    return set(get_parameter_names(wrapped, [nn.LayerNorm], NOT_DECAYED))
 
 
 def trainable(wrapped: nn.Module) -> dict[str, nn.Parameter]:

@@ -120,6 +120,7 @@ class StackedPack:
         """One stacked tensor a (kind, module), for the runs that train it."""
         holders: dict[tuple[str, str], list[int]] = {}
         shapes: dict[tuple[str, str], tuple[int, ...]] = {}
+        decays = {(p.kind, p.module): p.decays for found in self.places for p in found}
         for run, found in enumerate(self.places):
             for place in found:
                 key = (place.kind, place.module)
@@ -130,7 +131,9 @@ class StackedPack:
         low = torch.bfloat16 if self.configs[0].trainer.dtype == "bfloat16" else None
         members = {tuple(runs): Members(runs, self.size) for runs in holders.values()}
         self.stacked = {
-            key: Stacked(members[tuple(runs)], shapes[key], self.dtype, low, self.device)
+            key: Stacked(
+                members[tuple(runs)], shapes[key], self.dtype, low, self.device, decays[key]
+            )
             for key, runs in holders.items()
         }
 
