@@ -8,7 +8,6 @@ import re
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -106,23 +105,25 @@ def _raise_precision(wrapped: PeftModel, dtype: torch.dtype) -> None:
             module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
 
 
-def attach_skeleton(skeleton: PreTrainedModel, config: Config, modules: list[str]) -> PeftModel:
-    """The adapter on the meta device: names and shapes of everything a run trains.
+def attach_skeleton(
+    skeleton: PreTrainedModel,
+    config: Config,
+    modules: list[str],
+    known: dict[str, PeftModel] | None = None,
+) -> PeftModel:
+    """Return the adapter on the meta device: names and shapes of everything a run trains.
 
-    Built once for all runs whose adapters differ in seeds or rates alone: to be read, not changed.
-
+    Args:
+        known: what earlier calls returned for this skeleton, kept by the caller. Runs whose
+            adapters differ in seeds or rates alone share one: it is to be read, not changed.
     Raises:
         ConfigErrors: PEFT refuses a module, or leaves one out.
     """
-    known = _ATTACHED.setdefault(skeleton, {})
+    known = {} if known is None else known
     key = repr((config.model, config.task, config.lora, config.head, modules))
     if key not in known:
         known[key] = _attach_skeleton(skeleton, config, modules)
     return known[key]
-
-
-# By skeleton, which goes with the last plan that holds it.
-_ATTACHED: WeakKeyDictionary[PreTrainedModel, dict[str, PeftModel]] = WeakKeyDictionary()
 
 
 def _attach_skeleton(skeleton: PreTrainedModel, config: Config, modules: list[str]) -> PeftModel:

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -72,7 +73,14 @@ class Repeat:
 
 
 class StackedPack:
-    """R runs over one base forward, each ending with the result it would have had alone."""
+    """R runs over one base forward, each ending with the result it would have had alone.
+
+    Args:
+        base: the frozen base; its tensors are shared, never written.
+        skeleton: the same on the meta device.
+        modules: of each run, from `adapters.resolve_modules`.
+        known: adapters that `adapters.attach_skeleton` has put on this skeleton before.
+    """
 
     def __init__(
         self,
@@ -81,10 +89,12 @@ class StackedPack:
         configs: list[Config],
         modules: list[list[str]],
         device: str,
+        known: dict[str, PeftModel] | None = None,
     ):
         self.configs, self.device = configs, device
+        known = {} if known is None else known
         self.wrapped = [
-            adapters.attach_skeleton(skeleton, config, names)
+            adapters.attach_skeleton(skeleton, config, names, known)
             for config, names in zip(configs, modules, strict=True)
         ]
         distinct = {id(one): one for one in self.wrapped}
