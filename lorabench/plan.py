@@ -99,7 +99,7 @@ class Planner:
     """Plans the runs of one command; skeletons, and what was learnt on them, are kept for all."""
 
     def __init__(self) -> None:
-        self.wrapped: dict[Any, Any] = {}  # skeletons with an adapter: adapters.attach_skeleton
+        self._wrapped: dict[str, dict[str, Any]] = {}  # adapters.attach_skeleton's, by skeleton
         self._skeletons: dict[str, Any] = {}
         self._resolved: dict[str, Resolved] = {}
         self._plans: dict[str, Plan] = {}
@@ -110,10 +110,14 @@ class Planner:
         Args:
             classes: of a classification; 0: a language model.
         """
-        key = json.dumps([dataclasses.asdict(model), classes], sort_keys=True)
+        key = _skeleton_key(model, classes)
         if key not in self._skeletons:
             self._skeletons[key] = base_model.skeleton(model, classes)
         return self._skeletons[key]
+
+    def wrapped(self, model: ModelConfig, classes: int = 0) -> dict[str, Any]:
+        """Return the adapters on a skeleton so far, for `adapters.attach_skeleton` to add to."""
+        return self._wrapped.setdefault(_skeleton_key(model, classes), {})
 
     def make(self, config: Config) -> Plan:
         """Resolve one run; the same config gives the same plan for as long as the planner lives.
@@ -127,7 +131,7 @@ class Planner:
             self._plans[key] = self._make(config)
         return self._plans[key]
 
-    def _resolve(self, config: Config, base: Any) -> Resolved:
+    def _resolve(self, config: Config, base: Any, known: dict[str, Any]) -> Resolved:
         """Names, counts and reasons of a run, learnt once per distinct adapter."""
         from lorabench import adapters
         from lorabench.pack import why_alone
@@ -140,7 +144,7 @@ class Planner:
             if too_old and adapters.experts(base):
                 raise ConfigErrors(f"model.path: '{model_name(config.model)}': {too_old}")
             modules = adapters.resolve_modules(base, config)
-            wrapped = adapters.attach_skeleton(base, config, modules, self.wrapped)
+            wrapped = adapters.attach_skeleton(base, config, modules, known)
             adapters.check_bias(base, config, modules)
             adapters.check_init(base, config, modules)
             adapters.check_saved(wrapped, base, config)
@@ -164,7 +168,7 @@ class Planner:
         if config.task == "seq_cls":
             labels = data.labels_of(config.data, contents["train"])
         base = self.skeleton(config.model, len(labels))
-        resolved = self._resolve(config, base)
+        resolved = self._resolve(config, base, self.wrapped(config.model, len(labels)))
         wrong = stages.errors(config.stages, resolved.trained) + _position_errors(config, base)
         if wrong:
             raise ConfigErrors(wrong)
@@ -220,6 +224,10 @@ class Planner:
                 base.config, resolved.modules, saved, config.lora, head.module, head.tied
             ),
         )
+
+
+def _skeleton_key(model: ModelConfig, classes: int) -> str:
+    return json.dumps([dataclasses.asdict(model), classes], sort_keys=True)
 
 
 def make(config: Config) -> Plan:

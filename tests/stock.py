@@ -60,6 +60,8 @@ BIASES = {  # of the models that have some, run by run
 def mixture(kind: str, folder: Path, dropout: float, *common: str) -> list[Config]:
     """Four runs of different r, alpha, targets, head, bias and optimizer on one base.
 
+    Runs that train a bias have weight decay, which must not reach it.
+
     Without dropout all see the same batch; with it each has its own data and half have none.
     """
     one, two = NAMES.get(kind, ("q_proj", "v_proj"))
@@ -71,6 +73,7 @@ def mixture(kind: str, folder: Path, dropout: float, *common: str) -> list[Confi
             "model=local",
             f"model.path={folder}",
             *(["model.attn_implementation=eager"] if kind == "gemma2" else []),
+            *(["trainer.weight_decay=0.2"] if bias != "none" else []),
             *(w.format(one=one, two=two) for w in words),
             f"lora.bias={bias}",
             f"lora.lora_dropout={dropout if i % 2 else 0}",
@@ -117,6 +120,23 @@ def train_pack(pack: ModulePack | StackedPack) -> list[list[float]]:
 
 
 # --- theirs ----------------------------------------------------------------------------------
+
+
+def decayed(wrapped: nn.Module) -> set[int]:
+    """Ids of the parameters that the HF Trainer decays, by its own choice."""
+    from transformers import Trainer
+
+    names = Trainer.get_decay_parameter_names(None, wrapped)  # type: ignore[arg-type]
+    return {id(wrapped.get_parameter(name)) for name in names}
+
+
+def decay_groups(wrapped: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The groups of `Trainer.create_optimizer`."""
+    trained, decay = [p for p in wrapped.parameters() if p.requires_grad], decayed(wrapped)
+    return [
+        {"params": [p for p in trained if id(p) in decay], "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) not in decay], "weight_decay": 0.0},
+    ]
 
 
 class Stock:
@@ -233,11 +253,10 @@ class Stock:
 
         trainer, parameters = self.config.trainer, list(self.parameters.values())
         optimizer = torch.optim.AdamW(
-            parameters,
+            decay_groups(self.wrapped, trainer.weight_decay),
             lr=trainer.lr,
             betas=(trainer.beta1, trainer.beta2),
             eps=trainer.eps,
-            weight_decay=trainer.weight_decay,
         )
         constant = trainer.schedule == "constant"
         schedule = "constant_with_warmup" if constant else trainer.schedule

@@ -10,7 +10,7 @@ import torch
 import transformers as t
 from conftest import stock_state
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from stock import copy_of, differences
+from stock import copy_of, decay_groups, differences
 from torch import Tensor, nn
 
 from lorabench import adapters, data, plan
@@ -77,7 +77,7 @@ class Stock:
     def train(self, length: int) -> list[float]:
         trainer = self.config.trainer
         optimizer = torch.optim.AdamW(
-            self.parameters, lr=trainer.lr, weight_decay=trainer.weight_decay
+            decay_groups(self.wrapped, trainer.weight_decay), lr=trainer.lr
         )
         scheduler = t.get_scheduler(trainer.schedule, optimizer, 0, trainer.steps)
         losses = []

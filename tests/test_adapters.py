@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -184,3 +187,23 @@ def test_an_init_that_changes_the_base_is_saved_as_plain_lora(
 def test_pissa_on_a_tied_head_is_refused() -> None:
     with pytest.raises(ConfigErrors, match="tied to its embeddings"):
         plan.make(composed(*TINY, "lora.init=pissa", "head=lora"))
+
+
+def test_a_skeletons_adapters_are_kept_by_the_caller_alone() -> None:
+    """A cache of this module would keep the modules of every base that was ever planned."""
+    config = composed()
+    skeleton = base_model.skeleton(config.model)
+    known: dict[str, Any] = {}
+    asked = skeleton, config, ["model.layers.0.mlp.up_proj"]
+    kept = adapters.attach_skeleton(*asked, known)
+    assert adapters.attach_skeleton(*asked, known) is kept
+    assert adapters.attach_skeleton(*asked) is not kept and len(known) == 1
+    gc.collect()
+    gc.disable()
+    try:
+        watched = [weakref.ref(skeleton), *map(weakref.ref, known.values())]
+        known.clear()
+        del skeleton, asked, kept
+        assert [one() for one in watched] == [None, None]
+    finally:
+        gc.enable()

@@ -22,7 +22,8 @@ from lorabench.pack import Batch, StackedPack
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 MIXED = [
-    ["lora.r=4", "target_modules=all-linear"],
+    # Weight decay reaches no bias, the copied head's included.
+    ["lora.r=4", "target_modules=all-linear", "trainer.weight_decay=0.3"],
     ["lora.r=16", "target_modules=attention", "lora.use_rslora=true", "trainer.lr=3e-3"],
     ["lora.r=8", "target_modules=mlp", "trainer.weight_decay=0.1", "trainer.max_grad_norm=null"],
 ]

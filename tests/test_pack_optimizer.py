@@ -25,10 +25,17 @@ def test_the_optimizer_is_adamw_with_clipping_run_by_run(dtype: torch.dtype, bou
         TrainerConfig(lr=1e-3),  # as the first: moved by the same kernel
         TrainerConfig(lr=5e-3, max_grad_norm=1e3),
     ]
-    # Runs 0..4 share a module; 1 and 3, 2 to 4, and 2 alone, train something more.
-    groups = [Stacked(Members(runs, 5), shape, dtype, None, "cpu") for runs, shape in
-              (([0, 1, 2, 3, 4], (5, 7)), ([1, 3], (12,)), ([2, 3, 4], (2, 3)), ([2], (5,)))
-              ]  # fmt: skip
+    # Runs 0..4 share a module and a bias, which is not decayed; some train something more.
+    groups = [
+        Stacked(Members(runs, 5), shape, dtype, None, "cpu", decays)
+        for runs, shape, decays in (
+            ([0, 1, 2, 3, 4], (5, 7), True),
+            ([0, 1, 2, 3, 4], (16,), False),
+            ([1, 3], (12,), True),
+            ([2, 3, 4], (2, 3), True),
+            ([2], (5,), False),
+        )
+    ]
     generator = torch.Generator().manual_seed(0)
     for group in groups:
         group.value.copy_(torch.randn(group.value.shape, generator=generator))
@@ -37,12 +44,17 @@ def test_the_optimizer_is_adamw_with_clipping_run_by_run(dtype: torch.dtype, bou
         for run in range(len(trainers))
     ]
     theirs = [[nn.Parameter(row.clone()) for row in rows] for rows in mine]
+    decays = [[g.decays for g in groups if run in g.members.runs] for run in range(len(trainers))]
     references = [
         torch.optim.AdamW(
-            parameters, lr=t.lr, betas=(t.beta1, t.beta2), eps=t.eps, weight_decay=t.weight_decay
+            [
+                {"params": [parameter], "weight_decay": t.weight_decay if decayed else 0.0}
+                for parameter, decayed in zip(parameters, flags, strict=True)
+            ],
+            lr=t.lr, betas=(t.beta1, t.beta2), eps=t.eps,
         )
-        for parameters, t in zip(theirs, trainers, strict=True)
-    ]
+        for parameters, flags, t in zip(theirs, decays, trainers, strict=True)
+    ]  # fmt: skip
     packs_optimizer = StackedAdamW(groups, trainers)
     stopped_at = 120  # run 4
     kept = None
@@ -67,7 +79,8 @@ def test_the_optimizer_is_adamw_with_clipping_run_by_run(dtype: torch.dtype, bou
             expected.append(nn.utils.clip_grad_norm_(parameters, limit).item())
             if run == 4 and step >= stopped_at:
                 continue
-            reference.param_groups[0]["lr"] = rates[run]
+            for param_group in reference.param_groups:
+                param_group["lr"] = rates[run]
             reference.step()
         norm = packs_optimizer.step(rates, [run != 4 or step < stopped_at for run in range(5)])
         assert norm.tolist() == pytest.approx(expected, rel=1e-6)

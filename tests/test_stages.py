@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import composed
-from stock import TINY, Stock, copy_of, differences, packed, tokens_of, train_pack
+from stock import TINY, Stock, copy_of, decayed, differences, packed, tokens_of, train_pack
 from torch import Tensor, nn
 
 from lorabench import adapters, checkpoint, plan, stages
@@ -111,12 +111,18 @@ def train_by_hand(stock: Stock, table: dict[int, dict[str, float]]) -> list[floa
     """A user's own loop: requires_grad and param groups by name, one AdamW over all of them."""
     from transformers import get_scheduler
 
-    trainer = stock.config.trainer
+    trainer, decay = stock.config.trainer, decayed(stock.wrapped)
     optimizer = torch.optim.AdamW(
-        [{"params": [p], "name": name} for name, p in stock.parameters.items()],
+        [
+            {
+                "params": [p],
+                "name": name,
+                "weight_decay": trainer.weight_decay if id(p) in decay else 0.0,
+            }
+            for name, p in stock.parameters.items()
+        ],
         betas=(trainer.beta1, trainer.beta2),
         eps=trainer.eps,
-        weight_decay=trainer.weight_decay,
     )
     rate = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=trainer.lr)
     scheduler = get_scheduler(trainer.schedule, rate, trainer.warmup_steps, trainer.steps)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import composed, stock_state
 from peft import LoraConfig, get_peft_model
-from stock import TINY, relative, tokens_of
+from stock import TINY, decay_groups, relative, tokens_of
 from torch import nn
 
 from lorabench import adapters, data, plan
@@ -55,11 +55,10 @@ def plain(config: Config, initial: dict[str, torch.Tensor]) -> tuple[nn.Module, 
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
     trainer = config.trainer
     optimizer = torch.optim.AdamW(
-        parameters,
+        decay_groups(wrapped, trainer.weight_decay),
         lr=trainer.lr,
         betas=(trainer.beta1, trainer.beta2),
         eps=trainer.eps,
-        weight_decay=trainer.weight_decay,
     )
     from transformers import get_scheduler
 
@@ -104,7 +103,7 @@ def test_twelve_float32_steps_equal_a_plain_peft_loop(head: str) -> None:
 def test_fifty_float64_steps_equal_a_plain_peft_loop(
     kind: str, tiny_folder: Callable[[str], Path]
 ) -> None:
-    bias = ["lora.bias=all"] if kind in ("qwen2", "gpt2") else []
+    bias = ["lora.bias=all", "trainer.weight_decay=0.2"] if kind in ("qwen2", "gpt2") else []
     config = composed(
         *TINY,
         "model=local",

@@ -8,7 +8,6 @@ import re
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHANGES_BASE = ("pissa", "olora")  # inits that take B A out of the base weight
+NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 ADAPTER = "default"  # a name PEFT's substring filters cannot confuse with a module
 
 
@@ -106,24 +106,24 @@ def _raise_precision(wrapped: PeftModel, dtype: torch.dtype) -> None:
 
 
 def attach_skeleton(
-    skeleton: PreTrainedModel, config: Config, modules: list[str], known: Any = None
+    skeleton: PreTrainedModel,
+    config: Config,
+    modules: list[str],
+    known: dict[str, PeftModel] | None = None,
 ) -> PeftModel:
-    """The adapter on the meta device: names and shapes of everything a run trains.
+    """Return the adapter on the meta device: names and shapes of everything a run trains.
 
-    Built once for all runs whose adapters differ in seeds or rates alone: to be read, not changed.
-
+    Args:
+        known: what earlier calls returned for this skeleton, kept by the caller. Runs whose
+            adapters differ in seeds or rates alone share one: it is to be read, not changed.
     Raises:
         ConfigErrors: PEFT refuses a module, or leaves one out.
     """
     known = {} if known is None else known
-    key = id(skeleton), repr((config.model, config.task, config.lora, config.head, modules))
+    key = repr((config.model, config.task, config.lora, config.head, modules))
     if key not in known:
         known[key] = _attach_skeleton(skeleton, config, modules)
     return known[key]
-
-
-# By skeleton, which goes with the last plan that holds it.
-_ATTACHED: WeakKeyDictionary[PreTrainedModel, dict[str, PeftModel]] = WeakKeyDictionary()
 
 
 def _attach_skeleton(skeleton: PreTrainedModel, config: Config, modules: list[str]) -> PeftModel:
@@ -268,6 +268,17 @@ def owner(name: str) -> str:
     # PEFT's own parts of a module; else a bias, which is the module's own parameter.
     module, *own = re.split(r"\.(?:base_layer|lora_\w+|modules_to_save)\.", inner, maxsplit=1)
     return module if own else inner.rpartition(".")[0]
+
+
+def decayed(wrapped: nn.Module) -> set[str]:
+    """Return the names of the parameters that weight decay shrinks, as the HF Trainer chooses them.
+
+    Neither biases nor norms. Source: `Trainer.get_decay_parameter_names`; the Trainer itself takes
+    a second to import.
+    """
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    return set(get_parameter_names(wrapped, [nn.LayerNorm], NOT_DECAYED))
 
 
 def trainable(wrapped: nn.Module) -> dict[str, nn.Parameter]:

@@ -49,11 +49,11 @@ class StackedAdamW:
             _scale(active, clip_R)
         may_move = [run for run in range(len(lr)) if alive[run] and math.isfinite(norms[run])]
         alike: dict[tuple[float, ...], list[tuple[Stacked, slice]]] = {}
-        found: dict[tuple[Members, float], list[tuple[tuple[float, ...], slice]]] = {}
+        found: dict[tuple[Members, float, bool], list[tuple[tuple[float, ...], slice]]] = {}
         for one in active:
-            which = one.members, one.lr_scale
+            which = one.members, one.lr_scale, one.decays
             if which not in found:
-                keys = {run: self._key(run, lr[run] * one.lr_scale) for run in may_move}
+                keys = {run: self._key(run, lr[run] * one.lr_scale, one.decays) for run in may_move}
                 found[which] = _stretches([keys.get(run) for run in one.members.runs])
             for key, where in found[which]:
                 for part in _whole_vectors(one, where):
@@ -77,9 +77,10 @@ class StackedAdamW:
             one.clear()
         return norm_R
 
-    def _key(self, run: int, rate: float) -> tuple[float, ...]:
+    def _key(self, run: int, rate: float, decays: bool) -> tuple[float, ...]:
         trainer = self.trainers[run]
-        return rate, trainer.beta1, trainer.beta2, trainer.weight_decay, trainer.eps
+        decay = trainer.weight_decay if decays else 0.0
+        return rate, trainer.beta1, trainer.beta2, decay, trainer.eps
 
     def _norms(self, active: list[Stacked]) -> Tensor:
         """Norm of each run's whole gradient, (R,)."""

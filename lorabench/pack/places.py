@@ -32,12 +32,15 @@ class Place:
     kind: str  # lora_A | lora_B | copy | copy_bias | bias
     module: str  # its module's name in the base
     shape: tuple[int, ...]  # as PEFT saves it
+    decays: bool  # whether weight decay shrinks it
 
 
 def places(wrapped: PeftModel) -> list[Place]:
     """Everything PEFT would train of one run, in its order."""
     found = []
+    decayed = adapters.decayed(wrapped)
     for name, parameter in adapters.trainable(wrapped).items():
+        shape, decays = tuple(parameter.shape), name in decayed
         inner = name.removeprefix(PREFIX)
         state_name = name.replace(f".{adapters.ADAPTER}.", ".").replace(".modules_to_save.", ".")
         match = re.fullmatch(
@@ -47,12 +50,12 @@ def places(wrapped: PeftModel) -> list[Place]:
         )
         kind = KINDS.get(f"{match[2]}.{match[3]}") if match else None
         if match and kind:
-            found.append(Place(state_name, kind, match[1], tuple(parameter.shape)))
+            found.append(Place(state_name, kind, match[1], shape, decays))
         elif inner.endswith(".bias") and "modules_to_save" not in inner:
             module = inner.removesuffix(".bias").removesuffix(".base_layer")
-            found.append(Place(state_name, "bias", module, tuple(parameter.shape)))
+            found.append(Place(state_name, "bias", module, shape, decays))
         else:
-            found.append(Place(state_name, "other", inner, tuple(parameter.shape)))
+            found.append(Place(state_name, "other", inner, shape, decays))
     return found
 
 

@@ -71,6 +71,7 @@ class ModulePack:
         adapters.key_dropout(self.wrapped, self.clock)
         self.parameters = adapters.trainable(self.wrapped)
         self.owners = {name: adapters.owner(name) for name in self.parameters}
+        self.decayed = adapters.decayed(self.wrapped)
         self.alive = [True]
         self.tree = cast(Any, self.wrapped.get_base_model())
         self.tree.train()  # base dropouts are zero; checkpointing asks for training mode
@@ -79,11 +80,10 @@ class ModulePack:
         self.head = make_head(self.tree, [self.clock], config)
         trainer = config.trainer
         self.optimizer = torch.optim.AdamW(
-            [{"params": list(self.parameters.values()), "lr_scale": 1.0}],
+            self._groups(dict.fromkeys(self.owners.values(), 1.0)),
             lr=trainer.lr,
             betas=(trainer.beta1, trainer.beta2),
             eps=trainer.eps,
-            weight_decay=trainer.weight_decay,
             fused=device != "mps",
         )
 
@@ -114,15 +114,24 @@ class ModulePack:
 
         Frozen parameters are in no group and get no gradient; their optimizer state stays.
         """
-        groups: dict[float, list[Tensor]] = {}
         for name, parameter in self.parameters.items():  # never a module: that thaws its base
-            scale = lr_scale.get(self.owners[name])
-            parameter.requires_grad_(scale is not None)
-            if scale is not None:
-                groups.setdefault(scale, []).append(parameter)
+            parameter.requires_grad_(self.owners[name] in lr_scale)
         self.optimizer.param_groups.clear()
-        for scale, parameters in groups.items():
-            self.optimizer.add_param_group({"params": parameters, "lr_scale": scale})
+        for group in self._groups(lr_scale):
+            self.optimizer.add_param_group(group)
+
+    def _groups(self, lr_scale: dict[str, float]) -> list[dict[str, Any]]:
+        """The optimizer's groups: what trains, by its part of the rate and whether it decays."""
+        found: dict[tuple[float, bool], list[Tensor]] = {}
+        for name, parameter in self.parameters.items():
+            if self.owners[name] in lr_scale:
+                key = lr_scale[self.owners[name]], name in self.decayed
+                found.setdefault(key, []).append(parameter)
+        decay = self.configs[0].trainer.weight_decay
+        return [
+            {"params": parameters, "lr_scale": scale, "weight_decay": decay if decays else 0.0}
+            for (scale, decays), parameters in found.items()
+        ]
 
     def modules(self, run: int) -> list[str]:
         """Modules the run trains."""

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -77,7 +78,14 @@ class Repeat:
 
 
 class StackedPack:
-    """R runs over one base forward, each ending with the result it would have had alone."""
+    """R runs over one base forward, each ending with the result it would have had alone.
+
+    Args:
+        base: the frozen base; its tensors are shared, never written.
+        skeleton: the same on the meta device.
+        modules: of each run, from `adapters.resolve_modules`.
+        known: adapters that `adapters.attach_skeleton` has put on this skeleton before.
+    """
 
     def __init__(
         self,
@@ -86,9 +94,10 @@ class StackedPack:
         configs: list[Config],
         modules: list[list[str]],
         device: str,
-        known: Any = None,
+        known: dict[str, PeftModel] | None = None,
     ):
         self.configs, self.device = configs, device
+        known = {} if known is None else known
         self.wrapped = [
             adapters.attach_skeleton(skeleton, config, names, known)
             for config, names in zip(configs, modules, strict=True)
@@ -126,6 +135,7 @@ class StackedPack:
         """One stacked tensor a (kind, module), for the runs that train it."""
         holders: dict[tuple[str, str], list[int]] = {}
         shapes: dict[tuple[str, str], tuple[int, ...]] = {}
+        decays = {(p.kind, p.module): p.decays for found in self.places for p in found}
         for run, found in enumerate(self.places):
             for place in found:
                 key = (place.kind, place.module)
@@ -136,7 +146,9 @@ class StackedPack:
         low = torch.bfloat16 if self.configs[0].trainer.dtype == "bfloat16" else None
         members = {tuple(runs): Members(runs, self.size) for runs in holders.values()}
         self.stacked = {
-            key: Stacked(members[tuple(runs)], shapes[key], self.dtype, low, self.device)
+            key: Stacked(
+                members[tuple(runs)], shapes[key], self.dtype, low, self.device, decays[key]
+            )
             for key, runs in holders.items()
         }
 

@@ -35,6 +35,9 @@ class Stacked:
 
     Gradients are added straight into the storage: autograd sees only `anchor`, a scalar that makes
     it run the layer's backward.
+
+    Args:
+        decays: whether weight decay shrinks it.
     """
 
     def __init__(
@@ -44,8 +47,9 @@ class Stacked:
         dtype: torch.dtype,
         low: torch.dtype | None,
         device: str,
+        decays: bool = True,
     ):
-        self.members = members
+        self.members, self.decays = members, decays
         # One block a tensor: batched products write only into dense memory without a loop.
         self.value = torch.zeros(len(members.runs), *shape, dtype=dtype, device=device)
         self.grad = torch.zeros_like(self.value)

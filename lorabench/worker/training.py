@@ -43,8 +43,9 @@ def make_pack(shared: Shared, jobs: Sequence[Job], device: str) -> tuple[Any, An
     modules = [job.plan.lora_modules for job in jobs]
     if jobs[0].plan.alone is not None:
         return ModulePack(base, configs[0], modules[0], device), base, checksum
-    skeleton = shared.planner.skeleton(configs[0].model, len(jobs[0].plan.labels))
-    pack = StackedPack(base, skeleton, configs, modules, device, known=shared.planner.wrapped)
+    which = configs[0].model, len(jobs[0].plan.labels)
+    skeleton, known = shared.planner.skeleton(*which), shared.planner.wrapped(*which)
+    pack = StackedPack(base, skeleton, configs, modules, device, known=known)
     return pack, base, checksum
 
 
