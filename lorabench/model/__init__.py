@@ -26,6 +26,7 @@ from lorabench.model.place import (
     location,
 )
 from lorabench.model.tensors import checksum, is_tied, num_parameters, output_head, share
+from lorabench.model.verified import load_verified, tokenizer_verified
 
 __all__ = [
     "TOKENIZER_FILES",
@@ -40,6 +41,7 @@ __all__ = [
     "identity",
     "is_tied",
     "load",
+    "load_verified",
     "local_folder",
     "location",
     "num_parameters",
@@ -49,4 +51,5 @@ __all__ = [
     "share",
     "skeleton",
     "tokenizer",
+    "tokenizer_verified",
 ]
