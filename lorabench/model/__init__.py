@@ -9,12 +9,10 @@ from lorabench.model.loading import (
     architecture,
     dtype,
     load,
-    load_verified,
     plain,
     random_settings,
     skeleton,
     tokenizer,
-    tokenizer_verified,
 )
 from lorabench.model.place import (
     TOKENIZER_FILES,

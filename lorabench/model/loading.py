@@ -211,13 +211,3 @@ def _must_be_whole(base: PreTrainedModel, missing: list[str], model: ModelConfig
             f"'{model.path}' lacks {and_more(missing)}, which would be random; save the whole "
             f"model with save_pretrained, or correct tie_word_embeddings in its config.json"
         )
-
-
-def load_verified(model: ModelConfig, device: str, classes: int, planned: dict[str, str]) -> Any:
-    """Stand-in."""
-    return load(model, device, classes)
-
-
-def tokenizer_verified(model: ModelConfig, planned: dict[str, str]) -> Any:
-    """Stand-in."""
-    return tokenizer(model)
