@@ -17,9 +17,10 @@ import pytest
 import torch
 from conftest import composed, say
 
+from lorabench import hashes
 from lorabench import model as base_model
 from lorabench.config import ConfigErrors, ModelConfig
-from lorabench.model import hashes, verified
+from lorabench.model import verified
 
 # PEFT asks transformers by a name that 5.23 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

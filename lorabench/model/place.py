@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from lorabench.config import ConfigErrors, ModelConfig, nearest
-from lorabench.model.hashes import file_hash, files_hash
+from lorabench.hashes import file_hash, files_hash
 from lorabench.model.hub import hub_commit
 
 ZOO = Path(__file__).parent.parent / "zoo"
@@ -137,7 +137,7 @@ def identity(model: ModelConfig) -> dict[str, str]:
 def files(folder: Path) -> dict[str, list[Path]]:
     """Return the files that `identity` hashes: of the weights, and of the tokenizer."""
     weights = [folder / "config.json"]
-    for pattern in WEIGHT_PATTERNS:
+    for pattern in (*WEIGHT_PATTERNS, "*.index.json"):  # the index says which file holds what
         weights += sorted(folder.glob(pattern))
     tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     for pattern in TOKENIZER_PATTERNS:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench.config import ConfigErrors, ModelConfig
-from lorabench.model.hashes import Signature, files_hash, fresh_hash
+from lorabench.hashes import Signature, files_hash, fresh_hash
 from lorabench.model.loading import load, tokenizer
 from lorabench.model.place import files, local_folder
 

@@ -1,4 +1,4 @@
-"""Hashes of a base's files, and which of them may be remembered. Imports without torch."""
+"""Hashes of files, and which of them may be remembered. Imports without torch."""
 
 from __future__ import annotations
 
