@@ -15,7 +15,7 @@ from lorabench.data import files, sources
 @pytest.fixture
 def settled(monkeypatch):
     """Files count as old at once, so that results are remembered in a test's short life."""
-    monkeypatch.setattr(files, "RECENT_NS", -1)
+    monkeypatch.setattr(hashes, "RACY_SECONDS", 0.0)
 
 
 def changed(cfg, other):
@@ -137,7 +137,7 @@ def test_unchanged_files_are_read_once(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     cfg = jsonl(write(path, numbered(100)))
     first = data.content_hashes(cfg)
-    monkeypatch.setattr(files, "_file_hash", None)  # not called again
+    monkeypatch.setattr(hashes, "fresh_hash", None)  # not called again
     monkeypatch.setattr(sources, "_check_jsonl", None)
     assert data.content_hashes(cfg) == first
     os.replace(write(tmp_path / "b.jsonl", numbered(100)), path)  # the same size, another inode
