@@ -88,6 +88,35 @@ def test_positions_that_are_too_few_name_the_number() -> None:
     assert said.code == 2 and said.lines[0].endswith("set data.max_length=64 or less")
 
 
-def test_links_lead_somewhere() -> None:
-    for place in re.findall(r"\]\(([^)#]+)\)", TEXT):
-        assert place.startswith("http") or (ROOT / place).exists(), place
+@pytest.mark.parametrize("page", ["README.md", "docs/design.md", "docs/record-format.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    """Fails for a file or a heading that is no longer there."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        place, _, heading = link.partition("#")
+        if link.startswith("http"):
+            continue
+        target = (ROOT / page).parent / place if place else ROOT / page
+        assert target.exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {_anchor(one) for one in headings}, link
+
+
+def _anchor(heading: str) -> str:
+    """A heading's anchor, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_the_design_names_every_room() -> None:
+    """Fails for a room without a row, and for a row or a path whose file is gone."""
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`lorabench/(\w+(?:\.py|/))`", text))
+    there = {
+        f"{path.name}/" if path.is_dir() else path.name
+        for path in (ROOT / "lorabench").iterdir()
+        if not path.name.startswith("_") and (path.is_dir() or path.suffix == ".py")
+    }
+    assert named == there
+    for path in re.findall(r"`((?:lorabench|hydra_plugins|conf)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), path
