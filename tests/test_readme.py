@@ -12,6 +12,7 @@ import pytest
 from conftest import Said, say
 
 from lorabench import model as base_model
+from lorabench.cli import VERBS
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -59,6 +60,18 @@ def test_a_line_plans(line: str) -> None:
     for values in grid:
         assert len(runs) % len(values.split(",")) == 0
     assert len(runs) > 1 if grid else runs
+
+
+def test_lines_serve_a_folder() -> None:
+    """Fails where a verb that works on runs refuses the words that the README gives it."""
+    fast = ["data.num_train=16", "data.num_validation=2", "data.num_test=2", "trainer.steps=2"]
+    assert say("train", "tracker=none", "lora.r=2", *fast).code == 0
+    (run,) = Path("outputs/default").glob("*/record.json")
+    lines = [line for line in LINES if line.split()[1] not in ("train", "plan")]
+    assert {line.split()[1] for line in lines} == {*VERBS} - {"train", "plan"}
+    for line in lines:
+        said = typed(line.replace("/ID", f"/{run.parent.name}"))
+        assert said.code == 0, (line, said.err)
 
 
 def test_the_mistake_is_told_as_shown() -> None:
