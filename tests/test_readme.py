@@ -12,6 +12,7 @@ import pytest
 from conftest import Said, say
 
 from lorabench import model as base_model
+from lorabench.cli import VERBS
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,6 +62,18 @@ def test_a_line_plans(line: str) -> None:
     assert len(runs) > 1 if grid else runs
 
 
+def test_lines_serve_a_folder() -> None:
+    """Fails where a verb that works on runs refuses the words that the README gives it."""
+    fast = ["data.num_train=16", "data.num_validation=2", "data.num_test=2", "trainer.steps=2"]
+    assert say("train", "tracker=none", "lora.r=2", *fast).code == 0
+    (run,) = Path("outputs/default").glob("*/record.json")
+    lines = [line for line in LINES if line.split()[1] not in ("train", "plan")]
+    assert {line.split()[1] for line in lines} == {*VERBS} - {"train", "plan"}
+    for line in lines:
+        said = typed(line.replace("/ID", f"/{run.parent.name}"))
+        assert said.code == 0, (line, said.err)
+
+
 def test_the_mistake_is_told_as_shown() -> None:
     line, answer = re.findall(r"^\$ (lorabench .*)\n(.*)$", TEXT, re.MULTILINE)[0]
     said = typed(line)
@@ -88,6 +101,35 @@ def test_positions_that_are_too_few_name_the_number() -> None:
     assert said.code == 2 and said.lines[0].endswith("set data.max_length=64 or less")
 
 
-def test_links_lead_somewhere() -> None:
-    for place in re.findall(r"\]\(([^)#]+)\)", TEXT):
-        assert place.startswith("http") or (ROOT / place).exists(), place
+@pytest.mark.parametrize("page", ["README.md", "docs/design.md", "docs/record-format.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    """Fails for a file or a heading that is no longer there."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        place, _, heading = link.partition("#")
+        if link.startswith("http"):
+            continue
+        target = (ROOT / page).parent / place if place else ROOT / page
+        assert target.exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {_anchor(one) for one in headings}, link
+
+
+def _anchor(heading: str) -> str:
+    """A heading's anchor, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_the_design_names_every_room() -> None:
+    """Fails for a room without a row, and for a row or a path whose file is gone."""
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`lorabench/(\w+(?:\.py|/))`", text))
+    there = {
+        f"{path.name}/" if path.is_dir() else path.name
+        for path in (ROOT / "lorabench").iterdir()
+        if not path.name.startswith("_") and (path.is_dir() or path.suffix == ".py")
+    }
+    assert named == there
+    for path in re.findall(r"`((?:lorabench|hydra_plugins|conf)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), path
