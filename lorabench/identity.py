@@ -34,7 +34,7 @@ EVALUATION_KEYS = (
 )
 # Keys of the groups below that never change a training: places, names, logs, what the resolved
 # parts and the content hashes stand for.
-NOT_DECIDING = {
+NOT_DECIDING: dict[str, set[str]] = {
     "model": {"path", "name", "revision"},
     "data": {
         "name", "source", "skills", "min_word_length", "max_word_length", "train", "prompt",
@@ -42,6 +42,7 @@ NOT_DECIDING = {
     },
     "lora": {"r", "lora_alpha", "alpha_ratio", "use_rslora", "rank_pattern", "alpha_pattern"},
     "trainer": {"device", "num_threads", "checkpoint_every", "log_every"},
+    "seeds": set(),
 }  # fmt: skip
 # Keys added since arithmetic version 2, at the value that does what runs before them did.
 NEUTRAL: dict[str, Any] = {}

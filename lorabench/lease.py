@@ -17,6 +17,7 @@ import json
 import os
 import socket
 import threading
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,7 @@ from lorabench.files import write_atomic
 STALE_SECONDS = 120.0  # NFS clients may cache a file's time for a minute
 BEATS = 6  # heartbeats in the time after which a holder is replaced
 SLOWEST_BEAT = 10.0  # seconds
+RETRIES, RETRY_SECONDS = 10, 0.2  # of a share that does not answer for a moment
 GUARD_TIMEOUT = 60.0  # seconds to wait for the few file operations of a change of holder
 
 
@@ -78,8 +80,15 @@ class Lease:
             Lost: it does.
         """
         now = _read(self.path)
-        if now is None or now.token != self.holder.token:
-            by = f"by {now} " if now else ""
+        for _ in range(RETRIES):
+            if now is not None:
+                break
+            time.sleep(RETRY_SECONDS)
+            now = _read(self.path)
+        if now is None:
+            raise Lost(f"'{self.path}' is gone; nothing more is written here")
+        if now.token != self.holder.token:
+            by = f"by {now} " if now.pid else ""
             raise Lost(
                 f"taken over {by}while this process did not answer for more than "
                 f"{self.holder.stale_seconds:g} s; nothing more is written here"
@@ -89,7 +98,7 @@ class Lease:
         pause = min(SLOWEST_BEAT, self.holder.stale_seconds / BEATS)
         while not self._released.wait(pause):
             now = _read(self.path)
-            if now is None or now.token != self.holder.token:
+            if now is not None and now.token != self.holder.token:
                 return
             with contextlib.suppress(OSError):  # a share that is away for a moment
                 os.utime(self.path)

@@ -12,7 +12,6 @@ import os
 import platform
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -183,6 +182,15 @@ def read(folder: Path) -> Record | None:
     return record
 
 
+def is_newer(folder: Path) -> bool:
+    """Whether a run folder holds a record that only a newer lorabench can read."""
+    try:
+        content = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+        return int(content.get("schema_version", 1)) > SCHEMA_VERSION
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
+
+
 def _is_held(folder: Path, record: Record) -> bool:
     pack = record.plan.get("pack", {}).get("id")
     return bool(pack) and lease.holder_of(folder.parent / ".locks" / f"{pack}.json") is not None
@@ -190,7 +198,7 @@ def _is_held(folder: Path, record: Record) -> bool:
 
 def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
     """A record of an earlier schema version as one of this version."""
-    if content.get("schema_version", 1) >= 2:
+    if content.get("schema_version", 1) >= 2 or "evaluations" in content:
         return content
     content = {
         key: value for key, value in content.items() if key not in ("metrics", "process")
@@ -264,7 +272,6 @@ def provenance(device: str) -> dict[str, Any]:
             "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED"),
             "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
         },
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
 

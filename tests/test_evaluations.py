@@ -274,3 +274,81 @@ def test_notes_are_on_screen_and_in_compare(tmp_path: Path) -> None:
     for note in notes:
         text = note.removeprefix("note: ")
         assert text in table and text in smoke
+
+
+def test_a_diverged_run_is_scored_and_stays_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if its predictions could not be written at first: it must not become a finished run."""
+    from lorabench.worker import scoring
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    words = ["train", "-m", *FAST, "trainer.lr=1e-3,1e30", f"output_dir={tmp_path}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "_written", full)
+        assert say(*words).code == 1
+    assert sorted(r["status"] for r in records(tmp_path).values()) == ["stopped", "trained"]
+    assert say(*words).code == 0
+    found = {r["status"]: r for r in records(tmp_path).values()}
+    assert set(found) == {"finished", "stopped"}
+    assert "loss or gradient is not finite" in found["stopped"]["error"]
+    assert all(len(r["evaluations"]) == 1 for r in found.values())
+    assert found["finished"]["error"] is None
+    assert found["finished"]["provenance"]["command"][:3] == ["lorabench", "train", "-m"]
+
+
+def test_another_base_is_never_scored(tmp_path: Path) -> None:
+    """Nor with another test file, where the training set may be another one."""
+    from safetensors.torch import load_file, save_file
+
+    from lorabench import model as base_model
+
+    base = tmp_path / "base"
+    shutil.copytree(base_model.ZOO / "tiny-gemma", base)
+    lines = [json.dumps({"prompt": f"{i}=", "completion": str(i)}) + "\n" for i in range(40)]
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    train.write_text("".join(lines))
+    test.write_text("".join(lines[:4]))
+    words = ["trainer=smoke", "tracker=none", "data=jsonl", f"data.train.path={train}",
+             "model=local", f"model.path={base}", "data.max_length=64",
+             f"output_dir={tmp_path / 'out'}"]  # fmt: skip
+    assert say("train", *words).code == 0
+    file = base / "model.safetensors"
+    save_file({k: v * 1.01 for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    for more in (["data.metric=[nll_per_token]"], [f"data.test.path={test}"]):
+        said = say("evaluate", tmp_path / "out" / "default", *more)
+        assert said.code == 2 and "put" in said.err and "back" in said.err
+    ((_, record),) = records(tmp_path / "out").items()
+    assert len(record["evaluations"]) == 1
+
+
+def test_runs_that_had_ended_before_their_pack_was_halved_are_scored_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They keep a pack of their own: nobody may wait for them for ever."""
+    update = StackedPack.update
+
+    def short(self: Any, lr: list[float]) -> Any:
+        if self.size == 4 and any(self.alive) and not all(self.alive):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return update(self, lr)
+
+    save, calls = adapters.save, []
+
+    def two_fail(*arguments: Any) -> str:
+        calls.append(arguments)
+        if len(calls) <= 2:
+            raise OSError(5, "Input/output error")
+        return save(*arguments)
+
+    words = ["train", "-m", *FAST, *GRID, f"output_dir={tmp_path}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters, "save", two_fail)
+        assert say(*words).code == 1
+    monkeypatch.setattr(StackedPack, "update", short)
+    said = say(*words)
+    assert said.code == 0 and "does not fit into memory" in said.err, said.err
+    assert say("evaluate", tmp_path / "default", "data.num_test=3").code == 0
+    assert all(len(r["evaluations"]) == 2 for r in records(tmp_path).values())

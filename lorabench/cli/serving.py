@@ -12,7 +12,8 @@ from lorabench.cli.verbs import VERBS
 
 if TYPE_CHECKING:
     from lorabench.config import Config
-    from lorabench.plan import Planner
+    from lorabench.plan import Plan, Planner
+    from lorabench.record import Record
     from lorabench.sweep import Job, SweepFolder
 
 
@@ -31,7 +32,8 @@ def work(arguments: list[str]) -> int:
     changes = {}
     if options.stale_seconds is not None:
         changes["worker.stale_seconds"] = options.stale_seconds
-    return _serve(folder, {run: (e.label, e.config) for run, e in entries.items()}, changes)
+    wanted = {run: (entry.label, entry.config) for run, entry in entries.items()}
+    return _serve(folder, wanted, changes, ["work", *arguments])
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -40,7 +42,7 @@ def evaluate(arguments: list[str]) -> int:
         prog="lorabench evaluate",
         description=VERBS["evaluate"],
         epilog="keys: data.metric, data.answer_*, data.test.*, data.num_test, data.validation.*, "
-        "data.num_validation, trainer.eval_*, trainer.device",
+        "data.num_validation, trainer.eval_*, objective, trainer.device",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a sweep, or of one run")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
@@ -62,7 +64,7 @@ def evaluate(arguments: list[str]) -> int:
             f"DIR: must hold runs with a saved adapter; '{options.folder}' has none; "
             f"`lorabench work {place}` trains what is planned there"
         )
-    return _serve(folder, wanted, changes)
+    return _serve(folder, wanted, changes, ["evaluate", *arguments])
 
 
 def _open(place: Path) -> tuple[SweepFolder, dict[str, Any]]:
@@ -114,7 +116,12 @@ def read_overrides(words: Sequence[str]) -> dict[str, Any]:
     return changes
 
 
-def _serve(folder: SweepFolder, wanted: dict[str, tuple[str, Any]], changes: dict[str, Any]) -> int:
+def _serve(
+    folder: SweepFolder,
+    wanted: dict[str, tuple[str, Any]],
+    changes: dict[str, Any],
+    words: Sequence[str],
+) -> int:
     """Bring these runs of a folder to their end: trained, and scored as their configs ask."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from lorabench import interrupt
@@ -126,7 +133,7 @@ def _serve(folder: SweepFolder, wanted: dict[str, tuple[str, Any]], changes: dic
     interrupt.install()
     planner = Planner()
     jobs = planned(folder.path, wanted, changes, planner)
-    shared = Shared(planner)
+    shared = Shared(planner, words)
     display = Display(0, 0)
     worker = Worker(folder, jobs, shared, display)
     left = [job for job in jobs if worker.is_left(job)]
@@ -156,7 +163,7 @@ def planned(
     from lorabench import config as configs
     from lorabench import plan
     from lorabench.config import ConfigErrors
-    from lorabench.sweep import Job, Mistakes
+    from lorabench.sweep import Job, Mistakes, SweepFolder
 
     mistakes, jobs = Mistakes(len(wanted)), []
     for run, (label, content) in wanted.items():
@@ -169,6 +176,7 @@ def planned(
             if found := plan.check(config):
                 raise ConfigErrors(found)
             made = planner.make(config)
+            _must_be_its_base(SweepFolder(place).record(run), made)
             if made.run_id != run and not _takes_other_examples(changes):
                 raise ConfigErrors(
                     f"sweep.json: run {run} must still resolve to what was trained; it resolves "
@@ -180,6 +188,21 @@ def planned(
             jobs.append(Job(config, label, made.model_copy(update=here)))
     mistakes.refuse()
     return jobs
+
+
+def _must_be_its_base(trained: Record | None, made: Plan) -> None:
+    """Refuse another base or tokenizer than the one a run was trained on."""
+    from lorabench.config import ConfigErrors
+
+    if trained is None:
+        return
+    for name in ("hub", "revision", "weights", "tokenizer"):
+        then = trained.provenance.get(name)
+        if then is not None and then != made.contents[name]:
+            raise ConfigErrors(
+                f"model.path: must be the base that run {trained.run_id} was trained on, {name} "
+                f"{then[:12]}; it is {made.contents[name][:12]} now; put that base back"
+            )
 
 
 def _takes_other_examples(changes: dict[str, Any]) -> bool:

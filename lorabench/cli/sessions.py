@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabench import machine, record, sweep
-from lorabench.config import ConfigErrors
+from lorabench.config import ConfigErrors, and_more
 from lorabench.plan import Planner
 from lorabench.progress import Display
 from lorabench.sweep import Job, SweepFolder
@@ -35,7 +35,7 @@ class Session:
 
     def __init__(self, command: Command, jobs: list[Job], pack_size: int):
         self.command, self.jobs = command, jobs
-        shared = Shared(command.planner)
+        shared = Shared(command.planner, command.words)
         self.display = Display(0, 0)
         by_folder: dict[Path, list[Job]] = {}
         for job in jobs:
@@ -44,6 +44,13 @@ class Session:
             place: Worker(SweepFolder(place), mine, shared, self.display)
             for place, mine in by_folder.items()
         }
+        newer = [str(job.folder) for job in jobs if record.is_newer(job.folder)]
+        if newer:
+            raise ConfigErrors(
+                f"record.json: must have a schema version of at most {record.SCHEMA_VERSION}; "
+                f"{and_more(newer)} was written by a newer lorabench; update this one, or give "
+                f"another sweep=NAME"
+            )
         self.left = [job for job in jobs if self.worker(job).is_left(job)]
         notes = shared.check_data(self.left)
         for worker in self.workers.values():

@@ -14,7 +14,7 @@ examples:
   lorabench train                                   one run on the embedded base, seconds
   lorabench train -m head=exclude,lora lora.r=16,32 four runs
   lorabench compare outputs/default                 their table
-  lorabench evaluate outputs/default data.metric=[nll,nll_per_token]
+  lorabench evaluate outputs/default 'data.metric=[nll,nll_per_token]'   scored again
   lorabench plan -m experiment=lm_head              what a sweep will do
   lorabench plan --smoke -m experiment=lm_head      and a few steps of each pack, reloaded
   lorabench export outputs/default/ID --to merged D a transformers folder, checked

@@ -104,6 +104,15 @@ class SweepFolder:
             )
         return found
 
+    def settled(self) -> SweepFile:
+        """Read when nobody is about to write.
+
+        A worker that holds a pack and finds it here can rely on it: whoever splits a pack looks
+        at its holder and writes under the same lock.
+        """
+        with self._lock():
+            return self.read()
+
     # --- adding --------------------------------------------------------------------------
 
     def add(

@@ -248,13 +248,16 @@ def stale_checkpoints(jobs: Sequence[Job], packs: Sequence[PackEntry]) -> list[s
 def furthest(members: list[Member], pack: PackEntry) -> tuple[int, list[Member]]:
     """The runs that train in this round, and the step they continue from.
 
-    All runs of a round are at the same step. Those with the latest checkpoint go first; the others
-    follow in another round of the same pack.
+    All runs of a round are at the same step: the latest that all of them have a checkpoint of. If
+    there is none, those with the latest checkpoint go first, and the others follow in another round
+    of the same pack.
     """
     steps = {
         member.slot: set(checkpoint.steps(member.folder / "checkpoint", pack.id))
         for member in members
     }
+    if common := set.intersection(*steps.values()):
+        return max(common), members
     last = max((step for found in steps.values() for step in found), default=0)
     together = [member for member in members if last in steps[member.slot]]
     return (last, together) if last else (0, members)

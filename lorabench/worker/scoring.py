@@ -53,12 +53,25 @@ def load_pack(members: Sequence[Member], slots: Sequence[Job], shared: Shared) -
             )
         saved[member.slot] = tensors
     if slots[0].plan.alone is not None:
-        base, _ = shared.base(slots[0], device)
+        base, checksum = shared.base(slots[0], device)
+        if members[0].entry.hashes["base"] != checksum:
+            raise ConfigErrors(_other_base(members[0], checksum))
         return ModulePack.of_saved(base, config, members[0].folder / "adapter", device)
-    pack, _, _ = make_pack(shared, slots, device)
+    pack, _, checksum = make_pack(shared, slots, device)
+    for member in members:
+        if member.entry.hashes["base"] != checksum:
+            raise ConfigErrors(_other_base(member, checksum))
     for slot, tensors in saved.items():
         pack.load_adapter(slot, tensors)
     return pack
+
+
+def _other_base(member: Member, checksum: str) -> str:
+    return (
+        f"model.path: must be the base that run {member.entry.run_id} was trained on, checksum "
+        f"{member.entry.hashes['base'][:12]}; '{member.job.config.model.path}' has "
+        f"{checksum[:12]}; put that base back"
+    )
 
 
 def score(
@@ -151,7 +164,7 @@ def _append(
     batch_size: int,
     seconds: float,
 ) -> None:
-    """Write a run's predictions, then its record with the evaluation."""
+    """Write a run's predictions and add the evaluation to its record, which the caller writes."""
     from lorabench.evaluate import DEFINITIONS, summarise
 
     tables, generation = scored

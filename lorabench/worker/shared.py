@@ -7,7 +7,7 @@ against the plan when it is read, and dropped as soon as no pack needs it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,9 @@ class Dataset:
 class Shared:
     """One base and one data set at a time, each kept for the packs that follow."""
 
-    def __init__(self, planner: Planner | None = None):
+    def __init__(self, planner: Planner | None = None, words: Sequence[str] = ()):
         self.planner = planner or Planner()
+        self.words = list(words)  # of the command, for the records
         self._bases: dict[str, tuple[Any, str]] = {}  # model, checksum
         self._tokenizers: dict[str, Any] = {}
         self._datasets: dict[str, Dataset] = {}

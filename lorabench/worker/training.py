@@ -77,7 +77,7 @@ def train_pack(
     for slot in set(range(pack.size)) - {member.slot for member in members}:
         pack.stop(slot)
     train_tokens = dataset.tokens["train"].hash()
-    provenance = record.provenance(device)
+    provenance = record.provenance(device) | {"command": ["lorabench", *shared.words]}
     for member in members:
         _describe(member, pack, provenance, checksum, train_tokens, len(dataset.tokens["train"]))
         member.entry.notes = [*member.job.plan.warnings, *dataset.notes]

@@ -6,6 +6,7 @@ over when its worker is gone.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import logging
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorabench import lease, machine, plan, record
+from lorabench import checkpoint, lease, machine, plan, record
 from lorabench.config import ConfigErrors, flatten, typed
 from lorabench.lease import Holder, Lease, Lost
 from lorabench.progress import Display, clock
@@ -138,7 +139,7 @@ class Worker:
             with taken.lease:
                 if taken.replaced:
                     self.display.say(f"pack {pack.id}: {taken.replaced}; taken over")
-                if pack not in self.folder.read().current_packs():
+                if pack not in self.folder.settled().current_packs():
                     return True  # split before it was held
                 self._do(pack, taken.lease)
             self.shared.keep_only(job for job in self.jobs if self.is_left(job))
@@ -198,7 +199,8 @@ class Worker:
                 self._score([member for member in members if not member.failed], trained)
                 del trained
             except KeyboardInterrupt:
-                self._close(members, begun, "interrupted", "interrupted by a signal")
+                with contextlib.suppress(Lost):
+                    self._close(members, begun, "interrupted", "interrupted by a signal")
                 raise
             except Lost:
                 raise
@@ -229,7 +231,8 @@ class Worker:
         held.check()
         runs = [job.plan.run_id for job in jobs]
         half = (len(runs) + 1) // 2
-        self.folder.split(pack, [runs[:half], runs[half:]], "out of memory")
+        rest = [run for run in pack.runs if run not in runs]  # ended, or of other commands
+        self.folder.split(pack, [runs[:half], runs[half:], rest], "out of memory")
         self.display.say(
             f"a pack of {len(pack.runs)} does not fit into memory; trying packs of {half}"
         )
@@ -242,6 +245,7 @@ class Worker:
             found = self._record(job)
             assert found is not None
             members.append(Member(job, pack.runs.index(job.plan.run_id), found, held))
+            checkpoint.remove(job.folder / "checkpoint")  # of a kill right after training
         with at_work.logs_of([member.folder for member in members]):
             try:
                 self._score(members, load_pack(members, slots, self.shared))
