@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep plan compare test test-slow lint bench scan base clean
+.PHONY: help setup sweep plan compare test test-slow lint docs bench scan base clean
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ test-slow: $(READY) ## the tests that take minutes
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check lorabench hydra_plugins tests benchmarks
 	$(BIN)/mypy
+
+docs: $(READY) ## the generated pages of docs/
+	$(BIN)/python -m lorabench.config.reference
 
 bench: $(READY) ## the same sweep packed, one by one, and by stock PEFT; about half an hour
 	$(BIN)/python benchmarks/sweep.py --threads 2 --repeats 3
