@@ -336,6 +336,19 @@ def test_the_computation_follows_the_models_dtype():
     assert composed("model.dtype=float64").trainer.dtype == "float64"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["lora.r=4", "head=lora", "data.train.path=a", "lora.rank_pattern={q_proj:12}"],
+        ["experiment=lm_head", "lora.r=3", "target_modules=custom", "target_modules.names=[q,v]"],
+        ["trainer=smoke", "seed=3", "seeds.data=1", "stages=last_layer_first", "trainer.steps=300"],
+    ],
+)
+def test_the_tests_own_shortcut_composes_as_hydra_does(words):
+    (cfg,), *_ = cli.compose(words)
+    assert composed(*words) == config.typed(cfg)
+
+
 def test_there_are_files_to_test():
     """The next test must not pass by testing nothing."""
     groups = {path.parts[0] for path in FILES if len(path.parts) == 2}
