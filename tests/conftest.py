@@ -6,13 +6,11 @@ Stock PEFT's side of a comparison is in stock.py and stock_classifier.py.
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import json
 import logging
 import os
 import random
-import re
 import signal
 import string
 import sys
@@ -26,6 +24,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import compositions
 import pytest
 import torch
 
@@ -33,6 +32,7 @@ from lorabench import cli, config
 
 # What fails in a helper is told in full, as in a test.
 pytest.register_assert_rewrite("stock", "stock_classifier")
+compositions.install()
 # One thread: as fast for models this small, and steady on a shared machine.
 torch.set_num_threads(1)
 
@@ -40,37 +40,9 @@ torch.set_num_threads(1)
 
 
 def composed(*overrides: str) -> config.Config:
-    """The typed config of a command line.
-
-    Composing takes Hydra 0.3 s, so files are composed once per choice of them; values are set in a
-    copy by Hydra's own code. A command line that this does not cover is composed as a whole.
-    """
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    groups = {folder.name for folder in Path(cli.conf_folder()).iterdir() if folder.is_dir()}
-    values = [word for word in overrides if word.partition("=")[0] not in groups]
-    if all(re.match(r"(?!hydra\b)[a-z]", word) for word in overrides):
-        try:
-            cfg = files_composed(tuple(word for word in overrides if word not in values)).copy()
-            parsed = OverridesParser.create().parse_overrides(values)
-            assert not any(value.is_sweep_override() for value in parsed)
-            ConfigLoaderImpl._apply_overrides_to_config(parsed, cfg)
-        except Exception:
-            pass  # refused below, in the words that a user sees
-        else:
-            return config.typed(cfg)
-    return config.typed(hydra_composed(*overrides))
-
-
-def hydra_composed(*overrides: str) -> Any:
+    """The typed config of a command line."""
     (cfg,), *_ = cli.compose(list(overrides))
-    return cfg
-
-
-@functools.cache
-def files_composed(choices: tuple[str, ...]) -> Any:
-    return hydra_composed(*choices)
+    return config.typed(cfg)
 
 
 class Said(NamedTuple):
