@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+MINIMUM := .venv-minimum
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep plan compare test test-slow lint docs bench scan base clean
+.PHONY: help setup sweep plan compare test test-slow test-minimum lint docs bench scan base clean
 
 help: ## print this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(READY) ## virtual environment in .venv, versions pinned by constraints.txt
 
@@ -33,6 +34,14 @@ test: $(READY) ## the fast tests, within five minutes on two cores
 test-slow: $(READY) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
+test-minimum: $(MINIMUM)/.ready ## the fast tests on the oldest versions that pyproject.toml allows
+	$(MINIMUM)/bin/python -m pytest -n 2 --dist worksteal
+
+$(MINIMUM)/.ready: pyproject.toml constraints-minimum.txt
+	$(PYTHON) -m venv $(MINIMUM)
+	$(MINIMUM)/bin/python -m pip install --quiet -c constraints-minimum.txt -e ".[dev]"
+	@touch $@
+
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check lorabench hydra_plugins tests benchmarks
 	$(BIN)/mypy
@@ -51,4 +60,4 @@ base: $(READY) ## pretrain the embedded bases again; about ten minutes
 	$(BIN)/python -m lorabench.zoo.recipe_bert
 
 clean: ## remove .venv and caches; outputs/ stays
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(MINIMUM) .pytest_cache .mypy_cache .ruff_cache .hypothesis

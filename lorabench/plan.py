@@ -245,6 +245,11 @@ def run_id(config: Config) -> str:
     return make(config).run_id
 
 
+def folder(config: Config) -> Path:
+    """Return where the run's files lie."""
+    return Path(make(config).folder)
+
+
 def _position_errors(config: Config, base: Any) -> list[str]:
     """Examples, or prompts with the answers written to them, beyond the base's positions."""
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)

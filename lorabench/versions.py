@@ -30,14 +30,6 @@ OPTIONS = (
     ("tracker.kind", "wandb", "wandb", None, "tracker=none"),
 )
 EXPERTS = Requirement("peft>=0.20")  # earlier ones train their adapters and cannot load them again
-# The first transformers with an architecture, for checkpoints that do not say who saved them.
-ARCHITECTURES = {
-    "llama": "4.28", "mistral": "4.34", "mixtral": "4.36", "qwen2": "4.37", "gemma": "4.38",
-    "qwen2_moe": "4.40", "phi3": "4.41", "gemma2": "4.42", "granite": "4.45", "olmo2": "4.47",
-    "gemma3": "4.50", "gemma3_text": "4.50", "llama4": "4.51", "qwen3": "4.51",
-    "qwen3_moe": "4.51", "gemma3n": "4.53", "smollm3": "4.53", "gpt_oss": "4.55",
-    "qwen3_next": "4.57",
-}  # fmt: skip
 
 
 @lru_cache
@@ -120,13 +112,12 @@ def unknown_architecture(content: dict[str, Any], known: Any) -> str | None:
             f"{law}, and lorabench runs no code that a checkpoint brings along; use a version of "
             f"transformers that has it, or another base"
         )
-    least, saved = ARCHITECTURES.get(model_type), content.get("transformers_version")
-    if least is None and saved and have and _newer(saved, have):
-        least = saved
-        law += f" (the checkpoint was saved with {saved})"
-    if least is None:
-        return f"{law}, nor does any version known here; correct model_type in its config.json"
-    return f"{law}; it needs at least {least}; pip install -U 'transformers>={least}'"
+    saved = content.get("transformers_version")
+    if saved and have and _newer(saved, have):
+        return (
+            f"{law}; the checkpoint was saved with {saved}; pip install -U 'transformers>={saved}'"
+        )
+    return f"{law}; use a newer transformers that has it, or correct model_type in its config.json"
 
 
 def _newer(one: str, other: str) -> bool:

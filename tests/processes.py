@@ -44,7 +44,7 @@ class Process:
 
     @property
     def said(self) -> str:
-        return self.output.read_text()
+        return self.output.read_text() if self.output.exists() else ""
 
 
 def wait_for(holds: Callable[[], Any], seconds: float = 120) -> None:

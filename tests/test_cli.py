@@ -139,7 +139,6 @@ def test_the_mapping_that_a_pattern_key_is_told_to_be_is_one():
     [
         (["-x"], "got '-x'"),
         (["--jsno"], "got '--jsno' (did you mean '--json'?)"),
-        (["--cfg", "job"], "`lorabench train --cfg job` prints the config"),
         (["-m", "--smok", "seed=0,1"], "(did you mean '--smoke'?)"),
     ],
 )
@@ -148,6 +147,18 @@ def test_an_unknown_flag_of_plan_names_the_valid_ones(flags, holds, no_model):
     assert said.code == 2 and said.out == "" and len(said.lines) == 1
     assert said.err.startswith("plan: a flag must be one of -m, --multirun, --json, --smoke, ")
     assert holds in said.err
+
+
+def test_an_unknown_flag_of_train_names_the_valid_ones(no_model):
+    said = say("train", *SMOKE, "--multrun")
+    assert said.code == 2 and said.out == "" and len(said.lines) == 1
+    assert said.err.startswith("train: a flag must be one of -m, --multirun, --config-dir, ")
+    assert "(did you mean '--multirun'?)" in said.err
+
+
+def test_plan_prints_the_config_as_train_does(no_model):
+    printed = [say(verb, *SMOKE, "lora.r=7", "--cfg", "job").out for verb in ("plan", "train")]
+    assert printed[0] == printed[1] and "r: 7" in printed[0]
 
 
 def test_a_traceback_only_when_asked_for():

@@ -2,11 +2,12 @@
 
 import hashlib
 import os
+import time
 
 import pytest
 from sources import hub, hub_folder, jsonl, numbered, skills_config, texts, write
 
-from lorabench import data
+from lorabench import data, hashes
 from lorabench.config import ConfigErrors, SourceConfig
 from lorabench.data import files, sources
 
@@ -14,7 +15,7 @@ from lorabench.data import files, sources
 @pytest.fixture
 def settled(monkeypatch):
     """Files count as old at once, so that results are remembered in a test's short life."""
-    monkeypatch.setattr(files, "RECENT_NS", -1)
+    monkeypatch.setattr(hashes, "RACY_SECONDS", 0.0)
 
 
 def changed(cfg, other):
@@ -136,7 +137,7 @@ def test_unchanged_files_are_read_once(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     cfg = jsonl(write(path, numbered(100)))
     first = data.content_hashes(cfg)
-    monkeypatch.setattr(files, "_file_hash", None)  # not called again
+    monkeypatch.setattr(hashes, "fresh_hash", None)  # not called again
     monkeypatch.setattr(sources, "_check_jsonl", None)
     assert data.content_hashes(cfg) == first
     os.replace(write(tmp_path / "b.jsonl", numbered(100)), path)  # the same size, another inode
@@ -151,7 +152,7 @@ def test_an_edit_that_keeps_size_and_time_is_seen(tmp_path):
     for word in ("aaa", "bbb", "ccc"):
         rows = [{"prompt": f"p{i}", "completion": word} for i in range(10, 99)]
         os.utime(write(path, rows), (1e9, 1e9))
-        assert files.file_hash(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert hashes.file_hash(path) == hashlib.sha256(path.read_bytes()).hexdigest()
         seen.add(data.content_hashes(jsonl(path))["train"])
     assert len(seen) == 3
 
@@ -159,8 +160,9 @@ def test_an_edit_that_keeps_size_and_time_is_seen(tmp_path):
 def test_a_recent_file_is_never_remembered(tmp_path, monkeypatch):
     """Two edits within one tick of the file system's clock leave one stamp."""
     path = tmp_path / "a.jsonl"
-    now = files.time.time_ns()
-    monkeypatch.setattr(files, "stamp", lambda path: (1, 1, 4, 0, now))
+    now = time.time_ns()
+    same = hashes.Signature(1, 1, 4, 0, now)
+    monkeypatch.setattr(hashes.Signature, "of", lambda path: same)
     path.write_text("aaaa")
     remembered = files.Remembered(9)
     results = iter((1, 2))

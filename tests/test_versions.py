@@ -141,37 +141,17 @@ def test_an_unknown_architecture_names_the_version_that_saved_it(
     have = metadata.version("transformers")
     assert capsys.readouterr().err == (
         f"model.path: '{tmp_path / 'base'}' cannot be built: transformers {have} does not know "
-        f"model_type 'gemma9' (the checkpoint was saved with 9.1.0); it needs at least 9.1.0; "
+        f"model_type 'gemma9'; the checkpoint was saved with 9.1.0; "
         f"pip install -U 'transformers>=9.1.0'\n"
     )
-
-
-def test_a_well_known_architecture_names_its_first_version(
-    tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    with_installed: Callable[..., None],
-) -> None:  # fmt: skip
-    """As under a transformers from before it: its own map of architectures lacks it."""
-    from transformers import CONFIG_MAPPING
-
-    assert "qwen3" in CONFIG_MAPPING
-    monkeypatch.delitem(CONFIG_MAPPING._mapping, "qwen3")
-    with_installed(transformers="4.50.3")
-    words = changed(tiny_folder("qwen3"), tmp_path / "base", transformers_version=None)
-    line = refused(words)
-    assert "transformers 4.50.3 does not know model_type 'qwen3'; it needs at least 4.51" in line
 
 
 def test_an_architecture_nobody_knows_or_with_code_of_its_own_is_refused(
     tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     words = changed(tiny_folder("llama"), tmp_path / "a", model_type="lama")
+    assert "saved with" not in refused(words)  # by the transformers that is installed
     assert "correct model_type in its config.json" in refused(words)
     code = {"AutoConfig": "configuration_mine.MineConfig"}
     words = changed(tiny_folder("llama"), tmp_path / "b", model_type="mine", auto_map=code)
     assert "runs no code that a checkpoint brings along" in refused(words)
-
-
-def test_the_table_holds_what_transformers_calls_these_architectures() -> None:
-    from transformers import CONFIG_MAPPING
-
-    assert set(versions.ARCHITECTURES) <= set(CONFIG_MAPPING)

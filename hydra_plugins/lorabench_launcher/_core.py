@@ -2,8 +2,9 @@
 
 A task function may carry `begin(configs, labels, pack_size) -> session`. It sees every job of the
 launch before the first one runs; `session.result(i)` then brings job i to its end, and may train
-others with it. Each is still a Hydra job with its own folder, config files and callbacks. Without
-`begin` (any other Hydra app) jobs run one by one, as under Hydra's basic launcher.
+others with it. Each is still a Hydra job with its own folder, config files and callbacks; a job
+that was over before (`session.is_over(i)`) leaves the config files in `session.folder(i)` as they
+are. Without `begin` (any other Hydra app) jobs run one by one, as under Hydra's basic launcher.
 """
 
 from __future__ import annotations
@@ -32,14 +33,17 @@ def launch(
     configure_log(config.hydra.hydra_logging, config.hydra.verbose)
     Path(str(config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
     jobs = compose_jobs(context.config_loader, config, job_overrides, initial_job_idx)
-    tasks = [task_function] * len(jobs)
+    tasks: list[Any] = [task_function] * len(jobs)
+    session = None
     begin = getattr(task_function, "begin", None)
     if begin is not None:
         labels = [" ".join(filter_overrides(overrides)) for overrides in job_overrides]
         session = begin([task_config(job) for job in jobs], labels, pack_size)
         tasks = [partial(_result, session, i) for i in range(len(jobs))]
     returns = []
-    for job, task in zip(jobs, tasks, strict=True):
+    for i, (job, task) in enumerate(zip(jobs, tasks, strict=True)):
+        if session is not None and session.is_over(i):
+            _keep_files(job, session.folder(i))
         returned = run_job(
             hydra_context=context,
             task_function=task,
@@ -55,6 +59,13 @@ def launch(
 def _result(session: Any, index: int, _: DictConfig) -> Any:
     """The task of one job."""
     return session.result(index)
+
+
+def _keep_files(job: DictConfig, folder: Path) -> None:
+    """Have Hydra write no config files where the command that ran this job has left its own."""
+    name = job.hydra.output_subdir
+    if name is not None and (folder / name).is_dir():
+        job.hydra.output_subdir = None
 
 
 def compose_jobs(

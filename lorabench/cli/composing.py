@@ -59,6 +59,30 @@ def refuse_values(arguments: list[str]) -> None:
             )
 
 
+def refuse_flags(verb: str, arguments: Sequence[str], own: Sequence[str] = ()) -> None:
+    """Refuse a flag that is neither Hydra's nor the verb's own: argparse would exit with a usage.
+
+    Args:
+        own: flags of the verb, named first.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    from lorabench.config import ConfigErrors, did_you_mean
+
+    hydras = list(get_args_parser()._option_string_actions)
+    shown = ["-m", "--multirun", *own, "--config-dir", "--cfg", "--info", "-h", "--help"]
+    unknown = [
+        word
+        for word in arguments
+        if word.startswith("-") and word.partition("=")[0] not in (*hydras, *own)
+    ]
+    if unknown:
+        raise ConfigErrors(
+            f"{verb}: a flag must be one of {', '.join(shown)}; "
+            f"got {did_you_mean(unknown[0], [*shown, *hydras])}"
+        )
+
+
 class Composed(NamedTuple):
     """What a command line asks for."""
 

@@ -117,6 +117,14 @@ class Session:
                     f"to train it again"
                 )
 
+    def is_over(self, index: int) -> bool:
+        """Whether a job's run has ended already."""
+        return not self.worker(self.jobs[index]).is_left(self.jobs[index])
+
+    def folder(self, index: int) -> Path:
+        """The folder of a job's run."""
+        return self.jobs[index].folder
+
     def result(self, index: int) -> float:
         """Bring a job's run to its end; return its objective, NaN if it failed or stopped."""
         job = self.jobs[index]

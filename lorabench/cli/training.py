@@ -13,6 +13,7 @@ from lorabench.cli.composing import (
     compose,
     conf_folder,
     in_hydras_order,
+    refuse_flags,
     refuse_values,
     register,
     say_if_sweep,
@@ -22,6 +23,7 @@ from lorabench.cli.mistakes import fail
 if TYPE_CHECKING:
     from lorabench.cli.sessions import Command
 
+PLAN_FLAGS = ("--json", "--smoke")
 PLAN_HELP = """\
 lorabench plan [-m] [--json] [--smoke] KEY=VALUE ...
 
@@ -40,6 +42,7 @@ def train(arguments: list[str]) -> int:
     from lorabench.config import ConfigErrors
 
     interrupt.install()
+    refuse_flags("train", arguments)
     refuse_values(arguments)
     command = Command(["train", *arguments])
     register(command.planner)
@@ -110,7 +113,8 @@ def plan(arguments: list[str]) -> int:
     if "-h" in arguments or "--help" in arguments:
         print(PLAN_HELP)
         return 0
-    words = [word for word in arguments if word not in ("--json", "--smoke")]
+    refuse_flags("plan", arguments, PLAN_FLAGS)
+    words = [word for word in arguments if word not in PLAN_FLAGS]
     if any(word in ("--cfg", "-c", "--info", "-i", "--hydra-help") for word in words):
         register()
         _run_hydra(lambda _: None, words)  # prints what was asked for

@@ -16,8 +16,8 @@ from typing import Any
 
 from lorabench.config import ConfigErrors, DataConfig
 from lorabench.data import sources, templates
-from lorabench.data.files import file_hash
 from lorabench.data.templates import SPLITS, own_sources
+from lorabench.hashes import file_hash
 
 # Of rendering, splitting and ordering, and of how prompts get BOS; part of every content hash.
 RULES_VERSION = 2

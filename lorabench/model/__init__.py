@@ -9,12 +9,10 @@ from lorabench.model.loading import (
     architecture,
     dtype,
     load,
-    load_verified,
     plain,
     random_settings,
     skeleton,
     tokenizer,
-    tokenizer_verified,
 )
 from lorabench.model.place import (
     TOKENIZER_FILES,
@@ -26,6 +24,7 @@ from lorabench.model.place import (
     location,
 )
 from lorabench.model.tensors import checksum, is_tied, num_parameters, output_head, share
+from lorabench.model.verified import load_verified, tokenizer_verified
 
 __all__ = [
     "TOKENIZER_FILES",
@@ -40,6 +39,7 @@ __all__ = [
     "identity",
     "is_tied",
     "load",
+    "load_verified",
     "local_folder",
     "location",
     "num_parameters",
@@ -49,4 +49,5 @@ __all__ = [
     "share",
     "skeleton",
     "tokenizer",
+    "tokenizer_verified",
 ]

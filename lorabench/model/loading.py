@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lorabench import tasks, versions
 from lorabench.config import ConfigErrors, ModelConfig, and_more, first_line, model_name
 from lorabench.model.hub import hub_failure, must_be_reachable
-from lorabench.model.place import local_folder, location
+from lorabench.model.place import adapter_beside, beside, local_folder, location
 
 if TYPE_CHECKING:
     import torch
@@ -119,6 +119,7 @@ def load(model: ModelConfig, device: str, classes: int = 0) -> PreTrainedModel:
             output_loading_info=True,
             **options,
         )
+    _must_be_alone(base, model)
     if classes:
         tasks.blank_head(base, loaded, model_name(model))
     else:
@@ -128,7 +129,18 @@ def load(model: ModelConfig, device: str, classes: int = 0) -> PreTrainedModel:
             module.p = 0.0
     base.requires_grad_(False)
     base.config.use_cache = False
+    if torch.device(device).type == "cpu":
+        _copy_off_the_file(base)
     return base.to(device).eval()
+
+
+def _copy_off_the_file(base: PreTrainedModel) -> None:
+    """Give every tensor memory of its own, one at a time: safetensors maps the file.
+
+    A mapped tensor changes with the file, and ends the process where the file was truncated.
+    """
+    for tensor in [*base.parameters(), *base.buffers()]:  # tied ones come once, and stay tied
+        tensor.data = tensor.data.clone()
 
 
 def plain(model: ModelConfig, auto: Any, dtype_name: str, **options: Any) -> Any:
@@ -136,7 +148,9 @@ def plain(model: ModelConfig, auto: Any, dtype_name: str, **options: Any) -> Any
     if "num_labels" in options:  # of a checkpoint that is a classifier itself
         options["ignore_mismatched_sizes"] = True
     with _quiet_loading("num_labels" in options):
-        return _call(model, auto.from_pretrained, dtype=dtype(dtype_name), **options).eval()
+        base = _call(model, auto.from_pretrained, dtype=dtype(dtype_name), **options)
+    _must_be_alone(base, model)
+    return base.eval()
 
 
 def tokenizer(model: ModelConfig) -> Any:
@@ -149,6 +163,8 @@ def tokenizer(model: ModelConfig) -> Any:
 def _call(model: ModelConfig, load: Callable[..., Any], **options: Any) -> Any:
     """A transformers loader on this base, its failures as one line."""
     folder = local_folder(model)
+    if errors := adapter_beside(model):
+        raise ConfigErrors(errors)
     if folder is None:
         options["revision"] = model.revision or "main"
         must_be_reachable(model)
@@ -181,6 +197,12 @@ def _quiet_loading(quiet: bool) -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
+def _must_be_alone(base: PreTrainedModel, model: ModelConfig) -> None:
+    """Refuse a base, from the hub, on which transformers has put the adapter beside it."""
+    if getattr(base, "_hf_peft_config_loaded", False):
+        raise ConfigErrors(beside(model))
+
+
 def _must_be_whole(base: PreTrainedModel, missing: list[str], model: ModelConfig) -> None:
     """Refuse a checkpoint without some weights: transformers draws them at random, and goes on."""
     if missing:
@@ -189,13 +211,3 @@ def _must_be_whole(base: PreTrainedModel, missing: list[str], model: ModelConfig
             f"'{model.path}' lacks {and_more(missing)}, which would be random; save the whole "
             f"model with save_pretrained, or correct tie_word_embeddings in its config.json"
         )
-
-
-def load_verified(model: ModelConfig, device: str, classes: int, planned: dict[str, str]) -> Any:
-    """Stand-in."""
-    return load(model, device, classes)
-
-
-def tokenizer_verified(model: ModelConfig, planned: dict[str, str]) -> Any:
-    """Stand-in."""
-    return tokenizer(model)

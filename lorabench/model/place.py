@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-from functools import lru_cache
 from pathlib import Path
 
 from lorabench.config import ConfigErrors, ModelConfig, nearest
+from lorabench.hashes import file_hash, files_hash
 from lorabench.model.hub import hub_commit
 
 ZOO = Path(__file__).parent.parent / "zoo"
+ADAPTER_FILE = "adapter_config.json"
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+# Everything a tokenizer of transformers reads. Their order decides `identity`: append new ones.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -24,7 +25,30 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
     "chat_template.json",
+    "bpe.codes",
+    "byte_maps.json",
+    "dict.txt",
+    "emoji.json",
+    "entity_vocab.json",
+    "normalizer.json",
+    "prophetnet.tokenizer",
+    "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "source.spm",
+    "spiece.model",
+    "spm.model",
+    "spm_char.model",
+    "target.spm",
+    "target_vocab.json",
+    "tekken.json",
+    "vocab-src.json",
+    "vocab-tgt.json",
+    "word_pronunciation.json",
+    "word_shape.json",
 )
+# The same, of names that vary: more templates, and files that tokenizer_config.json lists by the
+# version of transformers that reads them.
+TOKENIZER_PATTERNS = ("additional_chat_templates/*.jinja", "tokenizer.*.json")
 
 
 def location(model: ModelConfig) -> str:
@@ -69,7 +93,7 @@ def check(model: ModelConfig) -> list[str]:
         return error.errors
     if folder is None:
         return []
-    errors = []
+    errors = adapter_beside(model)
     if not (folder / "config.json").is_file():
         errors.append(
             f"model.path: a checkpoint folder must hold config.json; '{model.path}' has none; "
@@ -83,54 +107,39 @@ def check(model: ModelConfig) -> list[str]:
     return errors
 
 
+def adapter_beside(model: ModelConfig) -> list[str]:
+    """Refuse a base folder that holds an adapter too: transformers would load both."""
+    folder = local_folder(model)
+    if folder is None or not (folder / ADAPTER_FILE).exists():
+        return []
+    return [beside(model)]
+
+
+def beside(model: ModelConfig) -> str:
+    """Return the refusal of a base that comes with an adapter."""
+    return (
+        f"model.path: a base must come without an adapter; '{model.path}' holds {ADAPTER_FILE}, "
+        f"whose adapter transformers would load on top of the base; move it out, or merge it first"
+    )
+
+
 def identity(model: ModelConfig) -> dict[str, str]:
-    """Which base this is, whatever its place: content hashes of a folder, or the hub commit."""
+    """Return which base this is, whatever its place: hashes of a folder, or the hub commit."""
     folder = local_folder(model)
     if folder is None:
         commit = hub_commit(model)
         return {"hub": model.path, "revision": commit, "weights": "", "tokenizer": ""}
-    weights = [folder / "config.json"]
-    for pattern in WEIGHT_PATTERNS:
-        weights += sorted(folder.glob(pattern))
-    tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    return {
-        "hub": "",
-        "revision": "",
-        "weights": _files_hash(weights),
-        "tokenizer": _files_hash(tokenizer),
+    return {"hub": "", "revision": ""} | {
+        part: files_hash(found, folder, file_hash) for part, found in files(folder).items()
     }
 
 
-@lru_cache(maxsize=64)
-def _file_hash(path: str, size: int, mtime_ns: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _files_hash(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        stat = path.stat()
-        digest.update(f"{path.name} {_cached_hash(path, stat)}\n".encode())
-    return digest.hexdigest()
-
-
-def _cached_hash(path: Path, stat: os.stat_result) -> str:
-    """A file's sha256, remembered between processes while its size and time stay the same."""
-    if stat.st_size < 1 << 26:
-        return _file_hash(str(path), stat.st_size, stat.st_mtime_ns)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lorabench" / "hashes"
-    key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
-    known = cache / key
-    if known.is_file():
-        return known.read_text()
-    value = _file_hash(str(path), stat.st_size, stat.st_mtime_ns)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        known.write_text(value)
-    except OSError:
-        pass  # a read-only home only costs hashing again
-    return value
+def files(folder: Path) -> dict[str, list[Path]]:
+    """Return the files that `identity` hashes: of the weights, and of the tokenizer."""
+    weights = [folder / "config.json"]
+    for pattern in (*WEIGHT_PATTERNS, "*.index.json"):  # the index says which file holds what
+        weights += sorted(folder.glob(pattern))
+    tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    for pattern in TOKENIZER_PATTERNS:
+        tokenizer += sorted(folder.glob(pattern))
+    return {"weights": weights, "tokenizer": tokenizer}

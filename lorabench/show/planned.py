@@ -102,7 +102,7 @@ def plan(
     for warning in dict.fromkeys(w for job in jobs for w in job.plan.warnings):
         out.print(f"warning   {warning}", style="yellow")
     for note in notes:
-        out.print(f"note      {note}", style="yellow")
+        out.print(f"note      {note}", style="yellow", soft_wrap=True)
     if len(jobs) > 1 or first.plan.lora_modules:
         out.print("`--json` lists every adapted module.", style="dim")
     for attempt in attempts:

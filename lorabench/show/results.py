@@ -157,7 +157,7 @@ def comparison(table: dict[str, Any], folder: Path, as_json: bool) -> None:
         shown.add_row(*cells)
     whole(out, shown, ("share s", "peak memory", *timed, "trainable"))
     for status, ids in table["left_out"].items():
-        out.print(f"left out, {status}: {', '.join(ids)}", style="yellow")
+        out.print(f"left out, {status}: {', '.join(ids)}", style="yellow", soft_wrap=True)
     for text in dict.fromkeys(text for row in rows for text in row["other_stack"]):
         out.print(
             f"stack other: {text}; such rows differ by more than their setting", style="yellow"
@@ -168,8 +168,9 @@ def comparison(table: dict[str, Any], folder: Path, as_json: bool) -> None:
                 f"{split}: the runs were scored in different ways or on different examples, so "
                 f"their values are not comparable; `lorabench evaluate {folder}` scores all alike",
                 style="yellow",
+                soft_wrap=True,
             )
     finished = sum(len(row["runs"]) for row in rows)
     for note, count in table["notes"].items():
         of = "" if count == finished else f" ({count} of {finished} runs)"
-        out.print(f"note: {note}{of}", style="yellow")
+        out.print(f"note: {note}{of}", style="yellow", soft_wrap=True)

@@ -72,7 +72,7 @@ def train_pack(
     device = machine.choose_device(config.trainer.device)
     memory = machine.PeakMemory(device)
     dataset = shared.dataset(members[0].job)
-    pad_id = data.pad_id(shared.tokenizer(members[0].job))
+    tokenizer = shared.tokenizer(members[0].job)
     pack, base, checksum = make_pack(shared, slots, device)
     for slot in set(range(pack.size)) - {member.slot for member in members}:
         pack.stop(slot)
@@ -89,7 +89,7 @@ def train_pack(
         resume(members, pack, start_step, display)
     try:
         open_logs(members, start_step, display)
-        _train(members, pack, dataset.tokens, pad_id, start_step, display)
+        _train(members, pack, dataset.tokens, tokenizer, start_step, display)
     except Lost:
         raise
     except BaseException as error:
@@ -163,7 +163,7 @@ def _train(
     members: list[Member],
     pack: Any,
     splits: dict[str, data.Tokens],
-    pad_id: int,
+    tokenizer: Any,
     start_step: int,
     display: Display,
 ) -> None:
@@ -176,6 +176,7 @@ def _train(
     validation = splits["validation"]
     if trainer.eval_examples is not None:
         validation = validation.first(trainer.eval_examples)
+    pad_id = data.pad_id(tokenizer)
     begun = time.perf_counter() - members[0].earlier_seconds
     display.pack([member.job.label for member in members])
     steps = train(pack, splits["train"], pad_id, start_step)
@@ -192,7 +193,7 @@ def _train(
         display.step(step.step, trainer.steps, losses, tokens / seconds)
         due = trainer.eval_every and step.step % trainer.eval_every == 0
         if due and step.step < trainer.steps:
-            tables = evaluate(pack, validation, None, pad_id, ["nll"], trainer.eval_batch_size)
+            tables = evaluate(pack, validation, tokenizer, pad_id, ["nll"], trainer.eval_batch_size)
             for member in members:
                 if member.entry.error is None:
                     value = summarise(tables[member.slot], ["nll"])["nll"][0]

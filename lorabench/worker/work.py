@@ -42,11 +42,12 @@ class Outcome:
     folder: str
     error: str | None = None
     objective: float = math.nan
+    has_failed: bool = False  # in what this command asked for, whatever it has from before
 
     @property
     def is_bad(self) -> bool:
         """Whether the run is not what the command asked for."""
-        return self.status not in ("finished", "stopped")
+        return self.has_failed or self.status not in ("finished", "stopped")
 
 
 class Worker:
@@ -99,12 +100,13 @@ class Worker:
         run_id = job.plan.run_id
         found = self._record(job)
         status, error = (found.status, found.error) if found else ("failed", None)
-        if run_id in self.failed:
+        has_failed = run_id in self.failed
+        if has_failed:
             error = self.failed[run_id]
             status = status if found and found.has_trained() else "failed"
-        return Outcome(
-            run_id, job.label, status, job.plan.folder, error, _objective(job, found, status)
-        )
+        objective = math.nan if has_failed else _objective(job, found)
+        folder = job.plan.folder
+        return Outcome(run_id, job.label, status, folder, error, objective, has_failed)
 
     # --- the work ------------------------------------------------------------------------
 
@@ -344,9 +346,9 @@ def _stamp(found: record.Record | None) -> tuple[Any, ...]:
     return (found.status, found.started, found.ended, found.error) if found else ()
 
 
-def _objective(job: Job, found: record.Record | None, status: str) -> float:
+def _objective(job: Job, found: record.Record | None) -> float:
     """The value that a sweeper of Hydra minimises or maximises; NaN for a failed or stopped run."""
-    if found is None or status != "finished":
+    if found is None or found.status != "finished":
         return math.nan
     scored = found.evaluation(job.plan.evaluation_id)
     split, _, name = job.config.objective.partition("/")

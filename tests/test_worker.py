@@ -1,0 +1,200 @@
+"""Several processes on one sweep folder: each run trained once, by whoever, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import records, say, scores
+from processes import running, wait_for
+
+from lorabench.progress import Display
+from lorabench.sweep import SweepFolder
+
+GRID = ["head=exclude,lora", "seed=0,1"]
+FAST = [
+    "tracker=none", "data.num_train=32", "data.num_validation=4", "data.num_test=8", "lora.r=2",
+    "target_modules=attention", "trainer.batch_size=2", "trainer.num_threads=1",
+]  # fmt: skip
+STEPS = 12
+
+
+def command(out: Path, *more: str) -> list[str]:
+    return ["train", "-m", *FAST, *GRID, f"trainer.steps={STEPS}", f"output_dir={out}", *more]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, Any]]:
+    """The records of an undisturbed sweep, by pack size."""
+    made: dict[int, dict[str, Any]] = {}
+
+    def of(size: int) -> dict[str, Any]:
+        if size not in made:
+            out = tmp_path_factory.mktemp("whole")
+            assert say(*command(out, f"hydra.launcher.pack_size={size}")).code == 0
+            made[size] = records(out)
+        return made[size]
+
+    return of
+
+
+def slowly(seconds: float = 0.1) -> None:
+    """In the child: steps that others can be faster than."""
+    step = Display.step
+
+    def slow(self: Display, *rest: Any) -> None:
+        time.sleep(seconds)
+        step(self, *rest)
+
+    Display.step = slow  # type: ignore[method-assign]
+
+
+def check_each_was_trained_once(out: Path, expected: dict[str, Any]) -> None:
+    found = records(out)
+    assert set(found) == set(expected)
+    for run, record in found.items():
+        assert record["status"] == "finished"
+        assert record["hashes"] == expected[run]["hashes"], "the bits of an undisturbed sweep"
+        assert scores(record) == scores(expected[run])
+        rows = (out / "default" / run / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(row)["step"] for row in rows] == list(range(1, STEPS + 1))
+        assert len(record["evaluations"]) == 1
+    assert not list(out.glob("**/*.part")) and not list(out.glob("**/*.alive"))
+
+
+@pytest.mark.parametrize(("launches", "size"), [(2, 4), (4, 1)])
+def test_launches_at_once_train_each_run_once(
+    launches: int, size: int, tmp_path: Path, whole: Callable[[int], dict[str, Any]]
+) -> None:
+    out, words = tmp_path / "out", f"hydra.launcher.pack_size={size}"
+    with ExitStack() as stack:
+        started = [
+            stack.enter_context(running(tmp_path / f"{i}.txt", *command(out, words)))
+            for i in range(launches)
+        ]
+        assert [one.wait() for one in started] == [0] * launches, [one.said for one in started]
+    check_each_was_trained_once(out, whole(size))
+    for one in started:
+        assert "4 of 4 runs done" in one.said and "Traceback" not in one.said
+    # One pack: the second can only wait, and says so.
+    waited = [one for one in started if "waiting for process" in one.said]
+    assert len(waited) == 1 or size == 1
+    commands = SweepFolder(out / "default").read().commands
+    assert len(commands) == launches
+
+
+def test_a_launch_that_waits_takes_over_from_one_that_is_killed(
+    tmp_path: Path, whole: Callable[[int], dict[str, Any]]
+) -> None:
+    out = tmp_path / "out"
+    words = command(out, "trainer.checkpoint_every=2", "hydra.launcher.pack_size=4")
+    with running(tmp_path / "first.txt", *words, before=lambda: slowly(3.0)) as first:
+        wait_for(lambda: list(out.glob("*/*/checkpoint/checkpoint.json")))
+        with running(tmp_path / "second.txt", *words) as second:
+            wait_for(lambda: "waiting for process" in second.said)
+            first.send(signal.SIGKILL)
+            assert first.wait() == -signal.SIGKILL
+            assert second.wait() == 0, second.said
+    assert f"process {first.pid} on" in second.said and "was killed; taken over" in second.said
+    check_each_was_trained_once(out, whole(4))
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file of a sweep: when it was written, and what is in it."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and ".locks" not in path.parts
+    }
+
+
+def test_a_launch_that_was_suspended_for_too_long_writes_nothing_more(
+    tmp_path: Path, whole: Callable[[int], dict[str, Any]]
+) -> None:
+    """SIGSTOP for longer than worker.stale_seconds, another finishes, SIGCONT."""
+    out = tmp_path / "out"
+    words = command(out, "trainer.checkpoint_every=2", "worker.stale_seconds=2")
+    words.append("hydra.launcher.pack_size=4")
+    with running(tmp_path / "first.txt", *words, before=slowly) as first:
+        wait_for(lambda: list(out.glob("*/*/checkpoint/checkpoint.json")))
+        first.send(signal.SIGSTOP)
+        with running(tmp_path / "second.txt", *words) as second:
+            assert second.wait() == 0, second.said
+        assert f"process {first.pid} on" in second.said
+        assert "has not answered for" in second.said and "(limit 2 s); taken over" in second.said
+        check_each_was_trained_once(out, whole(4))
+        before = snapshot(out)
+        first.send(signal.SIGCONT)
+        assert first.wait() == 0, first.said
+    assert snapshot(out) == before
+    assert "taken over by" in first.said and "nothing more is written here" in first.said
+    assert "4 of 4 runs done" in first.said
+
+
+def test_work_trains_every_pack_that_is_left(
+    tmp_path: Path, whole: Callable[[int], dict[str, Any]]
+) -> None:
+    """`lorabench work DIR` needs no words of the commands, whoever asked for what."""
+    out = tmp_path / "out"
+    words = command(out, "hydra.launcher.pack_size=2", "trainer.checkpoint_every=2")
+    with running(tmp_path / "first.txt", *words, before=slowly) as first:
+        wait_for(lambda: list(out.glob("*/*/checkpoint/checkpoint.json")))
+        first.send(signal.SIGTERM)
+        assert first.wait() == 130
+    assert len(records(out)) == 2, "of the first pack; the second has only a plan"
+    assert {one["status"] for one in records(out).values()} == {"interrupted"}
+    said = say("work", out / "default")
+    assert said.code == 0 and "4 of 4 runs done" in said.err
+    check_each_was_trained_once(out, whole(2))
+    again = say("work", out / "default")
+    assert again.code == 0
+    assert again.lines[0] == "4 of 4 runs have what was asked for, 0 to do"
+
+
+def test_a_command_for_some_runs_of_a_pack_that_has_begun_keeps_its_shape(
+    tmp_path: Path, whole: Callable[[int], dict[str, Any]]
+) -> None:
+    """The slots of the others are idle; later they are trained in the same shape."""
+    out = tmp_path / "out"
+    words = command(out, "hydra.launcher.pack_size=4", "trainer.checkpoint_every=2")
+    with running(tmp_path / "first.txt", *words, before=slowly) as first:
+        wait_for(lambda: list(out.glob("*/*/checkpoint/checkpoint.json")))
+        first.send(signal.SIGTERM)
+        assert first.wait() == 130
+    one = [word if word != GRID[1] else "seed=1" for word in words]
+    assert say(*one).code == 0
+    found = records(out)
+    by_seed = {seed: [r for r in found.values() if r["config"]["seed"] == seed] for seed in (0, 1)}
+    assert [r["status"] for r in by_seed[1]] == ["finished"] * 2
+    assert [r["status"] for r in by_seed[0]] == ["interrupted"] * 2
+    assert say(*words).code == 0
+    check_each_was_trained_once(out, whole(4))
+
+
+def test_a_command_for_some_runs_of_a_pack_that_has_not_begun_splits_it(tmp_path: Path) -> None:
+    """Nobody's bits depend on its shape yet, so the command need not carry the others along."""
+    out = tmp_path / "out"
+    folder = SweepFolder(out / "default")
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lorabench.worker.work.train_pack", stop)
+        patch.setattr("lorabench.worker.members.begin", lambda member: None)
+        patch.setattr("lorabench.worker.work.Worker._close", lambda *_: None)
+        assert say(*command(out)).code == 130
+    (pack,) = folder.read().current_packs()
+    assert len(pack.runs) == 4 and not records(out)
+    assert say("train", *FAST, "head=lora", "seed=1", f"trainer.steps={STEPS}",
+               f"output_dir={out}").code == 0  # fmt: skip
+    ((run, record),) = records(out).items()
+    assert record["plan"]["pack"]["members"] == [run]
+    sizes = [len(one.runs) for one in folder.read().current_packs()]
+    assert sorted(sizes) == [1, 3] and len(folder.read().packs) == 3, "nothing is removed"
