@@ -32,7 +32,7 @@ test: $(READY) ## the fast tests, within five minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(READY) ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 test-minimum: $(MINIMUM)/.ready ## the fast tests on the oldest versions that pyproject.toml allows
 	$(MINIMUM)/bin/python -m pytest -n 2 --dist worksteal

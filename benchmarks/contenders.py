@@ -22,10 +22,11 @@ def contend(name: str, arguments: list[str]) -> None:
     """A Hydra app, as people write them: one job is one run of the contender."""
     import hydra
 
-    from lorabench import cli, config, data, runner
+    from lorabench import cli, config
 
     cli.register()
     sys.argv = ["contenders.py", *arguments]
+    prepared: dict[str, Any] = {}  # once for all jobs: in favour of (a)
 
     def job(cfg: Any) -> None:
         import torch
@@ -33,13 +34,12 @@ def contend(name: str, arguments: list[str]) -> None:
 
         typed = config.typed(cfg)
         torch.set_num_threads(typed.trainer.num_threads)
-        splits, _ = runner.SHARED.splits(typed)  # prepared once: in favour of (a)
-        pad_id = data.pad_id(runner.SHARED.tokenizer(typed))
+        prepared.update(prepared or prepare(typed, with_base=name.startswith("solo")))
         contenders: dict[str, Callable] = {
             "trainer": run_trainer, "stock": run_stock, "exact": run_exact, "solo": run_solo,
         }  # fmt: skip
         run = contenders[name.split("-")[0]]
-        found = run(typed, splits, pad_id, "compiled" in name)
+        found = run(typed, prepared, "compiled" in name)
         found["run"] = f"head={typed.head.policy} lora.r={typed.lora.r} seed={typed.seed}"
         folder = Path(HydraConfig.get().runtime.output_dir)
         (folder / "result.json").write_text(json.dumps(found))
@@ -111,8 +111,9 @@ def stock_nll(model: Any, splits: Any, pad_id: int, config: Any) -> dict[str, fl
     return found
 
 
-def run_trainer(config: Any, splits: Any, pad_id: int, _: bool) -> dict[str, Any]:
+def run_trainer(config: Any, prepared: dict[str, Any], _: bool) -> dict[str, Any]:
     """(a): the HF Trainer, silent and saving nothing."""
+    splits, pad_id = prepared["splits"], prepared["pad_id"]
     import torch
     from transformers import Trainer, TrainingArguments
 
@@ -149,16 +150,18 @@ def run_trainer(config: Any, splits: Any, pad_id: int, _: bool) -> dict[str, Any
     return {"losses": losses, "nll": stock_nll(model, splits, pad_id, config)}
 
 
-def run_stock(config: Any, splits: Any, pad_id: int, _: bool) -> dict[str, Any]:
+def run_stock(config: Any, prepared: dict[str, Any], _: bool) -> dict[str, Any]:
     """The same without the Trainer."""
+    splits, pad_id = prepared["splits"], prepared["pad_id"]
     model = stock_model(config)
     steps = stock_steps(model, batches(splits["train"], config, pad_id, "cpu"), config, "cpu")
     losses = [loss.tolist()[0] for loss in steps]
     return {"losses": losses[:SAME_STEPS], "nll": stock_nll(model, splits, pad_id, config)}
 
 
-def run_exact(config: Any, splits: Any, pad_id: int, _: bool) -> dict[str, Any]:
+def run_exact(config: Any, prepared: dict[str, Any], _: bool) -> dict[str, Any]:
     """The first steps of the same in float64: what rounding does to (a)."""
+    splits, pad_id = prepared["splits"], prepared["pad_id"]
     model = stock_model(config).double()
     steps = stock_steps(model, batches(splits["train"], config, pad_id, "cpu"), config, "cpu")
     return {"losses": [loss.item() for loss in itertools.islice(steps, SAME_STEPS)]}
@@ -189,21 +192,34 @@ def stock_steps(model: Any, source: Iterator[dict], config: Any, device: str) ->
         yield loss.detach()[None]
 
 
-def run_solo(config: Any, splits: Any, pad_id: int, compiled: bool) -> dict[str, Any]:
+def prepare(config: Any, with_base: bool) -> dict[str, Any]:
+    """What all jobs of a contender share: the tokenised data, and for (c) the loaded base."""
+    from lorabench import data
+    from lorabench import model as base_model
+
+    tokenizer, examples = base_model.tokenizer(config.model), data.load(config.data)
+    splits = {
+        split: data.tokenise(getattr(examples, split), tokenizer, config.data)
+        for split in ("train", "validation", "test")
+    }
+    found = {"splits": splits, "tokenizer": tokenizer, "pad_id": data.pad_id(tokenizer)}
+    return found | ({"base": base_model.load(config.model, "cpu")} if with_base else {})
+
+
+def run_solo(config: Any, prepared: dict[str, Any], compiled: bool) -> dict[str, Any]:
     """(c): lorabench's own pack of one, bare."""
-    from lorabench import runner
     from lorabench.evaluate import evaluate, summarise
     from lorabench.train import train
 
-    base, _ = runner.SHARED.base(config, "cpu")
-    pack = make_pack(base, [config], "cpu", alone=True, compiled=compiled)
+    splits, pad_id = prepared["splits"], prepared["pad_id"]
+    pack = make_pack(prepared["base"], [config], "cpu", alone=True, compiled=compiled)
     losses, ends = [], [time.perf_counter()]
     for step in train(pack, splits["train"], pad_id):
         losses.append(step.loss[0])
         ends.append(time.perf_counter())
-    tokenizer, nll = runner.SHARED.tokenizer(config), {}
+    nll = {}
     for split in ("validation", "test"):
-        (table,) = evaluate(pack, splits[split], tokenizer, pad_id, ["nll"])
+        (table,) = evaluate(pack, splits[split], prepared["tokenizer"], pad_id, ["nll"])
         nll[split] = summarise(table, ["nll"])["nll"][0]
     late = [b - a for a, b in itertools.pairwise(ends)][len(losses) // 2 :]
     return {"losses": losses[:SAME_STEPS], "nll": nll, "step_seconds": statistics.median(late)}

@@ -44,7 +44,8 @@ PACKAGES = (
     "pyarrow",
     "pydantic",
 )
-Status = Literal["running", "trained", "finished", "stopped", "interrupted", "failed"]
+# `planned` is never written: it is a run of sweep.json without a record.
+Status = Literal["planned", "running", "trained", "finished", "stopped", "interrupted", "failed"]
 
 
 class Metric(BaseModel):

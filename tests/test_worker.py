@@ -198,3 +198,22 @@ def test_a_command_for_some_runs_of_a_pack_that_has_not_begun_splits_it(tmp_path
     assert record["plan"]["pack"]["members"] == [run]
     sizes = [len(one.runs) for one in folder.read().current_packs()]
     assert sorted(sizes) == [1, 3] and len(folder.read().packs) == 3, "nothing is removed"
+
+
+def test_runs_lists_what_is_only_planned(tmp_path: Path) -> None:
+    """sweep.json has every run, before any of them has a record."""
+    out = tmp_path / "out"
+    with running(tmp_path / "first.txt", *command(out, "hydra.launcher.pack_size=2"),
+                 before=slowly) as first:  # fmt: skip
+        wait_for(lambda: list(out.glob("*/*/metrics.jsonl")))
+        shown = json.loads(say("runs", out / "default", "--json").out)
+        assert sorted(run["status"] for run in shown) == ["planned"] * 2 + ["running"] * 2
+        first.send(signal.SIGKILL)
+        first.wait()
+    statuses = sorted(
+        run["status"] for run in json.loads(say("runs", out / "default", "--json").out)
+    )
+    assert statuses == ["interrupted"] * 2 + ["planned"] * 2
+    assert say("runs", out / "default").out.count("planned") == 2
+    table = json.loads(say("compare", out / "default", "--json").out)
+    assert sorted(map(len, table["left_out"].values())) == [2, 2]

@@ -135,9 +135,26 @@ def compose(arguments: list[str], planner: Planner | None = None) -> Composed:
 
 
 def in_hydras_order(arguments: Sequence[str]) -> list[str]:
-    """Put a flag without a value first: argparse refuses overrides on both sides of one."""
-    flags = [word for word in arguments if word in ("-m", "--multirun")]
-    return [*flags[:1], *(word for word in arguments if word not in flags)]
+    """Put the flags first, each once: argparse refuses overrides on both sides of one."""
+    from hydra._internal.utils import get_args_parser
+
+    actions = get_args_parser()._option_string_actions
+    flags: list[str] = []
+    overrides: list[str] = []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        action = actions.get(word)
+        if action is None:
+            (flags if word.startswith("-") else overrides).append(word)  # --config-dir=DIR
+            continue
+        value: list[str] = []
+        takes_one = action.nargs is None or (action.nargs == "?" and "=" not in "".join(words[:1]))
+        if takes_one and words and not words[0].startswith("-"):
+            value = [words.pop(0)]
+        if word not in flags:
+            flags += [word, *value]
+    return [*flags, *overrides]
 
 
 def _search_path(config_path: str | None, config_dir: str | None) -> Any:

@@ -20,6 +20,7 @@ def _folder_parser(verb: str) -> argparse.ArgumentParser:
 def _records(folder: Path) -> list[Any]:
     from lorabench import record
     from lorabench.config import ConfigErrors
+    from lorabench.sweep import SweepFolder
 
     if not folder.is_dir():
         near = [str(p) for p in sorted(folder.parent.glob("*/")) if any(p.glob("*/record.json"))]
@@ -31,10 +32,12 @@ def _records(folder: Path) -> list[Any]:
     if bad:
         fail(
             [
-                f"left out, record.json is damaged or of another version: {', '.join(bad)}; "
+                f"left out, record.json is damaged or of a newer version: {', '.join(bad)}; "
                 "the command that made them trains them again"
             ]
         )
+    if (folder / "sweep.json").is_file():
+        found += SweepFolder(folder).planned()
     if not found:
         raise ConfigErrors(
             f"folder: must hold runs (folders with record.json); '{folder}' has none; "

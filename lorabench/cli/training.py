@@ -46,12 +46,7 @@ def train(arguments: list[str]) -> int:
     refuse_values(arguments)
     command = Command(["train", *arguments])
     register(command.planner)
-    loud = logging.raiseExceptions
-    logging.raiseExceptions = False  # a log on a full disk, ours or W&B's, is no traceback
-    try:
-        _run_hydra(_task(command), arguments)
-    finally:
-        logging.raiseExceptions = loud
+    _run_hydra(_task(command), arguments)
     if command.refused:
         raise ConfigErrors(command.refused)
     return closing(list(command.outcomes.values()))
@@ -61,7 +56,12 @@ def _run_hydra(function: Callable[[Any], Any], arguments: Sequence[str]) -> None
     import hydra
 
     sys.argv = ["lorabench", *in_hydras_order(arguments)]
-    hydra.main(config_path=conf_folder(), config_name="train", version_base="1.3")(function)()
+    loud = logging.raiseExceptions
+    logging.raiseExceptions = False  # a log to a full disk or a closed pipe is no traceback
+    try:
+        hydra.main(config_path=conf_folder(), config_name="train", version_base="1.3")(function)()
+    finally:
+        logging.raiseExceptions = loud
 
 
 def _task(command: Command) -> Callable[[Any], float]:

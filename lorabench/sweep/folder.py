@@ -161,6 +161,27 @@ class SweepFolder:
         """The file that says who holds a pack."""
         return self.locks / f"{pack.id}.json"
 
+    def planned(self) -> list[tuple[Path, Record]]:
+        """The runs that have no record yet, in the order in which they were asked for."""
+        content = self.read()
+        packs = {run: pack for pack in content.current_packs() for run in pack.runs}
+        return [
+            (
+                self.path / run,
+                Record(
+                    run_id=run,
+                    sweep=entry.config["sweep"],
+                    status="planned",
+                    config=entry.config,
+                    seeds=entry.config["seeds"],
+                    plan={"pack": {"id": packs[run].id, "size": len(packs[run].runs)}},
+                    provenance={},
+                ),
+            )
+            for run, entry in content.runs.items()
+            if not (self.path / run / "record.json").exists()
+        ]
+
     def record(self, run: str) -> Record | None:
         """The record of a run; None while it is only planned."""
         return record.read(self.path / run)

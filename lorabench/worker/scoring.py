@@ -6,20 +6,25 @@ import contextlib
 import dataclasses
 import gc
 import hashlib
+import logging
 import math
 import os
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lorabench import adapters, data, identity, machine, record
 from lorabench.config import ConfigErrors
+from lorabench.lease import Lost
 from lorabench.progress import Display
 from lorabench.sweep import Job
-from lorabench.worker.members import Member, own_failure
+from lorabench.worker.members import Member, what_failed
 from lorabench.worker.shared import Dataset, Shared
 from lorabench.worker.training import make_pack
+
+log = logging.getLogger(__name__)
 
 
 def load_pack(members: Sequence[Member], slots: Sequence[Job], shared: Shared) -> Any:
@@ -58,7 +63,7 @@ def load_pack(members: Sequence[Member], slots: Sequence[Job], shared: Shared) -
 
 def score(
     members: Sequence[Member], evaluation: str, pack: Any, shared: Shared, display: Display
-) -> None:
+) -> dict[str, str]:
     """Score the members on validation and test and append the evaluation to their records.
 
     Short memory halves the batch; a single example that does not fit is an error.
@@ -66,6 +71,8 @@ def score(
     Args:
         members: runs that are to be scored with the same settings.
         evaluation: the id of those settings.
+    Returns:
+        What went wrong with single runs, by run id: predictions that could not be written.
     """
     job = members[0].job
     dataset, tokenizer = shared.dataset(job), shared.tokenizer(job)
@@ -83,9 +90,16 @@ def score(
         batch_size = (batch_size + 1) // 2
         display.say(f"scoring does not fit into memory; trying batches of {batch_size} examples")
     seconds = time.perf_counter() - begun
+    errors = {}
     for member in members:
-        with own_failure(member):
+        try:
             _append(member, evaluation, scored, dataset, batch_size, seconds)
+        except Lost:
+            raise
+        except Exception as error:
+            log.error("run %s: not scored\n%s", member.entry.run_id, traceback.format_exc())
+            errors[member.entry.run_id] = what_failed(error)
+    return errors
 
 
 Scored = dict[str, list[Any]]  # split -> one table per run

@@ -75,8 +75,7 @@ class Worker:
         found = self._record(job)
         if found is None or not found.has_trained() or self._has_failed(job, found):
             return False
-        is_ours = found.arithmetic_version == record.ARITHMETIC_VERSION
-        return is_ours and not self._is_scored(found, job)
+        return not self._is_scored(found, job)
 
     def _is_scored(self, found: record.Record, job: Job) -> bool:
         """Whether a run has the evaluation that a job asks for, with its predictions."""
@@ -265,18 +264,16 @@ class Worker:
         for evaluation, of_runs in wanted.items():
             scored = list(of_runs.values())
             try:
-                score(scored, evaluation, loaded, self.shared, self.display)
+                errors = score(scored, evaluation, loaded, self.shared, self.display)
             except (KeyboardInterrupt, Lost):
                 raise
             except Exception as error:
                 log.error("scoring failed\n%s", traceback.format_exc())
-                for member in scored:
-                    member.entry.error = f"scoring failed: {at_work.what_failed(error)}"
-                    self.failed[member.entry.run_id] = member.entry.error
-            for member in scored:
-                if member.failed:  # of its own predictions; its adapter is saved
-                    member.entry.status = "trained"
-                    self.failed[member.entry.run_id] = member.entry.error or "scoring failed"
+                errors = dict.fromkeys(of_runs, at_work.what_failed(error))
+            for run, text in errors.items():
+                self.failed[run] = f"scoring failed: {text}"
+                if of_runs[run].entry.status == "trained":  # others have scores from before
+                    of_runs[run].entry.error = self.failed[run]
 
     def _close(
         self,
@@ -292,10 +289,8 @@ class Worker:
                 entry.status, entry.error = status, error
             if member.failed:
                 self.failed[entry.run_id] = entry.error or "failed"
-            seconds = time.perf_counter() - begun
-            entry.cost.total_seconds = round(
-                max(entry.cost.total_seconds, member.earlier_seconds + seconds), 3
-            )
+            before = entry.cost.total_seconds or member.earlier_seconds
+            entry.cost.total_seconds = round(before + time.perf_counter() - begun, 3)
             entry.ended = record.now()
             try:
                 member.write()

@@ -1,0 +1,91 @@
+"""Folders that earlier versions wrote: read for ever, and their ids reproduced."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import records, say
+
+from lorabench import record
+
+FOLDERS = Path(__file__).parent / "folders"
+FIRST = FOLDERS / "written_by_0.1"
+# The words it was written with, from its records.
+WORDS = [
+    "-m", "head=exclude,lora", "seed=0,1", "lora.r=2", "target_modules=attention",
+    "trainer.steps=6", "trainer.batch_size=2", "trainer.num_threads=1", "tracker=none",
+    "data.num_train=32", "data.num_validation=4", "data.num_test=8",
+    "data.metric=[nll,exact_match]", "sweep=written_by_0.1", "hydra.output_subdir=null",
+]  # fmt: skip
+
+
+@pytest.fixture
+def first(tmp_path: Path) -> Path:
+    """A copy of the sweep of version 0.1 in an output folder."""
+    shutil.copytree(FIRST, tmp_path / "written_by_0.1")
+    return tmp_path / "written_by_0.1"
+
+
+def test_runs_and_compare_read_it(first: Path) -> None:
+    """The values that version 0.1 recorded, by json alone."""
+    written = {
+        path.parent.name: json.loads(path.read_text()) for path in first.glob("*/record.json")
+    }
+    assert {one["schema_version"] for one in written.values()} == {1}
+    shown = json.loads(say("runs", first, "--json").out)
+    assert {one["run_id"]: one["status"] for one in shown} == dict.fromkeys(written, "finished")
+    table = json.loads(say("compare", first, "--json").out)
+    assert len(table["rows"]) == 2
+    for run in table["runs"]:
+        for split, metrics in written[run["run_id"]]["metrics"].items():
+            assert run["metrics"][split] == {name: m["value"] for name, m in metrics.items()}
+    assert all(table["evaluations"][split]["shared"] for split in ("validation", "test"))
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_export_writes_it(kind: str, first: Path, tmp_path: Path) -> None:
+    run = next(path for path, r in record.find(first) if r.config["head"]["policy"] == "lora")
+    said = say("export", run, "--to", kind, tmp_path / "exported")
+    assert said.code == 0, said.err
+    assert (tmp_path / "exported" / "export.json").is_file()
+
+
+def test_train_on_it_trains_beside_it_and_says_so(first: Path) -> None:
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    said = say("train", *WORDS, f"output_dir={first.parent}")
+    assert said.code == 0, said.err
+    assert said.lines[0] == (
+        f"{first}: 4 runs of arithmetic version 1 stay as they are; this lorabench computes "
+        f"otherwise (version {record.ARITHMETIC_VERSION}) and trains beside them"
+    )
+    assert all(path.read_bytes() == content for path, content in before.items())
+    found = records(first.parent)
+    new = [r for r in found.values() if r["schema_version"] == record.SCHEMA_VERSION]
+    assert len(found) == 8 and len(new) == 4
+    # Nothing that these runs do was changed: the losses are those of version 0.1.
+    old = {
+        (r["config"]["head"]["policy"], r["config"]["seed"]): r
+        for r in found.values()
+        if r["schema_version"] == 1
+    }
+    for one in new:
+        value = one["evaluations"][0]["splits"]["test"]["metrics"]["nll"]["value"]
+        expected = old[one["config"]["head"]["policy"], one["config"]["seed"]]
+        # Float32 of another machine: rounding of a loss near 15, grown by six AdamW steps.
+        assert value == pytest.approx(expected["metrics"]["test"]["nll"]["value"], rel=1e-4)
+
+
+def test_evaluate_and_work_say_what_to_do_with_it(first: Path) -> None:
+    for verb in ("evaluate", "work"):
+        said = say(verb, first)
+        assert said.code == 2 and "written by an earlier lorabench" in said.err
+
+
+def newer(folder: Path) -> list[dict[str, Any]]:
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*/record.json"))]
+    assert found
+    return found
