@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 MINIMUM := .venv-minimum
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep plan compare test test-slow test-minimum lint bench scan base clean
+.PHONY: help setup sweep plan compare test test-slow test-minimum lint docs bench scan base clean
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ $(MINIMUM)/.ready: pyproject.toml constraints-minimum.txt
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check lorabench hydra_plugins tests benchmarks
 	$(BIN)/mypy
+
+docs: $(READY) ## the generated pages of docs/
+	$(BIN)/python -m lorabench.config.reference
 
 bench: $(READY) ## the same sweep packed, one by one, and by stock PEFT; about half an hour
 	$(BIN)/python benchmarks/sweep.py --threads 2 --repeats 3

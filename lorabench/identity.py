@@ -32,18 +32,22 @@ EVALUATION_KEYS = (
     "trainer.eval_",
     "objective",
 )
-# Keys of the groups below that never change a training: places, names, logs, what the resolved
-# parts and the content hashes stand for.
-NOT_DECIDING: dict[str, set[str]] = {
-    "model": {"path", "name", "revision"},
+# Keys that decide a training only through what they resolve to: content hashes stand for sources,
+# modules with their ranks and scales for LoRA's settings. What they resolve to is in the run id.
+RESOLVED = {
+    "model": {"path", "revision"},
     "data": {
-        "name", "source", "skills", "min_word_length", "max_word_length", "train", "prompt",
-        "completion", "labels", "split_by", "validation_fraction", "test_fraction", "num_train",
+        "source", "skills", "min_word_length", "max_word_length", "train", "prompt", "completion",
+        "labels", "split_by", "validation_fraction", "test_fraction", "num_train",
     },
     "lora": {"r", "lora_alpha", "alpha_ratio", "use_rslora", "rank_pattern", "alpha_pattern"},
-    "trainer": {"device", "num_threads", "checkpoint_every", "log_every"},
-    "seeds": set(),
 }  # fmt: skip
+# Keys of the same groups that change no result: labels, places, logs.
+NOT_DECIDING = {
+    "model": {"name"},
+    "data": {"name"},
+    "trainer": {"device", "num_threads", "checkpoint_every", "log_every"},
+}
 # Keys added since arithmetic version 2, at the value that does what runs before them did.
 NEUTRAL: dict[str, Any] = {}
 
@@ -73,11 +77,12 @@ def training(
         labels: of a classification, in the order of their numbers.
     """
     groups = dataclasses.asdict(config)
-    for group, keys in NOT_DECIDING.items():
+    for group in ("model", "data", "lora", "trainer", "seeds"):
         groups[group] = {
             key: value
             for key, value in groups[group].items()
-            if key not in keys
+            if key not in RESOLVED.get(group, ())
+            and key not in NOT_DECIDING.get(group, ())
             and not is_of_evaluation(f"{group}.{key}")
             and not (f"{group}.{key}" in NEUTRAL and NEUTRAL[f"{group}.{key}"] == value)
         }

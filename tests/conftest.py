@@ -6,6 +6,7 @@ Stock PEFT's side of a comparison is in stock.py and stock_classifier.py.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -24,6 +25,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import compositions
 import pytest
 import torch
 
@@ -31,8 +33,47 @@ from lorabench import cli, config
 
 # What fails in a helper is told in full, as in a test.
 pytest.register_assert_rewrite("stock", "stock_classifier")
+compositions.install()
 # One thread: as fast for models this small, and steady on a shared machine.
 torch.set_num_threads(1)
+
+
+# Tests of more than five seconds.
+LONG = (
+    "test_a_killed_pack_resumes_to_the_same_bits",
+    "test_a_killed_sweep_ends_with_the_same_bits_and_the_whole_history",
+    "test_a_fresh_process_reads_the_same_from_disk",
+    "test_any_mixture_equals_stock_peft",
+    "test_card_states_what_the_weights_do",
+    "test_each_adapter_holds_its_own_keys_and_reloads_to_the_recorded_nll",
+    "test_every_rate_of_transformers_configs_is_known_by_its_name",
+    "test_members_a_step_apart_resume_at_the_step_they_share",
+    "test_out_of_memory_at_the_first_step_halves_the_pack",
+    "test_pretraining_does_not_depend_on_the_hash_seed",
+    "test_recorded_nll_is_what_plain_peft_gives_without_lorabench",
+    "test_resumed_across_a_change_is_bitwise_the_uninterrupted_run",
+    "test_saved_folder_is_plain_peft_and_the_same_under_any_hash_seed",
+    "test_shapes_from_the_command_line",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long tests first in each half: xdist deals the halves to two workers, which then steal.
+
+    A long test at the end would keep one worker busy while the other one has nothing left.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        long = [item for item in items if item.name.partition("[")[0] in LONG]
+        rest = [item for item in items if item not in set(long)]
+        middle = len(rest) // 2
+        items[:] = [*long[::2], *rest[:middle], *long[1::2], *rest[middle:]]
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over what was imported: a full collection takes 0.1 s then."""
+    gc.collect()
+    gc.freeze()
+
 
 # --- the command line ------------------------------------------------------------------------
 

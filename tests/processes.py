@@ -64,6 +64,17 @@ def start(output: Path, *words: Any, before: Callable[[], Any] | None = None) ->
     """
     from lorabench import cli
 
+    return start_call(output, lambda: cli.main([str(word) for word in words]), before=before)
+
+
+def start_call(
+    output: Path, function: Callable[[], int], before: Callable[[], Any] | None = None
+) -> Process:
+    """Run a function, which returns the exit code, in a fork of this process.
+
+    Args:
+        output, before: as for `start`.
+    """
     if output.is_dir():
         output = output / f"said-{time.monotonic_ns()}.txt"
     sys.stdout.flush()
@@ -82,7 +93,7 @@ def start(output: Path, *words: Any, before: Callable[[], Any] | None = None) ->
                 signal.signal(number, signal.default_int_handler)
             if before is not None:
                 before()
-            code = cli.main([str(word) for word in words])
+            code = function()
             sys.stdout.flush()
             sys.stderr.flush()
     except BaseException:

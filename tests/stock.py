@@ -88,13 +88,16 @@ def mixture(kind: str, folder: Path, dropout: float, *common: str) -> list[Confi
 # --- ours ------------------------------------------------------------------------------------
 
 
-def packed(configs: list[Config], device: str = "cpu") -> StackedPack:
+def packed(
+    configs: list[Config], device: str = "cpu", planner: plan.Planner | None = None
+) -> StackedPack:
     assert len(configs) > 1, "every case has a pack size above one"
-    plans = [plan.make(config) for config in configs]
+    planner = planner or plan.Planner()
+    plans = [planner.make(config) for config in configs]
     assert [one.alone for one in plans] == [None] * len(plans)
     base = base_model.load(configs[0].model, device)
     modules = [one.lora_modules for one in plans]
-    return StackedPack(base, plan.skeleton(configs[0].model), configs, modules, device)
+    return StackedPack(base, planner.skeleton(configs[0].model), configs, modules, device)
 
 
 def copy_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -142,7 +145,13 @@ def decay_groups(wrapped: nn.Module, weight_decay: float) -> list[dict[str, Any]
 class Stock:
     """One run as a user of PEFT writes it by hand."""
 
-    def __init__(self, config: Config, initial: dict[str, Tensor], device: str = "cpu"):
+    def __init__(
+        self,
+        config: Config,
+        initial: dict[str, Tensor],
+        device: str = "cpu",
+        planner: plan.Planner | None = None,
+    ):
         from transformers import AutoModelForCausalLM
 
         self.config, self.device = config, device
@@ -151,7 +160,7 @@ class Stock:
             dtype=getattr(torch, config.model.dtype),
             attn_implementation=config.model.attn_implementation,
         ).to(device)
-        lora = config.lora
+        lora, planned = config.lora, (planner or plan.Planner()).make(config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tied layers
             self.wrapped = get_peft_model(
@@ -164,8 +173,8 @@ class Stock:
                     use_rslora=lora.use_rslora,
                     rank_pattern=dict(lora.rank_pattern or {}),
                     alpha_pattern=dict(lora.alpha_pattern or {}),
-                    target_modules=plan.make(config).lora_modules,
-                    modules_to_save=plan.make(config).saved_modules or None,
+                    target_modules=planned.lora_modules,
+                    modules_to_save=planned.saved_modules or None,
                     bias=lora.bias,  # type: ignore[arg-type]
                 ),
             )
@@ -279,10 +288,11 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 def compare_training(configs: list[Config], device: str = "cpu") -> tuple[float, tuple[float, str]]:
     """`differences` of a pack of these runs from stock PEFT's own training of each."""
-    pack = packed(configs, device)
+    planner = plan.Planner()
+    pack = packed(configs, device, planner)
     initial = [copy_of(pack.adapter_state(run)) for run in range(pack.size)]
     losses = train_pack(pack)
-    stocks = (Stock(*pair, device) for pair in zip(configs, initial, strict=True))
+    stocks = (Stock(*pair, device, planner) for pair in zip(configs, initial, strict=True))
     trained = ((stock, stock.train()) for stock in stocks)
     return differences(pack, initial, losses, trained)
 
@@ -291,8 +301,11 @@ def compare_gradients(
     configs: list[Config], steps: list[int], device: str = "cpu"
 ) -> tuple[float, str]:
     """Largest relative difference of a gradient from the same weights at any of these steps."""
-    pack = packed(configs, device)
-    stocks = [Stock(one, pack.adapter_state(run), device) for run, one in enumerate(configs)]
+    planner = plan.Planner()
+    pack = packed(configs, device, planner)
+    stocks = [
+        Stock(one, pack.adapter_state(run), device, planner) for run, one in enumerate(configs)
+    ]
     worst, update, done, zeros = (0.0, ""), pack.update, iter(range(10**6)), 0
 
     def compare_then_update(lr: list[float]) -> Tensor:

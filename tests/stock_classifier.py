@@ -50,7 +50,7 @@ def stock_model(config: Config) -> Any:
 class Stock:
     """One run as a user of PEFT writes it by hand, with the tokenizer's own padding and mask."""
 
-    def __init__(self, config: Config, initial: dict[str, Tensor]):
+    def __init__(self, config: Config, initial: dict[str, Tensor], planner: plan.Planner):
         self.config = config
         lora = config.lora
         settings = LoraConfig(
@@ -59,7 +59,7 @@ class Stock:
             lora_alpha=lora_alpha(lora),  # type: ignore[arg-type]
             lora_dropout=lora.lora_dropout,
             use_rslora=lora.use_rslora,
-            target_modules=plan.make(config).lora_modules,
+            target_modules=planner.make(config).lora_modules,
             bias=lora.bias,  # type: ignore[arg-type]
         )
         self.wrapped = get_peft_model(stock_model(config), settings)
@@ -112,28 +112,33 @@ class Stock:
 # --- ours ------------------------------------------------------------------------------------
 
 
-def make_pack(configs: list[Config], solo: bool = False) -> ModulePack | StackedPack:
-    plans = [plan.make(config) for config in configs]
+def make_pack(
+    configs: list[Config], solo: bool = False, planner: plan.Planner | None = None
+) -> ModulePack | StackedPack:
+    planner = planner or plan.Planner()
+    plans = [planner.make(config) for config in configs]
     assert [one.alone for one in plans] == [None] * len(plans)
     assert [one.labels for one in plans] == [LABELS] * len(plans)
     base = base_model.load(configs[0].model, "cpu", len(LABELS))
     modules = [one.lora_modules for one in plans]
     if solo:
         return ModulePack(base, configs[0], modules[0], "cpu")
-    skeleton = plan.skeleton(configs[0].model, len(LABELS))
+    skeleton = planner.skeleton(configs[0].model, len(LABELS))
     return StackedPack(base, skeleton, configs, modules, "cpu")
 
 
 def compare_training(configs: list[Config], solo: bool = False) -> None:
     """Losses and trained weights of every run, against a run of its own by stock PEFT."""
-    pack = make_pack(configs, solo)
+    planner = plan.Planner()
+    pack = make_pack(configs, solo, planner)
     initial = [copy_of(pack.adapter_state(run)) for run in range(pack.size)]
     tokenizer = base_model.tokenizer(configs[0].model)
     tokens = data.classify(data.load(configs[0].data).train, tokenizer, configs[0].data, LABELS)
     length = data.padded_length(tokens, configs[0].data.max_length)
     steps = train(pack, tokens, data.pad_id(tokenizer))
     losses = list(zip(*(step.loss for step in steps), strict=True))
-    trained = ((stock, stock.train(length)) for stock in map(Stock, configs, initial))
+    stocks = (Stock(*pair, planner) for pair in zip(configs, initial, strict=True))
+    trained = ((stock, stock.train(length)) for stock in stocks)
     loss, (weights, name) = differences(pack, initial, losses, trained)
     # Float64 rounding (1e-16) of sums in another order, grown by AdamW's steps.
     assert loss < 1e-10

@@ -113,29 +113,40 @@ def test_checksum_sees_one_flipped_bit_and_swapped_rows() -> None:
     assert base_model.checksum(base) != before
 
 
-def test_saved_folder_is_plain_peft_and_the_same_under_any_hash_seed(tmp_path: Path) -> None:
-    script = """
-import sys; sys.path.insert(0, sys.argv[2])
+SAVE = """
+import sys
 from pathlib import Path
-from conftest import composed
-from lorabench import adapters, plan, model
-config = composed("tracker=none", "head=lora", "lora.r=4")
-wrapped = adapters.attach(model.load(config.model, "cpu"), config, plan.make(config).lora_modules)
+from lorabench import adapters, cli, config, model, plan
+cfg = config.typed(cli.compose(["tracker=none", "head=lora", "lora.r=4"]).configs[0])
+wrapped = adapters.attach(model.load(cfg.model, "cpu"), cfg, plan.make(cfg).lora_modules)
 state = adapters.adapter_state(wrapped)
 print(adapters.save(state, wrapped.peft_config["default"], Path(sys.argv[1])))
+print(hash("lora_A"))
 """
-    contents = []
-    for hash_seed in ("1", "2"):
-        folder = tmp_path / hash_seed
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(folder), str(Path(__file__).parent)],
-            env=os.environ | {"PYTHONHASHSEED": hash_seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        files = {p.name: p.read_bytes() for p in folder.iterdir()}
-        contents.append((done.stdout.strip().splitlines()[-1], files))
+
+
+def test_saved_folder_is_plain_peft_and_the_same_under_any_hash_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """This process has a hash seed of its own; a fresh one gets another."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    monkeypatch.setattr(sys, "argv", ["-c", str(here)])
+    exec(SAVE, {})
+    printed = [capfd.readouterr().out]
+    done = subprocess.run(
+        [sys.executable, "-c", SAVE, str(there)],
+        env=os.environ | {"PYTHONHASHSEED": "12345"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    printed.append(done.stdout)
+    hashes, seeds = zip(*(lines.splitlines()[-2:] for lines in printed), strict=True)
+    assert seeds[0] != seeds[1], "two hash seeds"
+    contents = [
+        (saved, {p.name: p.read_bytes() for p in folder.iterdir()})
+        for saved, folder in zip(hashes, (here, there), strict=True)
+    ]
     assert contents[0] == contents[1]
     assert set(contents[0][1]) == {"adapter_config.json", "adapter_model.safetensors"}
     settings = json.loads(contents[0][1]["adapter_config.json"])

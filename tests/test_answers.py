@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from lorabench import data, plan
 from lorabench import model as base_model
-from lorabench.config import DataConfig, range_errors
+from lorabench.config import Config, DataConfig, range_errors
 from lorabench.evaluate import answers, eos_token_ids, extract, generation_settings, score
 from lorabench.pack import ModulePack, StackedPack
 
@@ -58,27 +58,47 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("setting", HOSTILE)
-@pytest.mark.parametrize("stacked", [False, True])
-def test_generation_is_greedy_whatever_the_base_says(setting: str, stacked: bool) -> None:
-    """A published repetition_penalty of 1.1 moves the answers of a base by percents."""
+@pytest.fixture(scope="module")
+def planner() -> plan.Planner:
+    """Plans the one config of the test below once."""
+    return plan.Planner()
+
+
+@pytest.fixture(scope="module")
+def asked() -> tuple[Config, Any, data.Tokens, list[str]]:
+    """Config, tokenizer and four questions, with what the base itself answers, greedily."""
     config = composed(*ASKED, "data.answer_examples=4")
-    base = base_model.load(config.model, "cpu")
-    base.generation_config.update(**{setting: HOSTILE[setting]})
-    modules = plan.make(config).lora_modules
-    pack: Any = ModulePack(base, config, modules, "cpu")
-    if stacked:
-        skeleton = plan.skeleton(config.model, 0)
-        pack = StackedPack(base, skeleton, [config, config], [modules, modules], "cpu")
     tokenizer = base_model.tokenizer(config.model)
     tokens = data.tokenise(data.load(config.data).test, tokenizer, config.data).first(4)
+    plain, texts = base_model.load(config.model, "cpu"), []
+    for ids, start in zip(tokens.input_ids, tokens.completion_start, strict=True):
+        written = greedy(plain, ids[:start], 12, {tokenizer.eos_token_id})
+        texts.append(tokenizer.decode(written, skip_special_tokens=True))
+    return config, tokenizer, tokens, texts
+
+
+@pytest.mark.parametrize("setting", HOSTILE)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_generation_is_greedy_whatever_the_base_says(
+    setting: str,
+    stacked: bool,
+    planner: plan.Planner,
+    asked: tuple[Config, Any, data.Tokens, list[str]],
+) -> None:
+    """A published repetition_penalty of 1.1 moves the answers of a base by percents."""
+    config, tokenizer, tokens, texts = asked
+    base = base_model.load(config.model, "cpu")
+    base.generation_config.update(**{setting: HOSTILE[setting]})
+    modules = planner.make(config).lora_modules
+    pack: Any = ModulePack(base, config, modules, "cpu")
+    if stacked:
+        skeleton = planner.skeleton(config.model)
+        pack = StackedPack(base, skeleton, [config, config], [modules, modules], "cpu")
     ends = eos_token_ids(base.generation_config, tokenizer)
     tables = answers(pack, tokens, tokenizer, data.pad_id(tokenizer), config.data, ends)
-    plain = base_model.load(config.model, "cpu")
-    for i, (ids, start) in enumerate(zip(tokens.input_ids, tokens.completion_start, strict=True)):
-        written = greedy(plain, ids[:start], 12, {tokenizer.eos_token_id})
-        text = tokenizer.decode(written, skip_special_tokens=True)
-        assert [table["generated"][i].as_py() for table in tables] == [text] * len(tables)
+    assert len(texts) == 4
+    for table in tables:
+        assert table["generated"].to_pylist() == texts
     assert getattr(pack.tree.generation_config, setting) == HOSTILE[setting]  # as it was
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import start_call
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "sweep.py"
 
@@ -60,11 +59,11 @@ def test_ratio_is_the_median_of_the_ratios_of_each_repeat(bench: Any) -> None:
     assert bench.ratio([4.0, 12.0, 40.0], [2.0, 6.0, 1.0]) == 2.0
 
 
-def test_shapes_from_the_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--shapes", "tiny", "--tokens", "64", "--packs", "2"]
-    command += ["--repeats", "1", "--threads", "1", "--no-compile", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+def test_shapes_from_the_command_line(bench: Any, tmp_path: Path) -> None:
+    arguments = ["--shapes", "tiny", "--tokens", "64", "--packs", "2"]
+    arguments += ["--repeats", "1", "--threads", "1", "--no-compile", "--out", str(tmp_path)]
+    done = start_call(tmp_path, lambda: bench.main(arguments))
+    assert done.wait() == 0, done.said
     result = json.loads((tmp_path / "cpu-shapes.json").read_text())
     assert result["machine"]["packages"]["torch"] and result["command"]
     assert result["peak_matmul_flops_per_second"] > 0

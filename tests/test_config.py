@@ -9,13 +9,18 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
+import compositions
 import pytest
 import yaml
 from conftest import composed
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.errors import ConfigCompositionException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from peft import LoraConfig
 
 from lorabench import cli, config
+from lorabench.cli import composing
 from lorabench.config import ConfigErrors, LoraSettings
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -334,6 +339,31 @@ def test_seed_moves_the_three_streams_and_each_can_move_alone():
 
 def test_the_computation_follows_the_models_dtype():
     assert composed("model.dtype=float64").trainer.dtype == "float64"
+
+
+@pytest.mark.parametrize("mode", [RunMode.RUN, RunMode.MULTIRUN])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["lora.r=4", "head=lora", "data.train.path=a", "lora.rank_pattern={q_proj:12}"],
+        ["experiment=lm_head", "lora.r=3", "target_modules=custom", "target_modules.names=[q,v]"],
+        ["trainer=smoke", "seed=3", "seeds.data=1", "stages=last_layer_first", "+lora.foo=1"],
+        ["head=exclude,lora", "seed=0,1", "hydra.sweep.dir=x", "hydra/launcher=basic", "~tracker"],
+    ],
+)
+def test_the_shortcut_of_these_tests_composes_as_hydra_does(words, mode):
+    cli.register()
+    loader = ConfigLoaderImpl(composing._search_path(None, None))
+    for shortcut in (False, True, True):  # composed, kept, copied
+        load = compositions.load if shortcut else compositions.inner
+        try:
+            found = OmegaConf.to_container(load(loader, "train", words, mode), resolve=False)
+        except ConfigCompositionException as error:
+            found = str(error)
+        if not shortcut:
+            expected = found
+        assert found == expected
+    assert isinstance(found, dict) == (mode == RunMode.MULTIRUN or "seed=0,1" not in words)
 
 
 def test_there_are_files_to_test():

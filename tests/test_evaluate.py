@@ -62,13 +62,13 @@ def test_exact_match_is_greedy_decoding_writing_the_completion(skills: list[str]
     generated = []
     for i in range(len(tokens)):
         start = tokens.completion_start[i]
+        completion = tokens.input_ids[i][start:]
         out = pack.tree.eval().generate(
             torch.tensor([tokens.input_ids[i][:start]]),
             do_sample=False,
-            max_new_tokens=24,
+            max_new_tokens=len(completion),
             attention_mask=torch.ones(1, start, dtype=torch.long),
         )
-        completion = tokens.input_ids[i][start:]
         generated.append(int(out[0, start : start + len(completion)].tolist() == completion))
     assert table.exact_match.tolist() == generated
 

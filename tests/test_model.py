@@ -2,81 +2,110 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import composed
+from conftest import composed, say
 
 from lorabench import model as base_model
 
+# A model's name in conf/model, its id, and how the hub refuses it: status, code, what must be said.
+REFUSED = {
+    "gemma-2b": (
+        "google/gemma-2b", 403, "GatedRepo",
+        ["https://huggingface.co/google/gemma-2b", "HF_TOKEN", "model.path="],
+    ),
+    "gemma-2-2b": (
+        "google/gemma-2-2b", 404, "RepoNotFound",
+        ["knows no 'google/gemma-2-2b'", "model.path="],
+    ),
+}  # fmt: skip
 
-def answering(status: int, code: str) -> HTTPServer:
+
+class Hub(BaseHTTPRequestHandler):
     """A hub that refuses everything in the way the real one does."""
 
-    class Hub(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.send_response(status)
-            self.send_header("X-Error-Code", code)
-            self.send_header("X-Error-Message", "no")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+    def do_HEAD(self) -> None:
+        (found,) = (case for case in REFUSED.values() if f"{case[0]}/" in f"{self.path}/")
+        _, status, code, _ = found
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Error-Message", "no")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
-        do_GET = do_HEAD
+    do_GET = do_HEAD
 
-        def log_message(self, *arguments: object) -> None:
-            pass
+    def log_message(self, *arguments: object) -> None:
+        pass
 
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[int, str, str]]]:
+    """Exit code, stdout and stderr of `lorabench plan` by model, in a process of this hub's."""
+    code = """
+import contextlib, io, json, sys
+from lorabench import cli
+found = {}
+for model in sys.argv[1:]:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main(["plan", f"model={model}", "tracker=none"])
+    found[model] = code, out.getvalue(), err.getvalue()
+print(json.dumps(found))
+"""
     server = HTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
-
-
-def planned(model: str, hub: str, home: Path) -> subprocess.CompletedProcess[str]:
-    """`lorabench plan` in a process that knows this hub alone."""
-    return subprocess.run(
-        [sys.executable, "-m", "lorabench", "plan", f"model={model}", "tracker=none"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home)},
-    )
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "said"),
-    [
-        (403, "GatedRepo", ["https://huggingface.co/google/gemma-2b", "HF_TOKEN", "model.path="]),
-        (404, "RepoNotFound", ["knows no 'google/gemma-2b'", "model.path="]),
-    ],
-)
-def test_a_hub_that_refuses_is_told_in_one_line(
-    status: int, code: str, said: list[str], tmp_path: Path
-) -> None:
-    server = answering(status, code)
+    hub = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path_factory.mktemp("home")),
+    }
     try:
-        done = planned("gemma-2b", f"http://127.0.0.1:{server.server_port}", tmp_path)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *REFUSED],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=os.environ | hub,
+        )
+        assert not done.stderr, done.stderr
+        yield json.loads(done.stdout)
     finally:
         server.shutdown()
         server.server_close()
-    assert done.returncode == 2 and not done.stdout
-    (line,) = done.stderr.strip().splitlines()
+
+
+@pytest.mark.parametrize("model", REFUSED)
+def test_a_hub_that_refuses_is_told_in_one_line(
+    model: str, told: dict[str, tuple[int, str, str]]
+) -> None:
+    code, out, err = told[model]
+    assert code == 2 and not out
+    (line,) = err.strip().splitlines()
     assert line.startswith("model.path: ")
-    for part in said:
+    for part in REFUSED[model][-1]:
         assert part in line
 
 
-def test_no_network_is_told_in_one_line(tmp_path: Path) -> None:
+def test_no_network_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that does not resolve, as on a machine without a network."""
-    done = planned("qwen3-0.6b", "https://hub.invalid", tmp_path)
-    assert done.returncode == 2
-    (line,) = done.stderr.strip().splitlines()
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    said = say("plan", "model=qwen3-0.6b", "tracker=none")
+    assert said.code == 2
+    (line,) = said.lines
     assert "hub.invalid does not resolve" in line and "model.path=/path/to/checkpoint" in line
 
 

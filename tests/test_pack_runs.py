@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import subprocess
-import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import composed, recorded_runs, scores
+from processes import running, wait_for
 from stock import TINY
 from torch import Tensor, nn
 
@@ -122,15 +120,16 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 def test_a_killed_pack_resumes_to_the_same_bits(tmp_path: Path) -> None:
     arguments = [*FAST, *TWO, "trainer.steps=40", "trainer.checkpoint_every=2"]
-    command = [sys.executable, "-m", "lorabench", "train", "-m", *arguments]
     killed = tmp_path / "killed"
-    process = subprocess.Popen([*command, f"output_dir={killed}"], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(list(killed.glob("*/*/checkpoint/checkpoint.json"))) < 2:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+
+    def saved() -> bool:
+        assert process.poll() is None, process.said
+        return len(list(killed.glob("*/*/checkpoint/checkpoint.json"))) == 2
+
+    with running(tmp_path, "train", "-m", *arguments, f"output_dir={killed}") as process:
+        wait_for(saved)
+        process.send(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
     assert [r["status"] for _, r in recorded_runs(killed)] == ["running"] * 2
     assert cli.main(["train", "-m", *arguments, f"output_dir={killed}"]) == 0
     assert cli.main(["train", "-m", *arguments, f"output_dir={tmp_path / 'whole'}"]) == 0

@@ -84,18 +84,26 @@ def runs_of(kind: str, folder: Path, *common: str) -> list[Config]:
     return found
 
 
-def alone(one: Config) -> ModulePack:
+def alone(one: Config, planner: plan.Planner) -> ModulePack:
     base = base_model.load(one.model, "cpu")
-    return ModulePack(base, one, plan.make(one).lora_modules, "cpu")
+    return ModulePack(base, one, planner.make(one).lora_modules, "cpu")
+
+
+@pytest.fixture
+def planner() -> plan.Planner:
+    """Plans each run of a test once."""
+    return plan.Planner()
 
 
 @pytest.fixture
 def make(
-    tiny_folder: Callable[[str], Path],
+    tiny_folder: Callable[[str], Path], planner: plan.Planner
 ) -> Callable[..., tuple[ModulePack | StackedPack, list[Config]]]:
     def made(kind: str, pack: str, *common: str) -> tuple[ModulePack | StackedPack, list[Config]]:
         configs = runs_of(kind, tiny_folder(DEEP.get(kind, kind)), *common)
-        return (packed(configs), configs) if pack == "packed" else (alone(configs[2]), configs[2:])
+        if pack == "packed":
+            return packed(configs, planner=planner), configs
+        return alone(configs[2], planner), configs[2:]
 
     return made
 
@@ -146,11 +154,11 @@ def train_by_hand(stock: Stock, table: dict[int, dict[str, float]]) -> list[floa
 @pytest.mark.parametrize("pack_kind", ["packed", "alone"])
 @pytest.mark.parametrize("kind", ["bert", "gemma", "gpt2"])
 def test_staged_training_equals_stock_peft_frozen_by_hand(
-    kind: str, pack_kind: str, make: Callable[..., Any]
+    kind: str, pack_kind: str, make: Callable[..., Any], planner: plan.Planner
 ) -> None:
     pack, configs = make(kind, pack_kind, "trainer.warmup_steps=1")
     initial = states(pack)
-    stocks = map(Stock, configs, initial)
+    stocks = (Stock(*pair, planner=planner) for pair in zip(configs, initial, strict=True))
     trained = ((stock, train_by_hand(stock, BY_HAND[kind])) for stock in stocks)
     loss, (weights, name) = differences(pack, initial, train_pack(pack), trained)
     # Float64 rounding (1e-16) of sums in another order, grown by twelve AdamW steps.
@@ -265,20 +273,22 @@ def test_names_match_whole_parts_side_by_side(name: str, module: str, is_match: 
 
 @pytest.mark.parametrize("kind", ["bert", "gemma", "gpt2"])
 def test_trained_modules_are_the_owners_of_pefts_parameters(
-    kind: str, tiny_folder: Callable[[str], Path]
+    kind: str, tiny_folder: Callable[[str], Path], planner: plan.Planner
 ) -> None:
     """Plan, packed and alone agree on what a run trains, biases and copies of the head included."""
     configs = runs_of(kind, tiny_folder(DEEP.get(kind, kind)))
-    pack = packed(configs)
+    pack = packed(configs, planner=planner)
+    skeleton, known = planner.skeleton(configs[0].model), planner.wrapped(configs[0].model)
     for run, one in enumerate(configs):
         modules = pack.modules(run)
-        assert (
-            modules == alone(one).modules(0) == plan._resolve(one, plan.skeleton(one.model)).trained
-        )
+        assert modules == alone(one, planner).modules(0)
+        assert modules == planner._resolve(one, skeleton, known).trained
         tree = dict(pack.tree.named_modules())
-        assert set(plan.make(one).lora_modules) <= set(modules) <= set(tree)
+        assert set(planner.make(one).lora_modules) <= set(modules) <= set(tree)
     extra = {"gemma": "lm_head", "gpt2": "transformer.h.0.ln_1", "bert": None}[kind]
-    assert extra is None or extra in set(pack.modules(0)) - set(plan.make(configs[0]).lora_modules)
+    assert extra is None or extra in set(pack.modules(0)) - set(
+        planner.make(configs[0]).lora_modules
+    )
 
 
 def test_a_table_tells_stages_apart_in_a_line() -> None:

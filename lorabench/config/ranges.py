@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from lorabench.config.errors import did_you_mean
@@ -17,6 +16,22 @@ METRICS_OF = {
     "seq_cls": ("nll", "accuracy"),
 }
 METRICS = tuple(dict.fromkeys(name for names in METRICS_OF.values() for name in names))
+# The values that a key can take, or the elements of a list.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "task": TASKS,
+    "model.dtype": DTYPES,
+    "model.attn_implementation": ("sdpa", "eager", "flash_attention_2"),
+    "target_modules.select": ("auto", "attention", "mlp", "all-linear", "custom"),
+    "head.policy": ("exclude", "lora", "full"),
+    "lora.bias": ("none", "lora_only", "all"),
+    "lora.init": ("default", "gaussian", "olora", "pissa"),
+    "data.source": ("skills", "jsonl", "hub"),
+    "data.metric": METRICS,
+    "trainer.schedule": ("constant", "linear", "cosine"),
+    "trainer.dtype": DTYPES,
+    "tracker.kind": ("wandb", "none"),
+    "tracker.mode": ("offline", "online", "disabled"),
+}
 STAGE_KEYS = ("from_step", "train", "lr_scale")
 
 
@@ -31,7 +46,8 @@ class Found:
             remedy = f"; {remedy}" if remedy else ""
             self.errors.append(f"{key}: must be {law}; got {got!r}{remedy}")
 
-    def one_of(self, key: str, got: str, allowed: Iterable[str]) -> None:
+    def one_of(self, key: str, got: str) -> None:
+        allowed = CHOICES[key]
         if got not in allowed:
             self.errors.append(
                 f"{key}: must be one of {', '.join(allowed)}; got {did_you_mean(str(got), allowed)}"
@@ -54,7 +70,7 @@ def range_errors(config: Config) -> list[str]:
 def _task(found: Found, config: Config) -> None:
     """What the task asks of the other groups."""
     must, task, data = found.must, config.task, config.data
-    found.one_of("task", task, TASKS)
+    found.one_of("task", task)
     if task not in TASKS:
         return
     for metric in sorted(set(data.metric).intersection(METRICS).difference(METRICS_OF[task])):
@@ -82,20 +98,12 @@ def _task(found: Found, config: Config) -> None:
 
 def _targets(found: Found, config: Config) -> None:
     must, one_of = found.must, found.one_of
-    one_of("model.dtype", config.model.dtype, DTYPES)
-    one_of(
-        "model.attn_implementation",
-        config.model.attn_implementation,
-        ("sdpa", "eager", "flash_attention_2"),
-    )
-    one_of("head.policy", config.head.policy, ("exclude", "lora", "full"))
+    one_of("model.dtype", config.model.dtype)
+    one_of("model.attn_implementation", config.model.attn_implementation)
+    one_of("head.policy", config.head.policy)
 
     targets = config.target_modules
-    one_of(
-        "target_modules.select",
-        targets.select,
-        ("auto", "attention", "mlp", "all-linear", "custom"),
-    )
+    one_of("target_modules.select", targets.select)
     if targets.select == "custom":
         valid = isinstance(targets.names, str) or (
             isinstance(targets.names, list) and all(isinstance(n, str) for n in targets.names)
@@ -129,8 +137,8 @@ def _lora(found: Found, lora: LoraSettings) -> None:
         value = getattr(lora, key)
         must(value is None or (math.isfinite(value) and value > 0), f"lora.{key}", "above 0", value)
     must(0 <= lora.lora_dropout < 1, "lora.lora_dropout", "in [0, 1)", lora.lora_dropout)
-    one_of("lora.bias", lora.bias, ("none", "lora_only", "all"))
-    one_of("lora.init", lora.init, ("default", "gaussian", "olora", "pissa"))
+    one_of("lora.bias", lora.bias)
+    one_of("lora.init", lora.init)
     must(
         not (lora.use_dora and lora.init in ("olora", "pissa")),
         "lora.use_dora",
@@ -152,7 +160,7 @@ def _lora(found: Found, lora: LoraSettings) -> None:
 
 def _data(found: Found, data: DataConfig) -> None:
     must, one_of = found.must, found.one_of
-    one_of("data.source", data.source, ("skills", "jsonl", "hub"))
+    one_of("data.source", data.source)
     if data.source == "skills":
         must(bool(data.skills), "data.skills", "at least one skill", data.skills)
         must(
@@ -171,7 +179,7 @@ def _data(found: Found, data: DataConfig) -> None:
         )
     must(bool(data.metric), "data.metric", f"a list out of {', '.join(METRICS)}", data.metric)
     for metric in data.metric:
-        one_of("data.metric", metric, METRICS)
+        one_of("data.metric", metric)
     must(
         "answer" not in data.metric or data.answer_pattern is not None,
         "data.answer_pattern",
@@ -236,8 +244,8 @@ def _trainer(found: Found, config: Config) -> None:
         "at least 1 or null",
         trainer.num_threads,
     )
-    one_of("trainer.schedule", trainer.schedule, ("constant", "linear", "cosine"))
-    one_of("trainer.dtype", trainer.dtype, DTYPES)
+    one_of("trainer.schedule", trainer.schedule)
+    one_of("trainer.dtype", trainer.dtype)
     must(
         trainer.dtype == config.model.dtype
         or (trainer.dtype, config.model.dtype) == ("bfloat16", "float32"),
@@ -301,7 +309,7 @@ def _stages(found: Found, config: Config) -> None:
 
 def _rest(found: Found, config: Config) -> None:
     must, one_of, tracker = found.must, found.one_of, config.tracker
-    one_of("tracker.kind", tracker.kind, ("wandb", "none"))
+    one_of("tracker.kind", tracker.kind)
     split, _, metric = config.objective.partition("/")
     known = METRICS_OF.get(config.task, METRICS)
     must(
@@ -317,7 +325,7 @@ def _rest(found: Found, config: Config) -> None:
         "at least 1",
         config.worker.stale_seconds,
     )
-    one_of("tracker.mode", tracker.mode, ("offline", "online", "disabled"))
+    one_of("tracker.mode", tracker.mode)
     for key in ("init", "data", "dropout"):
         must(
             getattr(config.seeds, key) >= 0,

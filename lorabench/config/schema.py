@@ -1,4 +1,4 @@
-"""The groups of an experiment as dataclasses: what a user may write, with units.
+"""The groups of an experiment as dataclasses: every key a user can set, with its unit.
 
 Knows neither torch nor PEFT nor Hydra's runtime: names are checked against a model in `plan`.
 """
@@ -13,57 +13,59 @@ from typing import Any, get_type_hints
 from omegaconf import MISSING
 
 
-# OmegaConf reads these annotations at run time and needs typing's spelling of Optional.
+# OmegaConf reads these annotations at run time and needs typing's spelling of Optional. The comment
+# behind a field is its description in docs/config-reference.md; a comment on a line of its own is a
+# heading there. The values of a choice are in ranges.CHOICES.
 @dataclass
 class ModelConfig:
-    """The base model: a hub id, a local folder, or `lorabench:NAME` for an embedded one."""
+    """The frozen base model: a Hub id, a local folder, or `lorabench:NAME` for an embedded one."""
 
-    path: str = MISSING
+    path: str = MISSING  # Hub id, local folder or lorabench:NAME
     name: str | None = None  # label in tables; None: the last part of path
-    revision: str | None = None  # commit on the hub; ignored for a folder
-    dtype: str = "float32"  # of the frozen base weights
-    attn_implementation: str = "sdpa"  # sdpa | eager | flash_attention_2
+    revision: str | None = None  # commit on the Hub; ignored for a folder
+    dtype: str = "float32"  # dtype of the frozen weights
+    attn_implementation: str = "sdpa"  # attention kernel, as in transformers
 
 
 @dataclass
 class TargetModulesConfig:
-    """Which modules get an adapter (the head is the head policy's business)."""
+    """The modules that get an adapter. The output head is not among them: see `head`."""
 
-    select: str = "all-linear"  # auto | attention | mlp | all-linear | custom
-    names: Any = None  # with select=custom: a list of name endings, or one full-match regex
-    exclude: list[str] = field(default_factory=list)  # name endings taken out again
+    select: str = "all-linear"  # which modules; auto: PEFT's default for the architecture
+    names: Any = None  # with select=custom: a list of name endings, or one regex over full names
+    exclude: list[str] = field(default_factory=list)  # name endings to leave out of the selection
 
 
 @dataclass
 class HeadConfig:
-    """What happens to the output layer: nothing, an adapter on it, or a trained copy of it."""
+    """How the output head is trained."""
 
-    policy: str = "exclude"  # exclude | lora | full
+    policy: str = "exclude"  # exclude: frozen; lora: an adapter on it; full: a trained copy of it
 
 
 @dataclass
 class LoraSettings:
-    """PEFT's LoRA settings in PEFT's spelling. The effective scale is lora_alpha / r."""
+    """PEFT's LoRA settings, spelled as in PEFT. The effective scale is lora_alpha / r."""
 
-    r: int = 16  # >= 1
-    lora_alpha: float | None = None  # > 0; give this or alpha_ratio, not both
-    alpha_ratio: float | None = None  # lora_alpha / r; with neither given: 2
-    lora_dropout: float = 0.0  # probability, in [0, 1)
-    bias: str = "none"  # none | lora_only | all
-    use_rslora: bool = False  # scale lora_alpha / sqrt(r)
-    use_dora: bool = False
-    init: str = "default"  # default (PEFT's Kaiming-uniform A, zero B) | gaussian | olora | pissa
-    rank_pattern: Any = None  # {module name or regex: r} where r differs
-    alpha_pattern: Any = None  # {module name or regex: lora_alpha} where it differs
+    r: int = 16  # rank, at least 1
+    lora_alpha: float | None = None  # above 0; set this or alpha_ratio, not both
+    alpha_ratio: float | None = None  # lora_alpha / r; 2 if neither of the two is set
+    lora_dropout: float = 0.0  # dropout probability of the adapters' inputs, in [0, 1)
+    bias: str = "none"  # which biases train: none, those of adapted modules, or all
+    use_rslora: bool = False  # scale by lora_alpha / sqrt(r) instead
+    use_dora: bool = False  # weight-decomposed LoRA (DoRA)
+    init: str = "default"  # initial A and B; default: Kaiming-uniform A and zero B, as in PEFT
+    rank_pattern: Any = None  # {module name or regex: r} for modules whose rank differs
+    alpha_pattern: Any = None  # {module name or regex: lora_alpha} for modules whose alpha differs
 
 
 @dataclass
 class SourceConfig:
     """Where the examples of one split come from."""
 
-    path: str | None = None  # jsonl: a file; hub: a dataset id or local folder
-    subset: str | None = None  # hub: configuration name
-    split: str = "train"  # hub: split name
+    path: str | None = None  # jsonl: a file; hub: a dataset id or a local folder
+    subset: str | None = None  # hub: name of the dataset's configuration
+    split: str = "train"  # hub: name of the split
     revision: str | None = None  # hub: commit
     prompt: str | None = None  # template over columns; None: data.prompt
     completion: str | None = None  # template over columns; None: data.completion
@@ -71,90 +73,93 @@ class SourceConfig:
 
 @dataclass
 class DataConfig:
-    """Prompt/completion examples, how they become tokens, and how they are scored."""
+    """Prompt/completion examples, how they are tokenized, and how they are scored."""
 
     name: str = MISSING  # label in tables
-    source: str = MISSING  # skills | jsonl | hub
-    # skills (embedded)
-    skills: list[str] = field(default_factory=list)
-    min_word_length: int = 3  # letters
-    max_word_length: int = 8  # letters
-    # jsonl, hub
+    source: str = MISSING  # where examples come from; skills: generated, needs no network
+    # source=skills
+    skills: list[str] = field(default_factory=list)  # names in lorabench/zoo/skills.py
+    min_word_length: int = 3  # letters per word, at least
+    max_word_length: int = 8  # letters per word, at most
+    # source=jsonl and source=hub
     train: SourceConfig = field(default_factory=SourceConfig)
     validation: SourceConfig = field(default_factory=SourceConfig)
     test: SourceConfig = field(default_factory=SourceConfig)
     prompt: str = "{prompt}"  # template over columns
     completion: str = "{completion}"  # template over columns
     labels: list[str] | None = None  # task=seq_cls: the classes; None: train's completions, sorted
-    split_by: str | None = None  # column whose hash splits; None: the prompt
-    validation_fraction: float = 0.05  # about this part of train, where validation has no path
-    test_fraction: float = 0.05  # about this part of train, where test has no path
-    # sizes, in examples; None: all there are
-    num_train: int | None = None
-    num_validation: int | None = None
-    num_test: int | None = None
-    # tokens
-    chat_template: bool = False  # prompt as a user turn, completion as the assistant's
-    add_bos: bool = True  # where the tokenizer itself opens a text with BOS
-    add_eos: bool = True  # the completion ends with it
-    max_length: int = 512  # tokens of prompt and completion; longer examples are left out, counted
-    # scores
-    metric: list[str] = field(default_factory=lambda: ["nll", "exact_match"])
+    split_by: str | None = None  # column whose hash decides an example's split; None: the prompt
+    validation_fraction: float = 0.05  # part of train to hold out if validation.path is not set
+    test_fraction: float = 0.05  # part of train to hold out if test.path is not set
+    # Sizes
+    num_train: int | None = None  # examples; None: all
+    num_validation: int | None = None  # examples; None: all
+    num_test: int | None = None  # examples; None: all
+    # Tokens
+    chat_template: bool = False  # format the prompt as a user turn, the completion as the answer
+    add_bos: bool = True  # prepend BOS if the tokenizer itself does
+    add_eos: bool = True  # append EOS to the completion
+    max_length: int = 512  # tokens of prompt and completion; longer examples are skipped, counted
+    # Scores
+    metric: list[str] = field(default_factory=lambda: ["nll", "exact_match"])  # metrics to report
     answer_pattern: str | None = None  # regex; the last group of its first match is the answer
-    answer_stop: list[str] = field(default_factory=list)  # a generation ends before any of these
-    answer_examples: int = 200  # examples to generate on
-    answer_max_new_tokens: int = 256
+    answer_stop: list[str] = field(default_factory=list)  # texts before which a generation is cut
+    answer_examples: int = 200  # examples to generate answers for
+    answer_max_new_tokens: int = 256  # tokens per generation, at most
 
 
 @dataclass
 class TrainerConfig:
-    """One optimizer run. One step is one batch, in one or more micro-batches."""
+    """Optimization with AdamW. One step is one batch, in one or more micro-batches."""
 
-    steps: int = 200
-    batch_size: int = 8  # examples a step
-    micro_batch_size: int | None = None  # examples a forward; divides batch_size; None: all
+    # Optimizer
+    steps: int = 200  # optimizer steps
+    batch_size: int = 8  # examples per step
+    micro_batch_size: int | None = None  # examples per forward, a divisor of batch_size; None: all
     lr: float = 1e-3  # peak learning rate
-    schedule: str = "linear"  # constant | linear | cosine, after the warm-up, to zero
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    max_grad_norm: float | None = 1.0  # None: no clipping
-    dtype: str = "${model.dtype}"  # of the computation; bfloat16: autocast, adapters in float32
-    gradient_checkpointing: bool = False
-    device: str = "auto"  # auto | cuda | cuda:N | mps | cpu
+    schedule: str = "linear"  # of the learning rate after the warm-up; linear and cosine end at 0
+    warmup_steps: int = 0  # steps of linear warm-up
+    weight_decay: float = 0.0  # not applied to biases and norms, as in the HF Trainer
+    beta1: float = 0.9  # AdamW's decay rate of the first moment
+    beta2: float = 0.999  # AdamW's decay rate of the second moment
+    eps: float = 1e-8  # AdamW's epsilon
+    max_grad_norm: float | None = 1.0  # clip gradients to this norm; None: no clipping
+    # Computation
+    dtype: str = "${model.dtype}"  # bfloat16 over a float32 base: autocast, adapters in float32
+    gradient_checkpointing: bool = False  # recompute activations in backward to save memory
+    device: str = "auto"  # auto, cuda, cuda:N, mps or cpu
     deterministic: bool = True  # torch.use_deterministic_algorithms
-    allow_tf32: bool = False
-    num_threads: int | None = None  # CPU threads; None: torch's choice
+    allow_tf32: bool = False  # TF32 matrix products on CUDA
+    num_threads: int | None = None  # CPU threads; None: torch's default
+    # Evaluation, logs, checkpoints
     eval_every: int = 0  # steps between validation losses; 0: only after training
-    eval_batch_size: int = 32  # examples
-    eval_examples: int | None = None  # of each split; None: all
+    eval_batch_size: int = 32  # examples per forward
+    eval_examples: int | None = None  # examples per split; None: all
     log_every: int = 1  # steps between lines of metrics.jsonl
-    checkpoint_every: int = 0  # steps between checkpoints; 0: none
+    checkpoint_every: int = 0  # steps between checkpoints; 0: no checkpoints
 
 
 @dataclass
 class TrackerConfig:
-    """A mirror of the run folder; it may fail without hurting a run."""
+    """A mirror of the run folder. A tracker that fails does not fail the run."""
 
-    kind: str = "wandb"  # wandb | none
-    mode: str = "offline"  # offline | online | disabled
-    project: str = "lorabench"
-    entity: str | None = None
-    tags: list[str] = field(default_factory=list)  # besides the model's and the head's
+    kind: str = "wandb"  # none: no tracker
+    mode: str = "offline"  # W&B's mode
+    project: str = "lorabench"  # W&B's project
+    entity: str | None = None  # W&B's entity; None: the default of your account
+    tags: list[str] = field(default_factory=list)  # in addition to those of model and head
 
 
 @dataclass
 class WorkerConfig:
-    """How processes share the packs of a sweep."""
+    """How several processes share the packs of a sweep."""
 
-    stale_seconds: float = 120.0  # a process that does not answer for so long is replaced
+    stale_seconds: float = 120.0  # seconds without a sign of life before a process is replaced
 
 
 @dataclass
 class SeedsConfig:
-    """Three independent streams, so that one can vary while the others stay."""
+    """Three independent random streams, so that one can vary while the others stay."""
 
     init: int = 0  # initial A of every module
     data: int = 0  # order of the training examples
@@ -165,22 +170,21 @@ class SeedsConfig:
 class Config:
     """One run."""
 
-    task: str = "causal_lm"  # causal_lm | seq_cls: the completion is a label of the prompt
+    task: str = "causal_lm"  # causal_lm: generate the completion; seq_cls: classify the prompt
     model: ModelConfig = field(default_factory=ModelConfig)
     target_modules: TargetModulesConfig = field(default_factory=TargetModulesConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    # {from_step, train: [parts of module names, or all], lr_scale: 1.0}; empty: all from step 0
-    stages: list[Any] = field(default_factory=list)
+    stages: list[Any] = field(default_factory=list)  # what trains when; see conf/stages/
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     worker: WorkerConfig = field(default_factory=WorkerConfig)
-    objective: str = "validation/nll"  # split/metric: what a job returns to a sweeper of Hydra
-    seed: int = 0
+    objective: str = "validation/nll"  # split/metric that a job returns to a Hydra sweeper
+    seed: int = 0  # value of the three seeds that are not set themselves
     seeds: SeedsConfig = field(default_factory=SeedsConfig)
-    sweep: str = "default"  # folder of the sweep below output_dir
-    output_dir: str = "outputs"
+    sweep: str = "default"  # name of the sweep's folder in output_dir
+    output_dir: str = "outputs"  # folder of all sweeps
 
 
 def lora_alpha(lora: LoraSettings) -> float:

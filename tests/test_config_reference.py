@@ -1,0 +1,69 @@
+"""docs/config-reference.md: current, complete, and honest about which keys are in an id."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+from conftest import composed
+
+from lorabench import identity
+from lorabench.config import keys, reference, schema
+
+CONTENTS = dict.fromkeys(("hub", "revision", "weights", "tokenizer", "train"), "0")
+
+
+def test_the_committed_page_is_current() -> None:
+    assert reference.PAGE.read_text(encoding="utf-8") == reference.text(), "run `make docs`"
+
+
+def test_every_key_has_a_row_with_a_meaning() -> None:
+    sections = re.split(r"^## ", reference.text(), flags=re.M)
+    described = set()
+    for section in sections[1:]:
+        groups = re.findall(r"`([\w.]+)`", section.partition("\n")[0])
+        for name, meaning in re.findall(
+            r"^\| `([\w.]+)` \| `[^`]+` \| [^|]+ \| ([^|]*) \|", section, flags=re.M
+        ):
+            assert meaning.strip(), name
+            shared = len(groups) > 1  # data.train, data.validation and data.test share a table
+            described |= {f"{group}.{name}" for group in groups} if shared else {name}
+    groups = {key.rpartition(".")[0] for key in keys()}
+    assert described == {key for key in keys() if key not in groups}
+
+
+def test_comments_are_those_of_the_source() -> None:
+    @dataclasses.dataclass
+    class Example:
+        """A docstring with a # in it."""
+
+        plain: int = 0  # of pages
+        # A heading
+        text: str = "# no comment"
+        rest: list[str] = dataclasses.field(default_factory=lambda: ["a"])  # b | c
+
+    assert reference.comments(Example) == {
+        "plain": ("", "of pages"),
+        "text": ("A heading", ""),
+        "rest": ("", "b | c"),
+    }
+
+
+@pytest.mark.parametrize("group", ["model", "data", "lora", "trainer", "seeds"])
+def test_a_key_is_said_to_be_in_the_run_id_where_it_is(group: str) -> None:
+    config = composed()
+    there = identity.training(config, CONTENTS, {}, {}, ["a"], [])[group]
+    for spec in dataclasses.fields(getattr(config, group)):
+        if spec.name in ("validation", "test"):
+            continue  # of the evaluation, as every key in them
+        resolved = f"{group}.{spec.name}" in ("data.train", "data.labels", "model.revision")
+        said = reference.part_of(f"{group}.{spec.name}") == "run"
+        assert said == (spec.name in there and not resolved), spec.name
+
+
+def test_names_of_groups_without_an_id_are_groups() -> None:
+    known = {spec.name for spec in dataclasses.fields(schema.Config)}
+    assert {*reference.NO_ID, *reference.RESOLVED_GROUPS} <= known
+    for group, names in (*identity.RESOLVED.items(), *identity.NOT_DECIDING.items()):
+        assert {f"{group}.{name}" for name in names} <= set(keys())
