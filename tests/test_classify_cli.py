@@ -123,7 +123,7 @@ def test_a_classifier_is_tried_trained_and_exported_with_its_labels(
     assert cli.main(["plan", "--smoke", *words]) == 0
     assert "adapters reloaded by plain PEFT" in capsys.readouterr().out
     assert cli.main(["train", *words]) == 0
-    (run,) = (tmp_path / "out").glob("*/*/")
+    (run,) = (path.parent for path in (tmp_path / "out").glob("*/*/record.json"))
     place = tmp_path / "merged"
     assert cli.main(["export", str(run), "--to", "merged", str(place)]) == 0
     read = t.AutoModelForSequenceClassification.from_pretrained(place).eval()
@@ -164,7 +164,7 @@ def test_a_checkpoint_that_classified_otherwise_and_data_that_changed(
         "data.max_length=32",
     ]  # fmt: skip
     assert cli.main(["train", *words]) == 0
-    (run,) = (tmp_path / "out").glob("*/*/")
+    (run,) = (path.parent for path in (tmp_path / "out").glob("*/*/record.json"))
     file.write_text(file.read_text().replace('"z"', '"new"'))
     capsys.readouterr()
     assert cli.main(["export", str(run), "--to", "merged", str(tmp_path / "merged")]) == 0

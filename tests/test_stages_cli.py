@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import composed, records
+from conftest import composed, records, scores
 from stock import TINY
 
 from lorabench import cli, config, plan
@@ -212,16 +212,16 @@ def test_a_killed_sweep_ends_with_the_same_bits_and_the_whole_history(
     monkeypatch.setattr(Display, "step", kill)
     assert cli.main([*command, f"output_dir={killed}"]) == 130
     monkeypatch.undo()
-    saved = next(iter(killed.glob("*/*/checkpoint/checkpoint.json")))
-    assert json.loads(saved.read_text())["fingerprint"]["config"]["stages"][2]["lr_scale"] == 0.5
+    assert len(list(killed.glob("*/*/checkpoint/checkpoint.json"))) == 2 - dora
     assert cli.main([*command, f"output_dir={killed}"]) == 0
     found, expected = records(killed), records(whole)
     assert len(found) == 2 and set(found) == set(expected)
     for run_id, one in found.items():
         assert one["status"] == "finished"
         assert one["plan"]["pack"]["size"] == (1 if dora else 2)
-        for key in ("hashes", "metrics", "stages"):
+        for key in ("hashes", "stages"):
             assert one[key] == expected[run_id][key], key
+        assert scores(one) == scores(expected[run_id])
         by_layer = {
             index: [m for m in one["plan"]["lora_modules"] if m.split(".")[3] == index]
             for index in ("1", "11")
