@@ -25,7 +25,7 @@ from stock import (
     train_pack,
 )
 
-from lorabench import adapters
+from lorabench import adapters, plan
 from lorabench.config import Config
 
 KINDS = ["gemma", "llama", "qwen2", "gpt2", "bert"]
@@ -141,9 +141,10 @@ def test_mates_and_slots_do_not_change_a_bit(head: str, shared: bool) -> None:
     )
     broken = mates(["seed=1", "trainer.lr=1e30"], ["seed=2"], head=head, shared=shared)
     first, *rest = plainly
+    planner = plan.Planner()
 
     def hash_and_losses(configs: list[Config], slot: int) -> tuple[str, list[float]]:
-        pack = packed(configs)
+        pack = packed(configs, planner=planner)
         losses = train_pack(pack)
         if configs is broken:
             assert pack.alive == [True, False, True]
