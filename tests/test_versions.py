@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import composed
@@ -89,9 +88,8 @@ def test_options_not_asked_for_need_nothing(with_installed: Callable[..., None])
 
 
 def test_routed_experts_need_a_peft_that_loads_them_again(
-    tiny_folder: Callable[[str], Path], with_installed: Callable[..., None], monkeypatch: Any
+    tiny_folder: Callable[[str], Path], with_installed: Callable[..., None]
 ) -> None:
-    monkeypatch.setattr(plan, "_RESOLVED", {})
     with_installed(peft="0.19.1")
     words = ["model=local", "tracker=none", "target_modules=attention"]
     assert plan.make(composed(*words, f"model.path={tiny_folder('qwen3')}")).lora_modules

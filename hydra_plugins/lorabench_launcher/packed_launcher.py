@@ -24,6 +24,8 @@ class PackedLauncherConf:
 class PackedLauncher(Launcher):
     """Sees all jobs at once; any task function runs under it, lorabench's in packs."""
 
+    composes_all_first = True  # so that a sweeper need not try whether it can
+
     def __init__(self, pack_size: int = 16) -> None:
         self.pack_size = pack_size
         self.config: DictConfig | None = None

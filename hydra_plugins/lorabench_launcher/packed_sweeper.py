@@ -25,7 +25,7 @@ class PackedSweeper(basic_sweeper.BasicSweeper):
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> Any:
         """Try what only a launcher that composes job by job would find late."""
-        if type(self.launcher).__name__ != "PackedLauncher":
+        if not getattr(self.launcher, "composes_all_first", False):
             super().validate_batch_is_legal(batch)
 
 

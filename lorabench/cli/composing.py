@@ -116,8 +116,10 @@ def compose(arguments: list[str], planner: Planner | None = None) -> Composed:
     GlobalHydra.instance().clear()
     hydra = Hydra.create_main_hydra2("train", _search_path(args.config_path, args.config_dir))
     try:
-        mode = hydra.get_mode(config_name=name, overrides=args.overrides)
-        is_sweep = args.multirun or mode == RunMode.MULTIRUN
+        is_sweep = (
+            args.multirun
+            or hydra.get_mode(config_name=name, overrides=args.overrides) == RunMode.MULTIRUN
+        )
         whole = hydra.compose_config(
             config_name=name,
             overrides=args.overrides,
@@ -190,6 +192,8 @@ def _swept(loader: Any, whole: Any) -> tuple[list[Any], list[str]]:
 
     class Collector(Launcher):
         """Stands in for the launcher: composes jobs as it would, and runs none."""
+
+        composes_all_first = True
 
         def setup(self, **_: Any) -> None: ...
 

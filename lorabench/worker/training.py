@@ -151,7 +151,8 @@ def _save(members: list[Member], pack: Any) -> None:
     for member in members:
         if not member.failed:
             member.entry.status = "stopped" if member.entry.error else "trained"
-            member.entry.exports = record.Exports(**member.entry.plan["exports"])
+            if member.entry.status == "trained":
+                member.entry.exports = record.Exports(**member.entry.plan["exports"])
             member.entry.ended = record.now()
         member.write()
     for member in members:
