@@ -28,6 +28,7 @@ def write(
     fingerprint: dict[str, Any],
     stopped: dict[str, Any] | None = None,
     cost: dict[str, Any] | None = None,
+    token: int = 0,
 ) -> None:
     """Write a checkpoint beside `folder`; `commit` puts it in place.
 
@@ -35,10 +36,11 @@ def write(
         steps_done: by the pack.
         stopped: of a run that stopped before its mates: the steps it did, and why.
         cost: what training took up to here.
+        token: of the process that writes, so that no other one writes into the same place.
     """
     from safetensors.torch import save_file
 
-    part = _beside(folder, "part")
+    part = _beside(folder, f"{token}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     file = part / "state.safetensors"
@@ -56,7 +58,7 @@ def write(
             os.fsync(written.fileno())
 
 
-def commit(folder: Path) -> None:
+def commit(folder: Path, token: int = 0) -> None:
     """Put what `write` wrote in place.
 
     The one before is kept: a pack that dies between its members' commits still has a step that
@@ -66,7 +68,7 @@ def commit(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-    _beside(folder, "part").rename(folder)
+    _beside(folder, f"{token}.part").rename(folder)
 
 
 def _beside(folder: Path, kind: str) -> Path:
@@ -155,5 +157,5 @@ def _refusal(place: Path, found: list[str]) -> str:
 
 def remove(folder: Path) -> None:
     """Forget the checkpoints of a finished run."""
-    for place in (folder, _beside(folder, "old"), _beside(folder, "part")):
+    for place in (folder, _beside(folder, "old"), *folder.parent.glob(f".{folder.name}.*.part")):
         shutil.rmtree(place, ignore_errors=True)

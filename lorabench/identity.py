@@ -84,7 +84,7 @@ def training(
             if key not in RESOLVED.get(group, ())
             and key not in NOT_DECIDING.get(group, ())
             and not is_of_evaluation(f"{group}.{key}")
-            and not (f"{group}.{key}" in NEUTRAL and NEUTRAL[f"{group}.{key}"] == value)
+            and not _is_neutral(f"{group}.{key}", value)
         }
     trainer = groups["trainer"]
     trainer["micro_batch_size"] = trainer["micro_batch_size"] or trainer["batch_size"]
@@ -105,6 +105,11 @@ def training(
         ],
         "seeds": groups["seeds"],
     }
+
+
+def _is_neutral(key: str, value: Any) -> bool:
+    """Whether a key that was added later does what versions without it did."""
+    return key in NEUTRAL and bool(NEUTRAL[key] == value)
 
 
 def wanted_metrics(config: Config) -> list[str]:
@@ -130,7 +135,11 @@ def evaluation(
     }
     if any(name.startswith("answer") for name in metrics):
         data = dataclasses.asdict(config.data)
-        settings |= {key: data[key] for key in sorted(data) if key.startswith("answer_")}
+        settings |= {
+            key: data[key]
+            for key in sorted(data)
+            if key.startswith("answer_") and not _is_neutral(f"data.{key}", data[key])
+        }
         settings["answer_splits"] = answer_splits(config)
     return settings
 

@@ -40,9 +40,9 @@ def whole() -> Iterator[None]:
         yield
     finally:
         _inside = False
-    if _waiting:
-        _waiting = False
-        raise KeyboardInterrupt
+        if _waiting:
+            _waiting = False
+            raise KeyboardInterrupt
 
 
 def torn() -> bool:

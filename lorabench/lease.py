@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import socket
 import threading
 import time
@@ -29,7 +30,7 @@ from lorabench.files import write_atomic
 STALE_SECONDS = 120.0  # NFS clients may cache a file's time for a minute
 BEATS = 6  # heartbeats in the time after which a holder is replaced
 SLOWEST_BEAT = 10.0  # seconds
-RETRIES, RETRY_SECONDS = 10, 0.2  # of a share that does not answer for a moment
+RETRIES, RETRY_SECONDS = 10, 0.1  # of a share that does not answer for a moment
 GUARD_TIMEOUT = 60.0  # seconds to wait for the few file operations of a change of holder
 
 
@@ -46,6 +47,7 @@ class Holder:
     boot_id: str
     pid: int
     stale_seconds: float  # without a beat for this long, it is replaced
+    nonce: str = ""  # tells two holders apart even if the token was lost with its file
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -79,15 +81,10 @@ class Lease:
         Raises:
             Lost: it does.
         """
-        now = _read(self.path)
-        for _ in range(RETRIES):
-            if now is not None:
-                break
-            time.sleep(RETRY_SECONDS)
-            now = _read(self.path)
+        now = _read_again(self.path)
         if now is None:
             raise Lost(f"'{self.path}' is gone; nothing more is written here")
-        if now.token != self.holder.token:
+        if now.nonce != self.holder.nonce:
             by = f"by {now} " if now.pid else ""
             raise Lost(
                 f"taken over {by}while this process did not answer for more than "
@@ -98,7 +95,7 @@ class Lease:
         pause = min(SLOWEST_BEAT, self.holder.stale_seconds / BEATS)
         while not self._released.wait(pause):
             now = _read(self.path)
-            if now is not None and now.token != self.holder.token:
+            if now is not None and now.nonce != self.holder.nonce:
                 return
             with contextlib.suppress(OSError):  # a share that is away for a moment
                 os.utime(self.path)
@@ -109,7 +106,7 @@ class Lease:
         self._beat.join()
         with contextlib.suppress(Timeout, OSError), _guard(self.path):
             now = _read(self.path)
-            if now is not None and now.token == self.holder.token:
+            if now is not None and now.nonce == self.holder.nonce:
                 write_atomic(self.path, json.dumps({"token": now.token}) + "\n")
         self._process_lock.release(force=True)
         with contextlib.suppress(OSError):
@@ -136,19 +133,29 @@ def take(path: Path, stale_seconds: float = STALE_SECONDS) -> Taken | Holder:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _guard(path):
-        before = _read(path)
+        before = _read_again(path) if path.exists() else None
         ended = None
         if before is not None and before.pid:
             ended = _how_it_ended(path, before)
             if ended is None:
                 return before
             _process_lock(path, before.token).unlink(missing_ok=True)
-        token = (before.token if before else 0) + 1
-        process_lock = FileLock(_process_lock(path, token))
-        process_lock.acquire(blocking=False)  # a new file: nobody else has its token
-        holder = Holder(token, socket.gethostname(), boot_id(), os.getpid(), stale_seconds)
+        token, process_lock = _next_token(path, before.token if before else 0)
+        host, pid = socket.gethostname(), os.getpid()
+        holder = Holder(token, host, boot_id(), pid, stale_seconds, secrets.token_hex(8))
         write_atomic(path, json.dumps(asdict(holder)) + "\n")
     return Taken(Lease(path, holder, process_lock), ended)
+
+
+def _next_token(path: Path, last: int) -> tuple[int, FileLock]:
+    """A token that nobody has, and the lock that says that its process lives."""
+    token = last
+    while True:
+        token += 1
+        lock = FileLock(_process_lock(path, token))
+        with contextlib.suppress(Timeout):  # of a holder whose own file was removed
+            lock.acquire(blocking=False)
+            return token, lock
 
 
 def holder_of(path: Path) -> Holder | None:
@@ -193,7 +200,8 @@ def _age(path: Path) -> float:
     except OSError:
         return 0.0
     finally:
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a share that is mounted for reading
+            probe.unlink(missing_ok=True)
 
 
 def _guard(path: Path) -> FileLock:
@@ -202,6 +210,15 @@ def _guard(path: Path) -> FileLock:
 
 def _process_lock(path: Path, token: int) -> Path:
     return path.with_suffix(f".{token}.alive")
+
+
+def _read_again(path: Path) -> Holder | None:
+    """Read the holder's file, again if need be: a share may not answer for a moment."""
+    for _ in range(RETRIES):
+        if (found := _read(path)) is not None:
+            return found
+        time.sleep(RETRY_SECONDS)
+    return None
 
 
 def _read(path: Path) -> Holder | None:
@@ -214,6 +231,7 @@ def _read(path: Path) -> Holder | None:
             boot_id=str(content.get("boot_id", "")),
             pid=int(content.get("pid", 0)),
             stale_seconds=float(content.get("stale_seconds", STALE_SECONDS)),
+            nonce=str(content.get("nonce", "")),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -311,7 +311,7 @@ def _warnings(config: Config, base: Any) -> list[str]:
 
     found = []
     if config.trainer.warmup_steps >= config.trainer.steps:
-        found.append("trainer.warmup_steps: the whole run is warm-up, lr never reaches its peak")
+        found.append("trainer.warmup_steps: the whole run is warm-up; lr never reaches its peak")
     was = [name for name in base.config.architectures or () if "SequenceClassification" in name]
     if config.task == "seq_cls" and was:
         found.append(f"the checkpoint is a classifier itself ({was[0]}): its head is replaced")
@@ -332,8 +332,8 @@ def _narrow(base: Any, ranks: dict[str, int]) -> list[str]:
             below.setdefault(r, []).append(name)
     return [
         f"lora.r: {r} is more than the smaller side of {len(names)} module"
-        f"{'s' if len(names) > 1 else ''} (such as {names[0]}: {sides[names[0]]}): there it adds "
-        f"nothing but parameters"
+        f"{'s' if len(names) > 1 else ''} (such as {names[0]}: {sides[names[0]]}): ranks above "
+        f"that add parameters without adding capacity"
         for r, names in below.items()
     ]
 

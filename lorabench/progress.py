@@ -97,7 +97,7 @@ class Display:
             table.add_row(Text(f"  {label}", style="dim"), Text(f"loss {loss:.4f}"))
         return Group(bar, table)
 
-    def done(self, label: str, text: str, steps: int) -> None:
-        """A run of `steps` has ended, one way or another."""
+    def done(self, label: str, text: str) -> None:
+        """A run has ended, one way or another."""
         self.runs_done += 1
         self.say(f"run {self.runs_done}/{self.num_runs}  {label}  {text}")

@@ -175,8 +175,8 @@ def read(folder: Path) -> Record | None:
         if not isinstance(content, dict) or content.get("schema_version", 1) > SCHEMA_VERSION:
             return None
         record = Record.model_validate(_upgraded(content))
-    except (OSError, ValueError):  # no file, no text, no JSON, or not this schema
-        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None  # no file, no text, no JSON, or not this schema
     if record.status == "running" and not _is_held(folder, record):
         record.status = "interrupted"
     return record
@@ -192,7 +192,7 @@ def is_newer(folder: Path) -> bool:
 
 
 def _is_held(folder: Path, record: Record) -> bool:
-    pack = record.plan.get("pack", {}).get("id")
+    pack = (record.plan.get("pack") or {}).get("id")
     return bool(pack) and lease.holder_of(folder.parent / ".locks" / f"{pack}.json") is not None
 
 

@@ -66,8 +66,9 @@ def train(
     running = {run for run in range(pack.size) if pack.alive[run]}
     if not running:
         return
-    assert all(config.stages == pack.configs[0].stages for config in pack.configs)
-    stages = Stages(pack.configs[0].stages, pack.owners.values())
+    owners = list(pack.owners.values())
+    stages = Stages(pack.configs[0].stages, owners)
+    assert all(Stages(config.stages, owners).all == stages.all for config in pack.configs)
     for step in range(start_step, trainer.steps):
         stage = stages.at(step)
         if step in (start_step, stage.step):

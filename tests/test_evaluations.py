@@ -108,6 +108,12 @@ def test_the_train_command_with_other_metrics_only_scores(
         (["data.metric=[nll],[accuracy]"], "must be one value; got a sweep"),
         (["data.metric=[accuracy]"], "data.metric: must be out of nll"),
         (["objective=test/nothing"], "objective: must be validation/METRIC or test/METRIC"),
+        (["objective=test/answer"], "objective: must be another metric where data.answer_pattern"),
+        (["data.num_test=abc"], "data.num_test: "),
+        (["trainer.eval_batch_size=2.5"], "trainer.eval_batch_size: "),
+        (["trainer.eval_examples=0"], "trainer.eval_examples: must be at least 1 or null"),
+        (["data.metric=nll"], "data.metric: "),
+        (["~data.num_test"], "data.num_test: must be KEY=VALUE; got '~data.num_test'"),
     ],
 )
 def test_what_evaluate_does_not_take_is_told(finished: Path, words: list[str], holds: str) -> None:
@@ -190,6 +196,12 @@ def test_an_adapter_that_is_not_the_one_it_trained_is_not_scored(sweep: Path) ->
     assert said.code == 1
     assert f"adapter: must be the one that run {run} trained" in said.err
     assert len(records(sweep)[run]["evaluations"]) == 1
+    # Its mates are scored, also beside an adapter that is no adapter at all.
+    file.write_bytes(b"torn")
+    said = say("evaluate", sweep / "default", "data.num_test=3")
+    assert said.code == 1 and "1 of 5 runs did not finish:" in said.lines
+    counts = {name: len(record["evaluations"]) for name, record in records(sweep).items()}
+    assert counts.pop(run) == 1 and set(counts.values()) == {2}
 
 
 def test_compare_takes_the_newest_evaluation_that_all_runs_share(sweep: Path) -> None:
@@ -352,3 +364,22 @@ def test_runs_that_had_ended_before_their_pack_was_halved_are_scored_again(
     assert said.code == 0 and "does not fit into memory" in said.err, said.err
     assert say("evaluate", tmp_path / "default", "data.num_test=3").code == 0
     assert all(len(r["evaluations"]) == 2 for r in records(tmp_path).values())
+
+
+def test_one_run_whose_data_changed_does_not_keep_the_others_from_being_served(
+    tmp_path: Path,
+) -> None:
+    rows = [json.dumps({"prompt": f"{i}=", "completion": str(i)}) + "\n" for i in range(40)]
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(rows))
+    words = ["train", "trainer=smoke", "tracker=none", "data=jsonl", f"data.train.path={train}",
+             "data.max_length=64", f"output_dir={tmp_path / 'out'}"]  # fmt: skip
+    assert say(*words).code == 0
+    train.write_text("".join(rows[:-1]))
+    assert say(*words).code == 0  # another run in the same folder
+    place = tmp_path / "out" / "default"
+    work = say("work", place)
+    assert work.code == 0 and "runs have what was asked for" in work.err, work.err
+    said = say("evaluate", place, "data.metric=[nll_per_token]")
+    assert said.code == 1 and "1 of 2 runs did not finish:" in said.lines
+    assert sorted(len(r["evaluations"]) for r in records(tmp_path / "out").values()) == [1, 2]

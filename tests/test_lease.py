@@ -173,3 +173,16 @@ def test_of_many_that_take_at_once_one_gets_it(place: Path, tmp_path: Path) -> N
     for pid in pids:
         os.waitpid(pid, 0)
     assert len(list(tmp_path.glob("won-*"))) == 1
+
+
+def test_a_holder_whose_file_was_removed_stops_when_another_has_the_pack(place: Path) -> None:
+    """The token starts again with the file; it alone would not tell the two apart."""
+    first = taken(lease.take(place, 60))
+    place.unlink()
+    second = taken(lease.take(place, 60))
+    with pytest.raises(Lost):
+        first.lease.check()
+    second.lease.check()
+    first.lease.release()
+    second.lease.check()
+    second.lease.release()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -133,7 +135,7 @@ def test_a_launch_that_was_suspended_for_too_long_writes_nothing_more(
         first.send(signal.SIGCONT)
         assert first.wait() == 0, first.said
     assert snapshot(out) == before
-    assert "taken over by" in first.said and "nothing more is written here" in first.said
+    assert "taken over" in first.said and "nothing more is written here" in first.said
     assert "4 of 4 runs done" in first.said
 
 
@@ -217,3 +219,100 @@ def test_runs_lists_what_is_only_planned(tmp_path: Path) -> None:
     assert say("runs", out / "default").out.count("planned") == 2
     table = json.loads(say("compare", out / "default", "--json").out)
     assert sorted(map(len, table["left_out"].values())) == [2, 2]
+
+
+def test_a_pack_that_another_process_finishes_first_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at what is left and the lease, the other one is done."""
+    from lorabench import lease
+
+    out = tmp_path / "out"
+    take = lease.take
+
+    def late(path: Path, *rest: Any) -> Any:
+        monkeypatch.setattr(lease, "take", take)
+        # A fresh interpreter: a fork would be in the middle of this one's command.
+        other = [sys.executable, "-m", "lorabench", *command(out)]
+        subprocess.run(other, check=True, capture_output=True)
+        return take(path, *rest)
+
+    monkeypatch.setattr(lease, "take", late)
+    said = say(*command(out))
+    assert said.code == 0 and "by another process" in said.err, said.err
+    assert all(len(record["evaluations"]) == 1 for record in records(out).values())
+
+
+@pytest.mark.parametrize("when", ["saving", "checkpoint"])
+def test_an_interrupt_at_the_worst_moment_is_heard_and_loses_nothing(
+    when: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: Callable[[int], dict[str, Any]],
+) -> None:
+    import os
+
+    from lorabench import adapters, checkpoint
+
+    out = tmp_path / "out"
+    if when == "saving":  # the last step is done; nothing is recorded yet
+        save = adapters.save
+
+        def signalled(*arguments: Any) -> str:
+            monkeypatch.setattr(adapters, "save", save)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return save(*arguments)
+
+        monkeypatch.setattr(adapters, "save", signalled)
+        assert say(*command(out)).code == 130
+        assert {r["status"] for r in records(out).values()} == {"trained"}
+    else:  # the disk is full when the checkpoint is to be kept
+        step = Display.step
+
+        def interrupt(self: Display, number: int, *rest: Any) -> None:
+            step(self, number, *rest)
+            if number == 4:
+                raise KeyboardInterrupt
+
+        def full(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Display, "step", interrupt)
+        monkeypatch.setattr(checkpoint, "write", full)
+        assert say(*command(out, "hydra.launcher.pack_size=2")).code == 130
+        assert {r["status"] for r in records(out).values()} == {"interrupted"}
+        assert len(records(out)) == 2, "the next pack is not begun"
+    monkeypatch.undo()
+    size = 4 if when == "saving" else 2
+    assert say(*command(out, f"hydra.launcher.pack_size={size}")).code == 0
+    check_each_was_trained_once(out, whole(size))
+
+
+def test_two_sweeps_of_one_command_are_told_apart(tmp_path: Path) -> None:
+    words = [word for word in command(tmp_path) if word not in GRID]
+    said = say(*words, "sweep=x,y", "seed=0,1")
+    assert said.code == 0 and "the same run" not in said.err and "run 4/4" in said.err
+    assert said.lines[-2:] == [
+        f"{tmp_path / name}: 2 of 2 runs done; lorabench compare {tmp_path / name}"
+        for name in ("x", "y")
+    ]
+
+
+def test_a_mate_that_was_last_scored_on_a_file_that_is_gone_does_not_matter(
+    tmp_path: Path,
+) -> None:
+    """Its slot needs its adapter's shape, not its test set."""
+    rows = [json.dumps({"prompt": f"{i}=", "completion": str(i)}) + "\n" for i in range(40)]
+    train, test, other = (tmp_path / f"{name}.jsonl" for name in ("train", "test", "other"))
+    train.write_text("".join(rows))
+    test.write_text("".join(rows[:5]))
+    other.write_text("".join(rows[5:9]))
+    out = tmp_path / "out"
+    words = ["train", "-m", "trainer=smoke", "tracker=none", "data=jsonl", "data.max_length=64",
+             f"data.train.path={train}", f"data.test.path={test}", f"output_dir={out}"]  # fmt: skip
+    assert say(*words, "seed=0,1").code == 0
+    assert say(*words[:-2], f"data.test.path={other}", words[-1], "seed=1").code == 0
+    other.unlink()
+    assert say(*words, "seed=0", "data.metric=[nll_per_token]").code == 0
+    counts = {r["config"]["seed"]: len(r["evaluations"]) for r in records(out).values()}
+    assert counts == {0: 2, 1: 2}

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from lorabench.cli.verbs import VERBS
 
 if TYPE_CHECKING:
-    from lorabench.config import Config
     from lorabench.plan import Plan, Planner
     from lorabench.record import Record
     from lorabench.sweep import Job, SweepFolder
+    from lorabench.worker import Outcome
 
 
 def work(arguments: list[str]) -> int:
@@ -48,7 +48,7 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args(arguments)
     changes = read_overrides(options.overrides)
-    place, only = options.folder, None
+    place, only = options.folder.resolve(), None
     if (place / "record.json").is_file():
         place, only = place.parent, place.name
     folder, entries = _open(place)
@@ -68,20 +68,24 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def _open(place: Path) -> tuple[SweepFolder, dict[str, Any]]:
+    from lorabench import record
     from lorabench.config import ConfigErrors
     from lorabench.sweep import SweepFolder
 
     folder = SweepFolder(place)
-    if not (place / "sweep.json").is_file():
-        older = any(place.glob("*/record.json"))
-        raise ConfigErrors(
-            f"DIR: must be the folder of a sweep, with sweep.json; '{place}' has none"
-            + (
-                "; its runs were written by an earlier lorabench: compare and export read them, "
+    if not (place / "sweep.json").exists():
+        versions = {entry.arithmetic_version for _, entry in record.find(place)}
+        if versions and max(versions) < record.ARITHMETIC_VERSION:
+            remedy = (
+                "its runs were written by an earlier lorabench: compare and export read them, "
                 "`lorabench train` with their command trains them anew"
-                if older
-                else "; `lorabench train` makes one"
             )
+        elif versions:
+            remedy = "restore it, or repeat the `lorabench train` command, which writes it again"
+        else:
+            remedy = "`lorabench train` makes one"
+        raise ConfigErrors(
+            f"DIR: must be the folder of a sweep, with sweep.json; '{place}' has none; {remedy}"
         )
     return folder, folder.read().runs
 
@@ -101,7 +105,9 @@ def read_overrides(words: Sequence[str]) -> dict[str, Any]:
     errors, changes = [], {}
     for override in OverridesParser.create().parse_overrides(list(words)):
         key = override.key_or_group
-        if override.is_sweep_override():
+        if override.is_add() or override.is_delete():
+            errors.append(f"{key}: must be KEY=VALUE; got '{override.input_line}'")
+        elif override.is_sweep_override():
             errors.append(f"{key}: must be one value; got a sweep; write '{key}=[...]' for a list")
         elif key not in known:
             trains = ", which decides the training" if key in keys() else ""
@@ -126,68 +132,106 @@ def _serve(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from lorabench import interrupt
     from lorabench.cli.training import closing
+    from lorabench.config import ConfigErrors
     from lorabench.plan import Planner
     from lorabench.progress import Display
-    from lorabench.worker import Shared, Worker
+    from lorabench.worker import Shared, Worker, stale_checkpoints
 
     interrupt.install()
     planner = Planner()
-    jobs = planned(folder.path, wanted, changes, planner)
+    jobs, refused = planned(folder, wanted, changes, planner)
     shared = Shared(planner, words)
     display = Display(0, 0)
     worker = Worker(folder, jobs, shared, display)
     left = [job for job in jobs if worker.is_left(job)]
+    to_train = [job for job in left if worker.must_train(job)]
+    if stale := stale_checkpoints(to_train, folder.read().current_packs()):
+        raise ConfigErrors(stale)
     display.num_runs = len(left)
-    display.steps_total = sum(j.config.trainer.steps for j in left if worker.must_train(j))
-    scored = len(jobs) - len(left)
-    if scored:
-        display.say(f"{scored} of {len(jobs)} runs have what was asked for, {len(left)} to do")
+    display.steps_total = sum(job.config.trainer.steps for job in to_train)
+    if len(left) < len(wanted):
+        display.say(
+            f"{len(jobs) - len(left)} of {len(wanted)} runs have what was asked for, "
+            f"{len(left)} to do"
+        )
     for note in shared.check_data(left):
         display.say(f"note: {note}")
     with display:
-        return closing(worker.finish_all())
+        return closing([*worker.finish_all(), *refused])
 
 
 def planned(
-    place: Path, wanted: dict[str, tuple[str, Any]], changes: dict[str, Any], planner: Planner
-) -> list[Job]:
-    """Runs of sweep.json as jobs, with other settings of evaluation.
+    folder: SweepFolder,
+    wanted: dict[str, tuple[str, Any]],
+    changes: dict[str, Any],
+    planner: Planner,
+) -> tuple[list[Job], list[Outcome]]:
+    """Plan runs of sweep.json, with other settings of evaluation.
 
     The run id is the one they were trained under: settings of evaluation have no part in it.
 
+    Returns:
+        The runs as jobs, and outcomes of those that cannot be served: their base or their data
+        changed since.
     Raises:
-        ConfigErrors: everything wrong with any of them.
+        ConfigErrors: nothing can be served; everything wrong.
     """
+    from lorabench.config import ConfigErrors
+    from lorabench.sweep import Mistakes
+    from lorabench.worker import Outcome
+
+    mistakes, jobs, refused = Mistakes(len(wanted)), [], []
+    for run, (label, content) in wanted.items():
+        with mistakes.of(label):
+            try:
+                jobs.append(_planned(folder, run, label, content, changes, planner))
+            except ConfigErrors as error:
+                found = folder.record(run)
+                if not changes and found and found.evaluations and found.has_trained():
+                    continue  # it has ended, and nothing else is asked of it
+                text, place = "; ".join(error.errors), str(folder.path / run)
+                status = found.status if found else "planned"
+                refused.append(Outcome(run, label, status, place, text, has_failed=True))
+                raise
+    if not jobs:
+        mistakes.refuse()
+    return jobs, refused
+
+
+def _planned(
+    folder: SweepFolder,
+    run: str,
+    label: str,
+    content: dict[str, Any],
+    changes: dict[str, Any],
+    planner: Planner,
+) -> Job:
     from omegaconf import OmegaConf, open_dict
 
     from lorabench import config as configs
     from lorabench import plan
-    from lorabench.config import ConfigErrors
-    from lorabench.sweep import Job, Mistakes, SweepFolder
+    from lorabench.config import Config, ConfigErrors
+    from lorabench.sweep import Job
 
-    mistakes, jobs = Mistakes(len(wanted)), []
-    for run, (label, content) in wanted.items():
-        with mistakes.of(label):
-            cfg: Any = OmegaConf.create(content)
-            with open_dict(cfg):
-                for key, value in changes.items():
-                    OmegaConf.update(cfg, key, value)
-            config: Config = configs.typed(cfg)
-            if found := plan.check(config):
-                raise ConfigErrors(found)
-            made = planner.make(config)
-            _must_be_its_base(SweepFolder(place).record(run), made)
-            if made.run_id != run and not _takes_other_examples(changes):
-                raise ConfigErrors(
-                    f"sweep.json: run {run} must still resolve to what was trained; it resolves "
-                    f"to {made.run_id} now: its data, base or tokenizer changed, or lorabench "
-                    f"computes otherwise; put them back"
-                )
-            # Wherever the folder lies by now.
-            here = {"run_id": run, "folder": str(place / run)}
-            jobs.append(Job(config, label, made.model_copy(update=here)))
-    mistakes.refuse()
-    return jobs
+    cfg: Any = OmegaConf.merge(OmegaConf.structured(Config), content)
+    with open_dict(cfg):
+        for key, value in changes.items():
+            OmegaConf.update(cfg, key, value)
+        # Wherever the folder lies by now.
+        cfg.output_dir, cfg.sweep = str(folder.path.parent), folder.path.name
+    config = configs.typed(cfg)
+    if found := plan.check(config):
+        raise ConfigErrors(found)
+    made = planner.make(config)
+    _must_be_its_base(folder.record(run), made)
+    if made.run_id != run and not _takes_other_examples(changes):
+        raise ConfigErrors(
+            f"sweep.json: run {run} must still resolve to what was planned; it resolves to "
+            f"{made.run_id} now: its data, base or tokenizer changed, or lorabench computes "
+            f"otherwise; put them back, or repeat the command that asked for it"
+        )
+    here = {"run_id": run, "folder": str(folder.path / run)}
+    return Job(config, label, made.model_copy(update=here))
 
 
 def _must_be_its_base(trained: Record | None, made: Plan) -> None:
@@ -210,4 +254,4 @@ def _takes_other_examples(changes: dict[str, Any]) -> bool:
 
     The training set would be another one then; nothing is trained, so that is no objection.
     """
-    return any(key.startswith(("data.test.", "data.validation.")) for key in changes)
+    return any(key.startswith(("data.test", "data.validation")) for key in changes)

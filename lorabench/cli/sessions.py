@@ -86,7 +86,11 @@ class Session:
 
     def _greet(self) -> None:
         """Say what is kept, what is to do, and what others are doing."""
-        distinct = sweep.first_of_each(self.left)
+        distinct = [
+            job
+            for worker in self.workers.values()
+            for job in sweep.first_of_each(job for job in self.left if job in worker.jobs)
+        ]
         to_score = [job for job in distinct if self.worker(job).must_score(job)]
         self.display.num_runs = len(distinct)
         self.display.steps_total = sum(
@@ -137,7 +141,7 @@ class Session:
         job = self.jobs[index]
         with self.display:
             outcome = self.worker(job).finish(job)
-        first = next(one for one in self.jobs if one.plan.run_id == job.plan.run_id)
+        first = next(one for one in self.jobs if one.folder == job.folder)
         if first is not job and job in self.left:
             self.display.say(f"{job.label}  {outcome.status}: the same run as {first.label}")
         self.command.outcomes.setdefault((outcome.folder, job.plan.evaluation_id), outcome)

@@ -46,7 +46,11 @@ def train(arguments: list[str]) -> int:
     refuse_values(arguments)
     command = Command(["train", *arguments])
     register(command.planner)
-    _run_hydra(_task(command), arguments)
+    try:
+        _run_hydra(_task(command), arguments)
+    except ConfigErrors:  # of a later launch of the same command
+        closing(list(command.outcomes.values()))
+        raise
     if command.refused:
         raise ConfigErrors(command.refused)
     return closing(list(command.outcomes.values()))
@@ -90,7 +94,9 @@ def closing(outcomes: Sequence[Any]) -> int:
     """Print the last lines of a command and return its exit code."""
     if not outcomes:
         return 0  # --cfg, --info, ...: Hydra has printed what was asked for
-    folders = {str(Path(outcome.folder).parent) for outcome in outcomes}
+    folders: dict[Path, set[str]] = {}  # of sweeps, with their runs
+    for outcome in outcomes:
+        folders.setdefault(Path(outcome.folder).parent, set()).add(outcome.folder)
     for outcome in outcomes:
         if outcome.status == "stopped":
             print(f"{outcome.label}: {outcome.error} ({outcome.folder})", file=sys.stderr)
@@ -100,9 +106,9 @@ def closing(outcomes: Sequence[Any]) -> int:
         if any(outcome.status == "trained" for outcome in bad):
             lines.append("trained runs keep their adapter; the same command only scores them")
         return fail(lines, 1)
-    for folder in sorted(folders):
+    for folder, runs in sorted(folders.items()):
         print(
-            f"{folder}: {len(outcomes)} of {len(outcomes)} runs done; lorabench compare {folder}",
+            f"{folder}: {len(runs)} of {len(runs)} runs done; lorabench compare {folder}",
             file=sys.stderr,
         )
     return 0

@@ -320,6 +320,19 @@ def _rest(found: Found, config: Config) -> None:
         "for example objective=validation/nll",
     )
     must(
+        metric != "answer" or config.data.answer_pattern is not None,
+        "objective",
+        "another metric where data.answer_pattern is null",
+        config.objective,
+        "set data.answer_pattern=...",
+    )
+    must(
+        config.trainer.eval_examples is None or config.trainer.eval_examples >= 1,
+        "trainer.eval_examples",
+        "at least 1 or null",
+        config.trainer.eval_examples,
+    )
+    must(
         math.isfinite(config.worker.stale_seconds) and config.worker.stale_seconds >= 1,
         "worker.stale_seconds",
         "at least 1",

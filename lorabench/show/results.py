@@ -20,6 +20,7 @@ COLOURS = {
     "failed": "red",
     "interrupted": "yellow",
     "stopped": "yellow",
+    "trained": "yellow",
     "planned": "dim",
 }
 

@@ -1,19 +1,20 @@
 """The sweep folder: which runs there are, in which packs, who asked for them, how far they are.
 
 `sweep.json` lists every run, every pack and every command ever asked of the folder. Commands and
-splits of packs are added under a lock; nothing is removed. How far a run is says its record.
+splits of packs are added under a lock; nothing is removed. A run's record says how far it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from lorabench import lease, record
 from lorabench.config import ConfigErrors
@@ -25,14 +26,20 @@ SCHEMA_VERSION = 1
 LOCK_TIMEOUT = 120.0  # seconds to wait for another process that adds to sweep.json
 
 
-class RunEntry(BaseModel):
+class Strict(BaseModel):
+    """A part of sweep.json; a key that this version does not know is damage."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class RunEntry(Strict):
     """One run: the overrides that tell it from its mates, and its resolved config."""
 
     label: str
     config: dict[str, Any]  # of the newest command: another one may ask for other scores
 
 
-class PackEntry(BaseModel):
+class PackEntry(Strict):
     """Runs that train together, in the order of their slots: a run's bits depend on the shape."""
 
     id: str
@@ -41,7 +48,7 @@ class PackEntry(BaseModel):
     reason: str | None = None  # why that pack was split
 
 
-class CommandEntry(BaseModel):
+class CommandEntry(Strict):
     """A command that asked for runs of this folder."""
 
     words: list[str]
@@ -49,7 +56,7 @@ class CommandEntry(BaseModel):
     runs: list[str]
 
 
-class SweepFile(BaseModel):
+class SweepFile(Strict):
     """sweep.json."""
 
     schema_version: int = SCHEMA_VERSION
@@ -61,6 +68,11 @@ class SweepFile(BaseModel):
         """The packs that were not split, in the order in which they were asked for."""
         split = {pack.split_from for pack in self.packs}
         return [pack for pack in self.packs if pack.id not in split]
+
+
+def _version(text: str) -> int:
+    content = json.loads(text)
+    return int(content.get("schema_version", 1)) if isinstance(content, dict) else 1
 
 
 def entry_of(job: Job) -> RunEntry:
@@ -88,20 +100,26 @@ class SweepFolder:
         """
         path = self.path / "sweep.json"
         try:
-            found = SweepFile.model_validate_json(path.read_bytes())
+            text = path.read_text(encoding="utf-8")
+            if (version := _version(text)) > SCHEMA_VERSION:
+                raise ConfigErrors(
+                    f"sweep.json: must have a schema version of at most {SCHEMA_VERSION}; '{path}' "
+                    f"has {version}: it was written by a newer lorabench; update this one"
+                )
+            found = SweepFile.model_validate_json(text)
+            unknown = [run for pack in found.packs for run in pack.runs if run not in found.runs]
+            if unknown:
+                raise ValueError(f"a pack has the run {unknown[0]}, which is not in it")
         except FileNotFoundError:
             return SweepFile()
-        except ValueError as error:
+        except ConfigErrors:
+            raise
+        except (ValueError, OSError) as error:
             raise ConfigErrors(
                 f"sweep.json: must be as lorabench wrote it; '{path}' is damaged "
                 f"({str(error).splitlines()[0]}); restore it, or move it away: finished runs are "
                 f"kept, interrupted ones start again in new packs"
             ) from error
-        if found.schema_version > SCHEMA_VERSION:
-            raise ConfigErrors(
-                f"sweep.json: must have a schema version of at most {SCHEMA_VERSION}; '{path}' has "
-                f"{found.schema_version}: it was written by a newer lorabench; update this one"
-            )
         return found
 
     def settled(self) -> SweepFile:
@@ -196,7 +214,7 @@ class SweepFolder:
         return record.read(self.path / run)
 
     def holder(self, run: str) -> lease.Holder | None:
-        """Who trains a run now."""
+        """Return the process that holds a run's pack, if any."""
         for pack in self.read().current_packs():
             if run in pack.runs:
                 return lease.holder_of(self.lease_path(pack))

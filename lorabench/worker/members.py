@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -47,11 +48,6 @@ class Member:
     @property
     def folder(self) -> Path:
         return self.job.folder
-
-    @property
-    def is_out(self) -> bool:
-        """Whether its training has ended before that of its mates: failed or stopped."""
-        return self.failed or self.entry.error is not None
 
     def write(self) -> None:
         """Write the record."""
@@ -134,6 +130,9 @@ def open_member(job: Job, pack: PackEntry, mates: Sequence[Job], lease: Lease) -
 def begin(member: Member) -> None:
     """Write what is known of a run before anything is loaded."""
     member.folder.mkdir(parents=True, exist_ok=True)
+    member.lease.check()
+    for left in member.folder.rglob(".*.part"):  # by a holder that was killed or replaced
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     content = OmegaConf.to_yaml(OmegaConf.create(member.entry.config))
     member.lease.check()
     write_atomic(member.folder / "config.yaml", content)
@@ -166,8 +165,11 @@ def logs_of(folders: Sequence[Path]) -> Iterator[None]:
     root, handlers = logging.getLogger(), []
     try:
         for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-            handler = RunLog(folder / "train.log", encoding="utf-8")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                handler = RunLog(folder / "train.log", encoding="utf-8")
+            except OSError:
+                continue  # what the run itself cannot write fails it, with this reason
             handlers.append(handler)
             handler.setFormatter(
                 logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -294,16 +296,15 @@ def keep_checkpoint(members: list[Member], pack: Any, step: int) -> None:
         }
         member.lease.check()
         place = member.folder / "checkpoint"
-        checkpoint.write(place, pack.state(member.slot), step, member.fingerprint, stop, cost)
+        state, token = pack.state(member.slot), member.lease.holder.token
+        checkpoint.write(place, state, step, member.fingerprint, stop, cost, token)
     for member in members:
         member.lease.check()
-        checkpoint.commit(member.folder / "checkpoint")
+        checkpoint.commit(member.folder / "checkpoint", member.lease.holder.token)
 
 
 def put_in_place(part: Path, place: Path, lease: Lease) -> None:
     """Rename a folder that is written whole to its name, replacing what an earlier try left."""
-    import shutil
-
     lease.check()
     shutil.rmtree(place, ignore_errors=True)
     os.replace(part, place)

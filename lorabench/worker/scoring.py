@@ -13,10 +13,10 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorabench import adapters, data, identity, machine, record
-from lorabench.config import ConfigErrors
+from lorabench.config import ConfigErrors, first_line
 from lorabench.lease import Lost
 from lorabench.progress import Display
 from lorabench.sweep import Job
@@ -27,12 +27,17 @@ from lorabench.worker.training import make_pack
 log = logging.getLogger(__name__)
 
 
-def load_pack(members: Sequence[Member], slots: Sequence[Job], shared: Shared) -> Any:
-    """Put saved adapters on their base, in the shape they were trained in.
+def load_pack(
+    members: Sequence[Member], slots: Sequence[Job], shared: Shared
+) -> tuple[Any, dict[str, str]]:
+    """Put saved adapters on their base, in the shape of their pack.
 
+    Returns:
+        The pack, and by run id what is wrong with adapters that were left out.
     Raises:
-        ConfigErrors: an adapter is gone, or not the one that was trained.
+        ConfigErrors: the base is not the one they were trained on.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from lorabench.pack import ModulePack
@@ -40,30 +45,36 @@ def load_pack(members: Sequence[Member], slots: Sequence[Job], shared: Shared) -
     config = members[0].job.config
     machine.configure_torch(config)
     device = machine.choose_device(config.trainer.device)
-    saved = {}
+    saved, errors = {}, {}
     for member in members:
-        place = member.folder / "adapter" / "adapter_model.safetensors"
-        tensors = load_file(place) if place.is_file() else {}
-        found, wanted = adapters.state_hash(tensors), member.entry.hashes["adapter"]
-        if found != wanted:
-            raise ConfigErrors(
+        place, wanted = member.folder / "adapter", member.entry.hashes["adapter"]
+        try:
+            tensors = load_file(place / "adapter_model.safetensors")
+            found = adapters.state_hash(tensors)[:12]
+        except (OSError, SafetensorError) as error:
+            found = first_line(error)
+        if found == wanted[:12]:
+            saved[member.slot] = tensors
+        else:
+            errors[member.entry.run_id] = (
                 f"adapter: must be the one that run {member.entry.run_id} trained, {wanted[:12]}; "
-                f"'{place}' {'is ' + found[:12] if tensors else 'is gone'}; remove "
-                f"'{member.folder}' and repeat the command that trained it"
+                f"'{place}' has {found}; remove '{member.folder}' and repeat the command that "
+                f"trained it"
             )
-        saved[member.slot] = tensors
+    if not saved:
+        return None, errors
     if slots[0].plan.alone is not None:
         base, checksum = shared.base(slots[0], device)
         if members[0].entry.hashes["base"] != checksum:
             raise ConfigErrors(_other_base(members[0], checksum))
-        return ModulePack.of_saved(base, config, members[0].folder / "adapter", device)
+        return ModulePack.of_saved(base, config, members[0].folder / "adapter", device), errors
     pack, _, checksum = make_pack(shared, slots, device)
     for member in members:
         if member.entry.hashes["base"] != checksum:
             raise ConfigErrors(_other_base(member, checksum))
     for slot, tensors in saved.items():
         pack.load_adapter(slot, tensors)
-    return pack
+    return pack, errors
 
 
 def _other_base(member: Member, checksum: str) -> str:
@@ -106,7 +117,7 @@ def score(
     errors = {}
     for member in members:
         try:
-            _append(member, evaluation, scored, dataset, batch_size, seconds)
+            _append(member, evaluation, scored, batch_size, seconds)
         except Lost:
             raise
         except Exception as error:
@@ -115,20 +126,22 @@ def score(
     return errors
 
 
-Scored = dict[str, list[Any]]  # split -> one table per run
+class Scored(NamedTuple):
+    """What a pack's runs scored."""
+
+    tables: dict[str, list[Any]]  # split -> one table per run
+    tokens: dict[str, str]  # split -> hash of the token ids that were scored
+    generation: dict[str, Any] | None  # settings, if anything was generated
 
 
-def _score(
-    pack: Any, dataset: Dataset, tokenizer: Any, job: Job, batch_size: int
-) -> tuple[Scored, dict[str, Any] | None] | None:
-    """Tables of every run, and the settings of generation; None if memory was short."""
+def _score(pack: Any, dataset: Dataset, tokenizer: Any, job: Job, batch_size: int) -> Scored | None:
+    """Score every run of a pack; None if memory was short."""
     from lorabench.evaluate import GENERATED, answers, eos_token_ids, evaluate, generation_settings
 
     config = job.config
     wanted, pad_id = identity.wanted_metrics(config), data.pad_id(tokenizer)
     settings = dataclasses.replace(config.data, metric=wanted)  # the objective's among them
-    found: Scored = {}
-    generation = None
+    found = Scored({}, {}, None)
     try:
         for split in ("validation", "test"):
             tokens = dataset.tokens[split]
@@ -137,19 +150,20 @@ def _score(
             tables = evaluate(pack, tokens, tokenizer, pad_id, wanted, batch_size)
             if set(GENERATED) & set(wanted) and split in identity.answer_splits(config):
                 eos = eos_token_ids(pack.tree.generation_config, tokenizer)
-                generation = generation_settings(settings, eos)
+                found = found._replace(generation=generation_settings(settings, eos))
                 texts = answers(pack, tokens, tokenizer, pad_id, settings, eos, batch_size)
                 for name in texts[0].column_names:
                     tables = [
                         table.append_column(name, text[name])
                         for table, text in zip(tables, texts, strict=True)
                     ]
-            found[split] = tables
+            found.tables[split] = tables
+            found.tokens[split] = tokens.hash()
     except Exception as error:
         if not machine.is_out_of_memory(error):
             raise
     else:
-        return found, generation
+        return found
     # Outside the handler: the exception held the frames, and they the tensors.
     gc.collect()
     machine.release_memory()
@@ -159,18 +173,16 @@ def _score(
 def _append(
     member: Member,
     evaluation: str,
-    scored: tuple[Scored, dict[str, Any] | None],
-    dataset: Dataset,
+    scored: Scored,
     batch_size: int,
     seconds: float,
 ) -> None:
     """Write a run's predictions and add the evaluation to its record, which the caller writes."""
     from lorabench.evaluate import DEFINITIONS, summarise
 
-    tables, generation = scored
     job, entry = member.job, member.entry
     splits, kept = {}, []
-    for split, of_runs in tables.items():
+    for split, of_runs in scored.tables.items():
         table = of_runs[member.slot]
         metrics = {
             name: record.Metric(
@@ -184,13 +196,14 @@ def _append(
         }
         splits[split] = record.Scores(
             examples=job.plan.contents[split],
-            tokens=dataset.tokens[split].hash(),
+            tokens=scored.tokens[split],
             metrics=metrics,
         )
         kept.append(table.add_column(0, "split", [[split] * len(table)]))
     name = f"evaluations/{evaluation}.parquet"
     place = member.folder / name
-    part = _written(place, kept)
+    member.lease.check()
+    part = _written(place, kept, member.lease.holder.token)
     member.lease.check()
     os.replace(part, place)
     entry.evaluations = [one for one in entry.evaluations if one.id != evaluation]
@@ -202,7 +215,7 @@ def _append(
             predictions=name,
             predictions_sha256=hashlib.sha256(place.read_bytes()).hexdigest(),
             batch_size=batch_size,
-            generation=generation,
+            generation=scored.generation,
             seconds=round(seconds, 3),
             stack=record.stack(record.provenance(machine.choose_device(job.config.trainer.device))),
             ended=record.now(),
@@ -213,12 +226,12 @@ def _append(
         entry.status, entry.error = "finished", None
 
 
-def _written(place: Path, tables: list[Any]) -> Path:
+def _written(place: Path, tables: list[Any], token: int) -> Path:
     """Write predictions beside their place, on the disk before they are renamed."""
     from pyarrow import concat_tables, parquet
 
     place.parent.mkdir(exist_ok=True)
-    part = place.with_name(f".{place.name}.part")
+    part = place.with_name(f".{place.name}.{token}.part")
     with contextlib.suppress(FileNotFoundError):
         part.unlink()
     parquet.write_table(concat_tables(tables, promote_options="default"), part)

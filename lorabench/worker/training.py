@@ -7,6 +7,7 @@ stay the same.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ from lorabench.worker.members import (
     resume,
 )
 from lorabench.worker.shared import Shared
+
+log = logging.getLogger(__name__)
 
 
 def make_pack(shared: Shared, jobs: Sequence[Job], device: str) -> tuple[Any, Any, str]:
@@ -90,23 +93,28 @@ def train_pack(
     try:
         open_logs(members, start_step, display)
         _train(members, pack, dataset.tokens, tokenizer, start_step, display)
-    except Lost:
-        raise
-    except BaseException as error:
-        step = max(member.entry.steps_done for member in members)  # a stopped run did fewer
-        if isinstance(error, KeyboardInterrupt) and step and not interrupt.torn():
-            keep_checkpoint(members, pack, step)
+        with interrupt.whole():
+            if base_model.checksum(base) != checksum:
+                shared.drop_base()
+                raise RuntimeError(
+                    "the frozen base changed while this pack trained; its runs are void"
+                )
+            for member in members:
+                member.entry.cost.peak_memory_bytes = memory.bytes()
+            _save(members, pack)
+    except KeyboardInterrupt:
+        unsaved = [member for member in members if not member.entry.has_trained()]
+        step = max((member.entry.steps_done for member in unsaved), default=0)  # stopped: fewer
+        if step and not interrupt.torn():
+            try:
+                keep_checkpoint(unsaved, pack, step)
+            except (Lost, OSError):
+                log.exception("no checkpoint of the interrupted runs")
         raise
     finally:
         for member in members:
             if member.metrics_file is not None:
                 member.metrics_file.close()
-    if base_model.checksum(base) != checksum:
-        shared.drop_base()
-        raise RuntimeError("the frozen base changed while this pack trained; its runs are void")
-    for member in members:
-        member.entry.cost.peak_memory_bytes = memory.bytes()
-    _save(members, pack)
     return pack
 
 
@@ -135,13 +143,15 @@ def _describe(
 
 
 def _save(members: list[Member], pack: Any) -> None:
-    """Save all adapters, then record them, then forget the checkpoints.
+    """Save all adapters, then record each and forget its checkpoint.
 
-    In this order a kill loses nothing: what has no record yet still has its checkpoint.
+    In this order a kill loses nothing: a run without its record still has its checkpoint, if it had
+    one.
     """
     for member in members:
         with own_failure(member):
-            part = member.folder / ".adapter.part"
+            member.lease.check()
+            part = member.folder / f".adapter.{member.lease.holder.token}.part"
             shutil.rmtree(part, ignore_errors=True)
             tensors = pack.adapter_state(member.slot)
             saved = adapters.save(tensors, pack.settings(member.slot), part)
@@ -154,8 +164,11 @@ def _save(members: list[Member], pack: Any) -> None:
             if member.entry.status == "trained":
                 member.entry.exports = record.Exports(**member.entry.plan["exports"])
             member.entry.ended = record.now()
-        member.write()
-    for member in members:
+        try:
+            member.write()
+        except OSError:  # tried again when the pack is done; until then its checkpoint stays
+            log.exception("record of %s", member.entry.run_id)
+            continue
         if not member.failed:
             checkpoint.remove(member.folder / "checkpoint")
 

@@ -21,7 +21,7 @@ from lorabench import checkpoint, lease, machine, plan, record
 from lorabench.config import ConfigErrors, flatten, typed
 from lorabench.lease import Holder, Lease, Lost
 from lorabench.progress import Display, clock
-from lorabench.sweep import Job, PackEntry, SweepFolder, first_of_each
+from lorabench.sweep import Job, PackEntry, RunEntry, SweepFolder, first_of_each
 from lorabench.worker import members as at_work
 from lorabench.worker.members import Member
 from lorabench.worker.scoring import load_pack, score
@@ -58,6 +58,7 @@ class Worker:
         self.folder, self.jobs, self.shared, self.display = folder, list(jobs), shared, display
         self.before = {job.plan.run_id: _stamp(self._record(job)) for job in jobs}
         self.failed: dict[str, str] = {}  # by this worker, which tries once: run id -> error
+        self.ended: set[str] = set()  # evaluations of runs that need no further look
         self.told_waiting = ""
         self.told: set[str] = set()  # runs whose end was shown
 
@@ -85,7 +86,10 @@ class Worker:
 
     def is_left(self, job: Job) -> bool:
         """Whether there is something to do for a run."""
-        return self.must_train(job) or self.must_score(job)
+        key = f"{job.plan.run_id} {job.plan.evaluation_id}"
+        if key not in self.ended and not (self.must_train(job) or self.must_score(job)):
+            self.ended.add(key)
+        return key not in self.ended
 
     def _has_failed(self, job: Job, found: record.Record | None) -> bool:
         """Whether this worker, or another one since this one began, has tried and failed."""
@@ -128,11 +132,13 @@ class Worker:
 
     def _take_one(self, first: str) -> bool:
         """Do what is left of one pack; False if others hold all of them."""
-        packs = [pack for pack in self.folder.read().current_packs() if self._left_of(pack)]
+        packs = self.folder.read().current_packs()
         packs.sort(key=lambda pack: first not in pack.runs)
-        self.shared.keep_only(job for pack in packs for job in self._left_of(pack))
         for pack in packs:
-            stale = self._left_of(pack)[0].config.worker.stale_seconds
+            left = self._left_of(pack)
+            if not left:
+                continue
+            stale = left[0].config.worker.stale_seconds
             taken = lease.take(self.folder.lease_path(pack), stale)
             if isinstance(taken, Holder):
                 continue
@@ -142,7 +148,11 @@ class Worker:
                 if pack not in self.folder.settled().current_packs():
                     return True  # split before it was held
                 self._do(pack, taken.lease)
-            self.shared.keep_only(job for job in self.jobs if self.is_left(job))
+            self.shared.keep_only(
+                job
+                for job in self.jobs
+                if f"{job.plan.run_id} {job.plan.evaluation_id}" not in self.ended
+            )
             return True
         return False
 
@@ -161,8 +171,10 @@ class Worker:
     def _do(self, pack: PackEntry, held: Lease) -> None:
         """Train and score what is left of a pack that is held."""
         left = self._left_of(pack)
+        if not left:
+            return  # another process was faster
         try:
-            slots = self._slots(pack)
+            slots = self._slots(pack, left[0])
         except ConfigErrors as refused:
             self._fail(left, "; ".join(refused.errors))
             return
@@ -176,12 +188,17 @@ class Worker:
             self.display.say(f"pack {pack.id}: {lost}")
         gc.collect()  # PEFT and torch leave cycles; memory of the next pack must be free
 
-    def _slots(self, pack: PackEntry) -> list[Job]:
-        """Every run of a pack's shape as a job; those of other commands from sweep.json."""
+    def _slots(self, pack: PackEntry, like: Job) -> list[Job]:
+        """Every run of a pack's shape as a job; those of other commands from sweep.json.
+
+        Args:
+            like: a run of the pack that is at work.
+        """
         known = {job.plan.run_id: job for job in first_of_each(self.jobs)}
         entries = self.folder.read().runs
         return [
-            known.get(run) or job_of(run, entries[run], self.shared.planner) for run in pack.runs
+            known.get(run) or mate_of(like, run, entries[run], self.shared.planner)
+            for run in pack.runs
         ]
 
     def _train_and_score(
@@ -203,17 +220,20 @@ class Worker:
                     self._close(members, begun, "interrupted", "interrupted by a signal")
                 raise
             except Lost:
+                for member in members:
+                    member.tracker.finish({}, failed=True)
                 raise
             except Exception as error:
                 log.error("pack %s failed\n%s", pack.id, traceback.format_exc())
                 short_of_memory = machine.is_out_of_memory(error)
                 for member in members:
-                    member.fail(error)
+                    if not member.entry.has_trained():
+                        member.fail(error)
         # Outside the handler: the exception held the frames, and they the pack.
         if short_of_memory and len(pack.runs) > 1:
-            self._halve(pack, jobs, held)
             for member in members:
                 member.tracker.finish({}, failed=True)
+            self._halve(pack, jobs, held)
             return
         if short_of_memory:
             members[0].entry.error = (
@@ -248,12 +268,17 @@ class Worker:
             checkpoint.remove(job.folder / "checkpoint")  # of a kill right after training
         with at_work.logs_of([member.folder for member in members]):
             try:
-                self._score(members, load_pack(members, slots, self.shared))
-            except ConfigErrors as refused:
-                self._fail(jobs, "; ".join(refused.errors))
-                return
+                loaded, errors = load_pack(members, slots, self.shared)
+                self.failed |= errors
+                self._score([m for m in members if m.entry.run_id not in errors], loaded)
+            except (KeyboardInterrupt, Lost):
+                raise
+            except Exception as error:
+                log.error("pack %s: not scored\n%s", pack.id, traceback.format_exc())
+                self.failed |= {m.entry.run_id: at_work.what_failed(error) for m in members}
             finally:
-                self._close(members, begun)
+                with contextlib.suppress(Lost):
+                    self._close(members, begun)
         self._tell(members)
 
     def _score(self, members: Sequence[Member], loaded: Any) -> None:
@@ -316,26 +341,34 @@ class Worker:
 
     def _tell_one(self, job: Job, text: str) -> None:
         self.told.add(job.plan.run_id)
-        self.display.done(job.label, text, job.config.trainer.steps)
+        self.display.done(job.label, text)
 
 
-def job_of(run: str, entry: Any, planner: plan.Planner) -> Job:
-    """A run of sweep.json as a job.
+def mate_of(like: Job, run: str, entry: RunEntry, planner: plan.Planner) -> Job:
+    """Return a run of sweep.json that shares a pack with `like`, as far as its slot needs it.
+
+    Data and whatever else the runs of a pack share are those of `like`: how another command last
+    asked this run to be scored is of no importance here.
 
     Raises:
-        ConfigErrors: its base or its data are gone or are no longer what they were.
+        ConfigErrors: it no longer resolves to the run it was.
     """
     from omegaconf import OmegaConf
 
-    config = typed(OmegaConf.create(entry.config))
-    if errors := plan.check(config):
-        raise ConfigErrors(errors)
+    from lorabench.sweep.packs import OWN_GROUPS, OWN_TRAINER
+
+    own = typed(OmegaConf.create(entry.config))
+    trainer = {key: getattr(own.trainer, key) for key in OWN_TRAINER}
+    config = dataclasses.replace(
+        like.config,
+        **{group: getattr(own, group) for group in OWN_GROUPS},
+        trainer=dataclasses.replace(like.config.trainer, **trainer),
+    )
     made = planner.make(config)
     if made.run_id != run:
         raise ConfigErrors(
             f"sweep.json: run {run} must still resolve to what was planned; it resolves to "
-            f"{made.run_id} now: its data, base or tokenizer changed; put them back, or repeat "
-            f"the command that asked for it"
+            f"{made.run_id} now: its base or its data changed; repeat the command that asked for it"
         )
     return Job(config, entry.label, made)
 
