@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import records, say
+from omegaconf import OmegaConf
 
-from lorabench import record
+from lorabench import plan, record
+from lorabench.config import typed
 
 FOLDERS = Path(__file__).parent / "folders"
 FIRST = FOLDERS / "written_by_0.1"
@@ -85,7 +86,35 @@ def test_evaluate_and_work_say_what_to_do_with_it(first: Path) -> None:
         assert said.code == 2 and "written by an earlier lorabench" in said.err
 
 
-def newer(folder: Path) -> list[dict[str, Any]]:
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*/record.json"))]
-    assert found
-    return found
+# --- the sweep of version 0.2: its ids are for ever ------------------------------------------
+
+SECOND = FOLDERS / "written_by_0.2"
+
+
+def test_the_ids_of_version_0_2_are_reproduced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a change gives the same config another id without a new arithmetic version.
+
+    A new config key belongs into identity.NEUTRAL, with the value that does what was done before.
+    """
+    monkeypatch.chdir(FOLDERS.parent.parent)  # its records name data by a path from there
+    found = list(record.find(SECOND))
+    assert len(found) == 11
+    planner = plan.Planner()
+    for _, one in found:
+        assert one.arithmetic_version == 2
+        if one.arithmetic_version != record.ARITHMETIC_VERSION:
+            continue  # an honest change of results: all ids are new
+        made = planner.make(typed(OmegaConf.create(one.config)))
+        assert made.run_id == one.run_id, one.config
+        assert made.evaluation_id == one.evaluations[0].id, one.config
+
+
+def test_what_version_0_2_wrote_is_read_and_scored(tmp_path: Path) -> None:
+    shutil.copytree(SECOND, tmp_path / "written_by_0.2")
+    place = tmp_path / "written_by_0.2"
+    shown = json.loads(say("runs", place, "--json").out)
+    assert {run["status"] for run in shown} == {"finished"}
+    table = json.loads(say("compare", place, "--json").out)
+    assert len(table["runs"]) == 11 and not table["left_out"]
+    run = next(p for p, r in record.find(place) if r.config["data"]["source"] == "skills")
+    assert say("export", run, "--to", "adapter", tmp_path / "exported").code == 0
