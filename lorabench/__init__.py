@@ -1,3 +1,3 @@
 """lorabench: compose a LoRA experiment from configs, sweep it over one shared frozen base."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
