@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import GRID, SMOKE, records, say, scores, untouched
 
-from lorabench.record import this_process
+from lorabench import lease
 
 # --- plan, runs, compare ---------------------------------------------------------------------
 
@@ -173,7 +173,7 @@ def test_a_file_that_was_edited_is_no_other_seed(jsonl, tmp_path):
     jsonl.write_text(jsonl.read_text().replace("add", "sum"))
     assert say(*command).code == 0
     rows = json.loads(say("compare", str(tmp_path / "out" / "default"), "--json").out)["rows"]
-    hashes = {r["hashes"]["data"][:8] for r in records(tmp_path / "out").values()}
+    hashes = {r["hashes"]["train"][:8] for r in records(tmp_path / "out").values()}
     assert len(rows) == 2 and {row["setting"]["data.data_hash"] for row in rows} == hashes
     assert all(row["metrics"]["test"]["nll"]["n"] == 1 for row in rows)
 
@@ -233,16 +233,24 @@ def test_what_was_deleted_or_damaged_since_is_told(tmp_path):
     assert say(*command).code == 0 and len(records(tmp_path)) == 2
 
 
-def test_a_run_in_training_elsewhere_is_not_kept_from_before(tmp_path):
+def test_a_run_that_another_process_trains_is_running(tmp_path):
+    """What a second launch does with it is in test_worker.py."""
     command = ["train", *SMOKE, f"output_dir={tmp_path}"]
     assert say(*command).code == 0
     ((run_id, entry),) = records(tmp_path).items()
-    entry |= {"status": "running", "process": this_process()}
+    entry["status"] = "running"
     (tmp_path / "default" / run_id / "record.json").write_text(json.dumps(entry))
-    said = say(*command)
-    assert said.code == 1 and said.lines[0] == (
-        "0 of 1 runs are kept from before, 0 to train, 1 in training by another process"
-    )
+
+    def shown() -> str:
+        (run,) = json.loads(say("runs", str(tmp_path / "default"), "--json").out)
+        return run["status"]
+
+    assert shown() == "interrupted"
+    pack = entry["plan"]["pack"]["id"]
+    taken = lease.take(tmp_path / "default" / ".locks" / f"{pack}.json", 60)
+    assert shown() == "running"
+    taken.lease.release()
+    assert say(*command).code == 0 and shown() == "finished"
 
 
 def test_a_narrow_terminal_cuts_no_value_and_is_told_what_it_does_not_show(output, monkeypatch):

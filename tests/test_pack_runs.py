@@ -145,10 +145,10 @@ def test_members_a_step_apart_resume_at_the_step_they_share(
     assert cli.main([*arguments, f"output_dir={whole}"]) == 0
     commit, calls = checkpoint.commit, iter(range(10**6))
 
-    def die_between(folder: Path) -> None:
+    def die_between(*arguments: Any) -> None:
         if next(calls) == 2 * 4 + 1:  # the second member's fifth
             raise RuntimeError("power cut")
-        commit(folder)
+        commit(*arguments)
 
     monkeypatch.setattr(checkpoint, "commit", die_between)
     assert cli.main([*arguments, f"output_dir={torn}"]) != 0

@@ -39,6 +39,7 @@ def models(module: Any) -> list[type[BaseModel]]:
         if isinstance(one, type)
         and issubclass(one, BaseModel)
         and one.__module__ == module.__name__
+        and one.model_fields
     ]
 
 

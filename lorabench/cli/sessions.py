@@ -122,10 +122,11 @@ class Session:
                 + (f", {same} the same as another" if same else "")
             )
         for job in kept:
-            if not (job.folder / "adapter" / "adapter_model.safetensors").is_file():
+            file = "adapter/adapter_model.safetensors"
+            if not (job.folder / file).is_file():
                 self.display.say(
-                    f"{job.label}: kept without its adapter, which is gone; remove {job.folder} "
-                    f"to train it again"
+                    f"{job.label}: kept without {file}, which is gone; remove {job.folder} to "
+                    f"train it again"
                 )
 
     def is_over(self, index: int) -> bool:

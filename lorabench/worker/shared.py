@@ -112,9 +112,10 @@ class Shared:
         for job in jobs:
             alike.setdefault(_data_key(job), []).append(job)
         mistakes, notes = Mistakes(len(jobs)), []
-        for group in reversed(alike.values()):
+        for group in reversed(alike.values()):  # so that the first one's stay for its training
             with mistakes.of(*(job.label for job in group)):
                 notes += self.dataset(group[0]).notes
+        mistakes.found = dict(reversed(mistakes.found.items()))
         mistakes.refuse()
         return list(dict.fromkeys(notes))
 
