@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import composed, scores
+from processes import running, wait_for
 
 from lorabench import adapters, checkpoint, cli, data, plan, record
 from lorabench import model as base_model
@@ -108,25 +109,23 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:
 def test_a_killed_run_resumes_to_the_same_adapter(tmp_path: Path) -> None:
     """kill -9 in the middle, the same command again: the uninterrupted run's bits and rows."""
     arguments = [*FAST, "trainer.steps=120", "trainer.checkpoint_every=2", "trainer.num_threads=1"]
-    command = [sys.executable, "-m", "lorabench", "train", *arguments]
     killed = tmp_path / "killed"
-    process = subprocess.Popen([*command, f"output_dir={killed}"], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(killed.glob("default/*/checkpoint/checkpoint.json")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
-    time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with running(tmp_path / "said.txt", "train", *arguments, f"output_dir={killed}") as process:
+        wait_for(lambda: list(killed.glob("default/*/checkpoint/checkpoint.json")))
+        time.sleep(0.1)
+        process.send(signal.SIGKILL)
+        process.wait()
     (path,) = killed.glob("default/*/record.json")
     assert json.loads(path.read_text())["status"] == "running"
     found = record.read(path.parent)
     assert found is not None and found.status == "interrupted"
     done = json.loads((path.parent / "checkpoint" / "checkpoint.json").read_text())["steps_done"]
     assert 0 < done < 120
-    again = subprocess.run([*command, f"output_dir={killed}"], capture_output=True, text=True)
+    # In a fresh interpreter: nothing of the process that was killed is left.
+    command = [sys.executable, "-m", "lorabench", "train", *arguments, f"output_dir={killed}"]
+    again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    subprocess.run([*command, f"output_dir={tmp_path / 'whole'}"], check=True, capture_output=True)
+    assert cli.main(["train", *arguments, f"output_dir={tmp_path / 'whole'}"]) == 0
     a, b = the_record(killed), the_record(tmp_path / "whole")
     assert a["hashes"] == b["hashes"] and scores(a) == scores(b)
     steps = [

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorabench import machine, record, sweep
 from lorabench.config import ConfigErrors, and_more
 from lorabench.plan import Planner
 from lorabench.progress import Display
 from lorabench.sweep import Job, SweepFolder
-from lorabench.worker import Outcome, Shared, Worker, stale_checkpoints
+
+if TYPE_CHECKING:
+    from lorabench.worker import Outcome, Worker
 
 
 @dataclass
@@ -34,6 +36,8 @@ class Session:
     """The jobs of one launch. Each result brings its run to its end, and others on the way."""
 
     def __init__(self, command: Command, jobs: list[Job], pack_size: int):
+        from lorabench.worker import Shared, Worker  # heavy: after all mistakes were told
+
         self.command, self.jobs = command, jobs
         shared = Shared(command.planner, command.words)
         self.display = Display(0, 0)
@@ -65,6 +69,8 @@ class Session:
 
     def _add(self, worker: Worker, pack_size: int) -> None:
         """Add the runs of one folder to its sweep.json, in packs if they are new there."""
+        from lorabench.worker import stale_checkpoints
+
         known = worker.folder.read()
         packed = {run for pack in known.packs for run in pack.runs}
         fresh = [j for j in sweep.first_of_each(worker.jobs) if j.plan.run_id not in packed]

@@ -127,7 +127,6 @@ def plan(arguments: list[str]) -> int:
         return 0
     from lorabench import machine, show, sweep
     from lorabench.plan import Planner
-    from lorabench.worker import Shared
 
     as_json = "--json" in arguments
     planner = Planner()
@@ -136,6 +135,8 @@ def plan(arguments: list[str]) -> int:
         say_if_sweep(composed.hydra)
     planned = sweep.plan_jobs(composed.configs, composed.labels, planner)
     jobs = sweep.first_of_each(planned)
+    from lorabench.worker import Shared  # heavy: after all mistakes were told
+
     memory = machine.free_memory(machine.choose_device(jobs[0].config.trainer.device))
     packs = sweep.form_packs(jobs, composed.pack_size, memory)
     shared = Shared(planner)

@@ -186,7 +186,6 @@ class Worker:
                 self._score_saved(pack, slots, left, held)
         except Lost as lost:
             self.display.say(f"pack {pack.id}: {lost}")
-        gc.collect()  # PEFT and torch leave cycles; memory of the next pack must be free
 
     def _slots(self, pack: PackEntry, like: Job) -> list[Job]:
         """Every run of a pack's shape as a job; those of other commands from sweep.json.
