@@ -122,6 +122,7 @@ def test_the_memory_is_used_and_a_home_without_room_only_costs_time(
 # --- what is loaded --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_loaded_base_does_not_hang_on_its_file(base: Path) -> None:
     """In a process of its own: a mapped file that is truncated ends it with SIGBUS."""
     code = (
@@ -237,6 +238,7 @@ def test_an_adapter_beside_the_base_is_refused(base: Path) -> None:
             load()
 
 
+@pytest.mark.slow
 def test_a_base_of_the_hub_is_the_planned_commit_without_an_adapter(
     tiny_folder: Folder, tmp_path: Path
 ) -> None:

@@ -48,7 +48,13 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+QUICK = ("a glob over a group", "the mode as an override", "the flag behind the overrides")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [form if form in QUICK else pytest.param(form, marks=pytest.mark.slow) for form in FORMS],
+)
 def test_plan_names_the_runs_that_train_trains(form: str, configs: Path, tmp_path: Path) -> None:
     words = [*TINY, f"output_dir={tmp_path / 'out'}"]
     words += [word.replace("{c}", str(configs)) for word in FORMS[form]]

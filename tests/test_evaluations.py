@@ -232,6 +232,7 @@ def test_compare_takes_the_newest_evaluation_that_all_runs_share(sweep: Path) ->
     assert test_nll()["shared"]
 
 
+@pytest.mark.slow
 def test_compare_says_so_where_no_evaluation_is_shared(sweep: Path) -> None:
     for run, record in records(sweep).items():
         path = sweep / "default" / run / "record.json"
@@ -288,6 +289,7 @@ def test_notes_are_on_screen_and_in_compare(tmp_path: Path) -> None:
         assert text in table and text in smoke
 
 
+@pytest.mark.slow
 def test_a_diverged_run_is_scored_and_stays_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +313,7 @@ def test_a_diverged_run_is_scored_and_stays_stopped(
     assert found["finished"]["provenance"]["command"][:3] == ["lorabench", "train", "-m"]
 
 
+@pytest.mark.slow
 def test_another_base_is_never_scored(tmp_path: Path) -> None:
     """Nor with another test file, where the training set may be another one."""
     from safetensors.torch import load_file, save_file
@@ -336,6 +339,7 @@ def test_another_base_is_never_scored(tmp_path: Path) -> None:
     assert len(record["evaluations"]) == 1
 
 
+@pytest.mark.slow
 def test_runs_that_had_ended_before_their_pack_was_halved_are_scored_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,6 +370,7 @@ def test_runs_that_had_ended_before_their_pack_was_halved_are_scored_again(
     assert all(len(r["evaluations"]) == 2 for r in records(tmp_path).values())
 
 
+@pytest.mark.slow
 def test_one_run_whose_data_changed_does_not_keep_the_others_from_being_served(
     tmp_path: Path,
 ) -> None:

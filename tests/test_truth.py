@@ -40,7 +40,7 @@ def command(out: Path, files: tuple[Path, Path], *more: str) -> list[str]:
     return ["train", "-m", *FAST, "data=jsonl", paths, f"output_dir={out}", *more]
 
 
-@pytest.mark.parametrize("keeps_size_and_time", [False, True])
+@pytest.mark.parametrize("keeps_size_and_time", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_file_edited_in_mid_sweep_fails_its_pack_alone(
     keeps_size_and_time: bool, tmp_path: Path, two_files: tuple[Path, Path]
 ) -> None:
@@ -90,7 +90,7 @@ def folder_with(place: Path, source: Path, seed: int | None) -> Path:
     return place
 
 
-@pytest.mark.parametrize("changed", ["weights", "tokenizer"])
+@pytest.mark.parametrize("changed", ["weights", pytest.param("tokenizer", marks=pytest.mark.slow)])
 def test_a_base_replaced_in_mid_sweep_fails_its_pack_alone(
     changed: str, tmp_path: Path, tiny_folder: Callable[[str], Path]
 ) -> None:

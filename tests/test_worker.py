@@ -70,7 +70,7 @@ def check_each_was_trained_once(out: Path, expected: dict[str, Any]) -> None:
     assert not list(out.glob("**/*.part")) and not list(out.glob("**/*.alive"))
 
 
-@pytest.mark.parametrize(("launches", "size"), [(2, 4), (4, 1)])
+@pytest.mark.parametrize(("launches", "size"), [(2, 4), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_launches_at_once_train_each_run_once(
     launches: int, size: int, tmp_path: Path, whole: Callable[[int], dict[str, Any]]
 ) -> None:
@@ -91,6 +91,7 @@ def test_launches_at_once_train_each_run_once(
     assert len(commands) == launches
 
 
+@pytest.mark.slow
 def test_a_launch_that_waits_takes_over_from_one_that_is_killed(
     tmp_path: Path, whole: Callable[[int], dict[str, Any]]
 ) -> None:
@@ -139,6 +140,7 @@ def test_a_launch_that_was_suspended_for_too_long_writes_nothing_more(
     assert "4 of 4 runs done" in first.said
 
 
+@pytest.mark.slow
 def test_work_trains_every_pack_that_is_left(
     tmp_path: Path, whole: Callable[[int], dict[str, Any]]
 ) -> None:
@@ -159,6 +161,7 @@ def test_work_trains_every_pack_that_is_left(
     assert again.lines[0] == "4 of 4 runs have what was asked for, 0 to do"
 
 
+@pytest.mark.slow
 def test_a_command_for_some_runs_of_a_pack_that_has_begun_keeps_its_shape(
     tmp_path: Path, whole: Callable[[int], dict[str, Any]]
 ) -> None:
@@ -202,6 +205,7 @@ def test_a_command_for_some_runs_of_a_pack_that_has_not_begun_splits_it(tmp_path
     assert sorted(sizes) == [1, 3] and len(folder.read().packs) == 3, "nothing is removed"
 
 
+@pytest.mark.slow
 def test_runs_lists_what_is_only_planned(tmp_path: Path) -> None:
     """sweep.json has every run, before any of them has a record."""
     out = tmp_path / "out"
@@ -221,6 +225,7 @@ def test_runs_lists_what_is_only_planned(tmp_path: Path) -> None:
     assert sorted(map(len, table["left_out"].values())) == [2, 2]
 
 
+@pytest.mark.slow
 def test_a_pack_that_another_process_finishes_first_is_let_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +248,7 @@ def test_a_pack_that_another_process_finishes_first_is_let_go(
     assert all(len(record["evaluations"]) == 1 for record in records(out).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["saving", "checkpoint"])
 def test_an_interrupt_at_the_worst_moment_is_heard_and_loses_nothing(
     when: str,
@@ -298,6 +304,7 @@ def test_two_sweeps_of_one_command_are_told_apart(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_mate_that_was_last_scored_on_a_file_that_is_gone_does_not_matter(
     tmp_path: Path,
 ) -> None:
