@@ -28,7 +28,7 @@ plan: $(READY) ## what `make sweep` will do; trains nothing
 compare: $(READY) ## the table of `make sweep` again
 	$(BIN)/lorabench compare outputs/lm_head
 
-test: $(READY) ## the fast tests, within five minutes on two cores
+test: $(READY) ## the fast tests, minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(READY) ## the tests that take minutes

@@ -114,7 +114,10 @@ def _lorabench_runs(folder: str) -> dict[str, dict[str, Any]]:
         name = f"head={config['head']['policy']} lora.r={config['lora']['r']} seed={config['seed']}"
         found[name] = {
             "losses": losses[:SAME_STEPS],
-            "nll": {split: scores["nll"]["value"] for split, scores in entry["metrics"].items()},
+            "nll": {
+                split: scores["metrics"]["nll"]["value"]
+                for split, scores in entry["evaluations"][-1]["splits"].items()
+            },
             "tokens": entry["cost"]["train_tokens"],
             "pack": entry["plan"]["pack"]["size"],
         }
