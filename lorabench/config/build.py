@@ -16,7 +16,9 @@ def register() -> None:
     """Put the typed schema where `conf/train.yaml` finds it, and the run-id resolver beside it."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name="schema", node=Config)
+    known = ConfigStore.instance()
+    if "schema.yaml" not in known.repo:  # to read the types of all keys again takes 25 ms
+        known.store(name="schema", node=Config)
 
 
 def typed(cfg: DictConfig) -> Config:
