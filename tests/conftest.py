@@ -17,7 +17,7 @@ import string
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -25,24 +25,23 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import compositions
 import pytest
-import torch
+from processes import Elsewhere
 
 from lorabench import cli, config
 
+if TYPE_CHECKING:
+    import torch
+
 # What fails in a helper is told in full, as in a test.
 pytest.register_assert_rewrite("stock", "stock_classifier")
-compositions.install()
-# One thread: as fast for models this small, and steady on a shared machine.
-torch.set_num_threads(1)
 
 
 # Tests of more than five seconds.
 LONG = (
     "test_a_killed_pack_resumes_to_the_same_bits",
     "test_a_killed_sweep_ends_with_the_same_bits_and_the_whole_history",
-    "test_a_fresh_process_reads_the_same_from_disk",
+    "test_another_process_reads_the_same_from_disk",
     "test_any_mixture_equals_stock_peft",
     "test_card_states_what_the_weights_do",
     "test_each_adapter_holds_its_own_keys_and_reloads_to_the_recorded_nll",
@@ -62,6 +61,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     A long test at the end would keep one worker busy while the other one has nothing left.
     """
+    # Not above: xdist's controller, which collects nothing, would import torch and PEFT as well.
+    import compositions
+    import torch
+
+    torch.set_num_threads(1)  # as fast for models this small, and steady on a shared machine
+    compositions.install()
     if "PYTEST_XDIST_WORKER" in os.environ:
         long = [item for item in items if item.name.partition("[")[0] in LONG]
         rest = [item for item in items if item not in set(long)]
@@ -184,15 +189,16 @@ def stock_state(wrapped: Any) -> dict[str, torch.Tensor]:
 class DoubleTorch:
     """`torch` as a modelling file sees it, float32 replaced by float64."""
 
-    float = float32 = torch.float64
-
     def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
+        import torch
+
+        return getattr(torch, "float64" if name in ("float", "float32") else name)
 
 
 @pytest.fixture
 def float64_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lift the casts to float32 in norms and rotary embeddings, for both sides."""
+    import torch
     from transformers.models.gemma import modeling_gemma
     from transformers.models.gemma2 import modeling_gemma2
     from transformers.models.gemma3 import modeling_gemma3
@@ -280,6 +286,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
     def make(kind: str) -> Path:
         if kind not in made:
+            import torch
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
             from lorabench import model as base_model
@@ -301,6 +308,7 @@ def classifiers(
     tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """Checkpoints to classify with: an encoder, as BERT's are saved, and two decoders."""
+    import torch
     import transformers as t
 
     place = tmp_path_factory.mktemp("classifiers")
@@ -367,6 +375,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable) -> 
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
+    """Another interpreter, started where it is first asked for."""
+    other = Elsewhere(tmp_path_factory.mktemp("elsewhere"))
+    yield other
+    other.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,16 @@
-"""The command line in processes of its own, forked from this one, where torch is imported already.
+"""Processes of their own: forks of this one, and of an interpreter that has nothing of this one.
 
-A fork starts at once; a fresh interpreter needs seconds for its imports. What is started so can be
-killed, stopped and waited for like any other process.
+A fork starts at once; a fresh interpreter needs seconds to import torch and PEFT. What is started
+so can be killed, stopped and waited for like any other process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -114,3 +116,61 @@ def running(
         if process.poll() is None:
             process.send(signal.SIGKILL)
             process.wait()
+
+
+SERVER = """
+import json, os, sys, traceback
+import peft, torch, transformers
+
+for line in sys.stdin:
+    asked = json.loads(line)
+    if child := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    code = 1
+    try:
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(asked[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.argv = ["-c", *asked["arguments"]]
+        torch.set_num_threads(1)
+        exec(asked["code"], {"__name__": "__main__"})
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+"""
+
+
+class Elsewhere:
+    """An interpreter with another hash seed, where PEFT is imported and lorabench is not.
+
+    Each call is a fork of it.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        own = os.environ.get("PYTHONHASHSEED")
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER],
+            env=os.environ | {"PYTHONHASHSEED": "2" if own == "1" else "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, code: str, *arguments: Any) -> str:
+        """What the code printed, which has the arguments in `sys.argv[1:]`; it must not fail."""
+        asked: dict[str, Any] = {"code": code, "arguments": [str(one) for one in arguments]}
+        asked |= {name: str(self.place / name) for name in ("out", "err")}
+        assert self.server.stdin is not None and self.server.stdout is not None
+        self.server.stdin.write(json.dumps(asked) + "\n")
+        self.server.stdin.flush()
+        assert self.server.stdout.readline() == "0\n", (self.place / "err").read_text()
+        return (self.place / "out").read_text()
+
+    def close(self) -> None:
+        self.server.kill()
+        self.server.communicate()

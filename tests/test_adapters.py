@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import subprocess
 import sys
 import warnings
 import weakref
 from pathlib import Path
 from typing import Any
 
+import compositions
 import pytest
 import torch
 from conftest import composed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import Elsewhere
 
 from lorabench import adapters, plan
 from lorabench import model as base_model
+from lorabench.adapters import inject
 from lorabench.config import ConfigErrors
 
 TINY = ["tracker=none"]
@@ -126,21 +127,16 @@ print(hash("lora_A"))
 
 
 def test_saved_folder_is_plain_peft_and_the_same_under_any_hash_seed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    elsewhere: Elsewhere,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """This process has a hash seed of its own; a fresh one gets another."""
     here, there = tmp_path / "here", tmp_path / "there"
     monkeypatch.setattr(sys, "argv", ["-c", str(here)])
     exec(SAVE, {})
     printed = [capfd.readouterr().out]
-    done = subprocess.run(
-        [sys.executable, "-c", SAVE, str(there)],
-        env=os.environ | {"PYTHONHASHSEED": "12345"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    printed.append(done.stdout)
+    printed.append(elsewhere.run(SAVE, there))
     hashes, seeds = zip(*(lines.splitlines()[-2:] for lines in printed), strict=True)
     assert seeds[0] != seeds[1], "two hash seeds"
     contents = [
@@ -200,8 +196,11 @@ def test_pissa_on_a_tied_head_is_refused() -> None:
         plan.make(composed(*TINY, "lora.init=pissa", "head=lora"))
 
 
-def test_a_skeletons_adapters_are_kept_by_the_caller_alone() -> None:
+def test_a_skeletons_adapters_are_kept_by_the_caller_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of this module would keep the modules of every base that was ever planned."""
+    monkeypatch.setattr(
+        inject, "_attach_skeleton", compositions.attached
+    )  # the one that keeps none
     config = composed()
     skeleton = base_model.skeleton(config.model)
     known: dict[str, Any] = {}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import json
 import textwrap
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import composed, predictions, scores
+from processes import Elsewhere
 
 from lorabench import cli, data, plan
 from lorabench import model as base_model
@@ -120,7 +120,9 @@ def test_every_metric_is_defined() -> None:
     assert set(DEFINITIONS) == set(METRICS)
 
 
-def test_recorded_nll_is_what_plain_peft_gives_without_lorabench(tmp_path: Path) -> None:
+def test_recorded_nll_is_what_plain_peft_gives_without_lorabench(
+    elsewhere: Elsewhere, tmp_path: Path
+) -> None:
     """The adapter folder, the base folder and the examples are all another person needs."""
     code = cli.main(["train", *SMALL, "trainer.steps=20", "head=lora", f"output_dir={tmp_path}"])
     assert code == 0
@@ -136,7 +138,6 @@ def test_recorded_nll_is_what_plain_peft_gives_without_lorabench(tmp_path: Path)
         import numpy as np, torch
         sys.modules["lorabench"] = None  # importing it is an error
         from peft import AutoPeftModelForCausalLM
-        torch.set_num_threads(1)
         folder, batches = sys.argv[1:]
         model = AutoPeftModelForCausalLM.from_pretrained(folder + "/adapter").eval()
         content = np.load(batches)
@@ -151,16 +152,7 @@ def test_recorded_nll_is_what_plain_peft_gives_without_lorabench(tmp_path: Path)
             values += (nll.double().sum(1) / (target != -100).sum(1)).tolist()
         print(json.dumps(values))
     """)
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(folder), str(tmp_path / "batches.npz")],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=True,
-    )
-    import json
-
-    values = json.loads(done.stdout.splitlines()[-1])
+    values = json.loads(elsewhere.run(script, folder, tmp_path / "batches.npz").splitlines()[-1])
     recorded = scores(json.loads((folder / "record.json").read_text()))["test"]["nll"]
     # The issue's bound: float32, the same batches, sums in another order.
     assert abs(recorded["value"] - sum(values) / len(values)) < 1e-6

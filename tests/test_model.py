@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -34,8 +30,8 @@ class Hub(BaseHTTPRequestHandler):
     """A hub that refuses everything in the way the real one does."""
 
     def do_HEAD(self) -> None:
-        (found,) = (case for case in REFUSED.values() if f"{case[0]}/" in f"{self.path}/")
-        _, status, code, _ = found
+        found = [case for case in REFUSED.values() if f"{case[0]}/" in f"{self.path}/"]
+        _, status, code, _ = found[0] if found else ("", 404, "EntryNotFound", [])
         self.send_response(status)
         self.send_header("X-Error-Code", code)
         self.send_header("X-Error-Message", "no")
@@ -49,48 +45,35 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[int, str, str]]]:
-    """Exit code, stdout and stderr of `lorabench plan` by model, in a process of this hub's."""
-    code = """
-import contextlib, io, json, sys
-from lorabench import cli
-found = {}
-for model in sys.argv[1:]:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = cli.main(["plan", f"model={model}", "tracker=none"])
-    found[model] = code, out.getvalue(), err.getvalue()
-print(json.dumps(found))
-"""
+def hub() -> Iterator[str]:
+    """The address of this hub."""
     server = HTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    hub = {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(tmp_path_factory.mktemp("home")),
-    }
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code, *REFUSED],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env=os.environ | hub,
-        )
-        assert not done.stderr, done.stderr
-        yield json.loads(done.stdout)
-    finally:
-        server.shutdown()
-        server.server_close()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def ask(monkeypatch: pytest.MonkeyPatch, address: str, cache: Path) -> None:
+    """Let the hub's client ask this address; it read its environment when it was imported."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
 
 
 @pytest.mark.parametrize("model", REFUSED)
 def test_a_hub_that_refuses_is_told_in_one_line(
-    model: str, told: dict[str, tuple[int, str, str]]
+    model: str, hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, out, err = told[model]
-    assert code == 2 and not out
-    (line,) = err.strip().splitlines()
+    ask(monkeypatch, hub, tmp_path)
+    said = say("plan", f"model={model}", "tracker=none")
+    assert said.code == 2 and not said.out
+    assert len(said.lines) == 1, said.err
+    (line,) = said.lines
     assert line.startswith("model.path: ")
     for part in REFUSED[model][-1]:
         assert part in line
@@ -98,11 +81,7 @@ def test_a_hub_that_refuses_is_told_in_one_line(
 
 def test_no_network_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that does not resolve, as on a machine without a network."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    ask(monkeypatch, "https://hub.invalid", tmp_path)
     said = say("plan", "model=qwen3-0.6b", "tracker=none")
     assert said.code == 2
     (line,) = said.lines

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import transformers
 from conftest import SMALL
 from peft import LoraConfig
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+from processes import Elsewhere
 
 from lorabench import adapters, cli, plan, versions
 from traps.halves import (
@@ -200,7 +198,7 @@ def test_a_config_used_twice(falls_in: Falls, tmp_path: Path) -> None:
     assert dataclasses.asdict(config) == before
 
 
-def test_the_order_of_saved_targets(falls_in: Falls, tmp_path: Path) -> None:
+def test_the_order_of_saved_targets(falls_in: Falls, elsewhere: Elsewhere, tmp_path: Path) -> None:
     """T1.11"""
     names = [f"{leaf}_{i}" for leaf in LAYER[:6] for i in range(2)]  # a chance in 12! to agree
     script = f"""
@@ -213,9 +211,7 @@ adapters.save({{}}, settings, pathlib.Path(sys.argv[1]) / "lorabench")
 """
     here, there = (tmp_path / name for name in ("here", "there"))
     (there / "plain").mkdir(parents=True)
-    other = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
-    command = [sys.executable, "-c", script, str(there)]
-    subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": other}, check=True, timeout=120)
+    elsewhere.run(script, there)  # under another hash seed
     settings = LoraConfig(target_modules=names)
     settings.save_pretrained(str(here / "plain"))
     adapters.save({}, settings, here / "lorabench")
