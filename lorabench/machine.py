@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import resource
 import time
@@ -119,8 +120,9 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+@functools.cache
 def matmul_flops() -> float:
-    """Matrix-multiplication FLOPs a second of the device that will train, measured briefly."""
+    """Matrix-multiplication FLOPs a second of the device that will train, measured briefly, once."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -144,7 +144,11 @@ def scores_at_most(examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kind, "score", short)
 
 
-@pytest.mark.parametrize("more", [GRID, ["lora.init=pissa"]])
+@pytest.mark.parametrize(
+    "more",
+    [GRID, pytest.param(["lora.init=pissa"], marks=pytest.mark.slow)],
+    ids=["packed", "alone"],
+)
 def test_short_memory_halves_the_batches_of_scoring(
     more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,7 +161,7 @@ def test_short_memory_halves_the_batches_of_scoring(
         assert record["evaluations"][0]["batch_size"] == 3 and record["status"] == "finished"
 
 
-@pytest.mark.parametrize("failure", ["memory", "error"])
+@pytest.mark.parametrize("failure", ["memory", pytest.param("error", marks=pytest.mark.slow)])
 def test_a_failed_scoring_keeps_the_adapter_and_the_same_command_only_scores(
     failure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     yield found
 
 
+@pytest.mark.slow
 def test_several_packs_over_two_bases(watch: Watch, tmp_path: Path) -> None:
     # Two bases: the same bytes in two precisions.
     words = ["model.dtype=float32,float64", "seed=0,1,2,3", "hydra.launcher.pack_size=2"]
@@ -83,6 +84,7 @@ def test_several_packs_over_two_bases(watch: Watch, tmp_path: Path) -> None:
     assert watch.nothing_is_alive()
 
 
+@pytest.mark.slow
 def test_packs_of_one_under_hydras_basic_launcher(watch: Watch, tmp_path: Path) -> None:
     words = ["seed=0,1", "hydra/launcher=basic", "lora.use_dora=false,true"]
     assert say(*FAST, *words, f"output_dir={tmp_path}").code == 0

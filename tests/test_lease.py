@@ -152,7 +152,13 @@ def test_age_is_told_by_the_file_systems_clock(
     found.lease.release()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"token": null}', "\0\0\0"])
+DAMAGED = [
+    "{",
+    *(pytest.param(text, marks=pytest.mark.slow) for text in ("", "[]", '{"token": null}', "\0")),
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_holder_file_is_nobodys(place: Path, content: str) -> None:
     place.parent.mkdir()
     place.write_text(content)

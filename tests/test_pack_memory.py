@@ -41,7 +41,9 @@ def no_collector() -> Iterator[None]:
     "words", [[], ["trainer.gradient_checkpointing=true"]], ids=["plain", "recomputed"]
 )
 @pytest.mark.parametrize("alone", [False, True], ids=["packed", "alone"])
-@pytest.mark.parametrize("kind", ["gemma", "gpt2", "opt", "bert"])
+@pytest.mark.parametrize(
+    "kind", ["gemma", *(pytest.param(k, marks=pytest.mark.slow) for k in ("gpt2", "opt", "bert"))]
+)
 def test_a_pack_dies_by_reference_counting(
     kind: str,
     alone: bool,

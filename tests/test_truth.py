@@ -40,7 +40,8 @@ def command(out: Path, files: tuple[Path, Path], *more: str) -> list[str]:
     return ["train", "-m", *FAST, "data=jsonl", paths, f"output_dir={out}", *more]
 
 
-@pytest.mark.parametrize("keeps_size_and_time", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("keeps_size_and_time", [False, True])
 def test_a_file_edited_in_mid_sweep_fails_its_pack_alone(
     keeps_size_and_time: bool, tmp_path: Path, two_files: tuple[Path, Path]
 ) -> None:

@@ -117,6 +117,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
+@pytest.mark.slow
 def test_a_launch_that_was_suspended_for_too_long_writes_nothing_more(
     tmp_path: Path, whole: Callable[[int], dict[str, Any]]
 ) -> None:
