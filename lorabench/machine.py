@@ -122,7 +122,7 @@ def release_memory() -> None:
 
 @functools.cache
 def matmul_flops() -> float:
-    """Matrix-multiplication FLOPs a second of the device that will train, measured briefly, once."""
+    """Matrix-multiplication FLOPs a second of the device that will train, measured once."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

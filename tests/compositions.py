@@ -8,8 +8,11 @@ base and an adapter's settings on the meta device is kept too: it is read, never
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
@@ -22,7 +25,7 @@ from lorabench.adapters import inject
 from lorabench.config import Config
 
 inner = ConfigLoaderImpl._load_configuration_impl
-kept: dict[Any, bytes] = {}
+kept: dict[str, bytes] = {}
 
 
 def load(
@@ -49,9 +52,9 @@ def load(
         return inner(self, config_name, overrides, *options)
     chosen = [one.input_line for one in groups if not one.is_sweep_override()]
     # No defaults list in conf/ leaves a choice open: a run and a sweep compose the same files.
-    key = (config_name, *chosen)
+    key = repr((config_name, *chosen))
     if key not in kept:
-        kept[key] = pickle.dumps(inner(self, config_name, chosen, *options))
+        kept[key] = shared(key, lambda: pickle.dumps(inner(self, config_name, chosen, *options)))
     cfg = pickle.loads(kept[key])  # twenty times as fast as OmegaConf's own copy
     self._apply_overrides_to_config(values, cfg)
     cfg.hydra.overrides.hydra = [one.input_line for one in parsed if one.is_hydra_override()]
@@ -63,6 +66,18 @@ def load(
         tasks, kv_sep=naming.kv_sep, item_sep=naming.item_sep, exclude_keys=naming.exclude_keys
     )
     return cfg
+
+
+def shared(key: str, make: Callable[[], bytes]) -> bytes:
+    """What this worker or another one of the session made."""
+    file = Path(os.environ["LORABENCH_TESTS"]) / hashlib.sha256(key.encode()).hexdigest()
+    if file.exists():
+        return file.read_bytes()
+    content = make()
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_bytes(content)
+    part.replace(file)
+    return content
 
 
 def is_group(override: Override) -> bool:

@@ -5,6 +5,7 @@ Stock PEFT's side of a comparison is in stock.py and stock_classifier.py.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import io
@@ -12,9 +13,11 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import string
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +27,9 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["OMP_NUM_THREADS"] = "1"
+if "LORABENCH_TESTS" not in os.environ:  # xdist's workers share the folder of their controller
+    os.environ["LORABENCH_TESTS"] = tempfile.mkdtemp(prefix="lorabench-tests-")
+    atexit.register(shutil.rmtree, os.environ["LORABENCH_TESTS"])
 
 import pytest
 from processes import Elsewhere

@@ -118,6 +118,19 @@ def running(
             process.wait()
 
 
+def slowly(seconds: float = 0.1) -> None:
+    """In the child: steps that others can be faster than."""
+    from lorabench.progress import Display
+
+    step = Display.step
+
+    def slow(self: Display, *rest: Any) -> None:
+        time.sleep(seconds)
+        step(self, *rest)
+
+    Display.step = slow  # type: ignore[method-assign]
+
+
 SERVER = """
 import json, os, sys, traceback
 import peft, torch, transformers

@@ -19,7 +19,14 @@ import hydra_plugins.lorabench_launcher.packed_launcher as plugin
 from lorabench import cli
 
 FAST = ["tracker=none", "data.num_train=64", "data.num_validation=8", "data.num_test=8"]
-SWEEP = [*FAST, "trainer.steps=12", "trainer.num_threads=1", "head=exclude,lora", "lora.r=4,8"]
+SWEEP = [
+    *FAST,
+    "trainer.steps=12",
+    "trainer.batch_size=2",
+    "trainer.num_threads=1",
+    "head=exclude,lora",
+    "lora.r=4,8",
+]
 
 
 # Hydra's test apps are written for its older working-directory rule.

@@ -152,10 +152,8 @@ def test_age_is_told_by_the_file_systems_clock(
     found.lease.release()
 
 
-DAMAGED = [
-    "{",
-    *(pytest.param(text, marks=pytest.mark.slow) for text in ("", "[]", '{"token": null}', "\0")),
-]
+MORE_DAMAGED = ["", "[]", '{"token": null}', "\0"]
+DAMAGED = ["{", *(pytest.param(text, marks=pytest.mark.slow) for text in MORE_DAMAGED)]
 
 
 @pytest.mark.parametrize("content", DAMAGED)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import composed, recorded_runs, scores
-from processes import running, wait_for
+from processes import running, slowly, wait_for
 from stock import TINY
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from lorabench import model as base_model
 from lorabench.config import ConfigErrors
 from lorabench.pack import StackedPack
 
-FAST = [*TINY, "trainer.num_threads=1"]
+FAST = [*TINY, "trainer.num_threads=1", "trainer.batch_size=2"]
 
 
 # --- the saved adapters ----------------------------------------------------------------------
@@ -119,14 +119,15 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def test_a_killed_pack_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    arguments = [*FAST, *TWO, "trainer.steps=40", "trainer.checkpoint_every=2"]
+    arguments = [*FAST, *TWO, "trainer.steps=12", "trainer.checkpoint_every=2"]
     killed = tmp_path / "killed"
 
     def saved() -> bool:
         assert process.poll() is None, process.said
         return len(list(killed.glob("*/*/checkpoint/checkpoint.json"))) == 2
 
-    with running(tmp_path, "train", "-m", *arguments, f"output_dir={killed}") as process:
+    words = ["train", "-m", *arguments, f"output_dir={killed}"]
+    with running(tmp_path, *words, before=slowly) as process:
         wait_for(saved)
         process.send(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL

@@ -14,14 +14,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import composed, scores
-from processes import running, wait_for
+from processes import running, slowly, wait_for
 
 from lorabench import adapters, checkpoint, cli, data, plan, record
 from lorabench import model as base_model
 from lorabench.pack import ModulePack
 from lorabench.train import train
 
-FAST = ["tracker=none", "data.num_train=64", "data.num_validation=8", "data.num_test=8"]
+FAST = [
+    "tracker=none", "data.num_train=64", "data.num_validation=8", "data.num_test=8",
+    "trainer.batch_size=2",
+]  # fmt: skip
 
 
 def the_record(folder: Path) -> dict[str, Any]:
@@ -106,9 +109,10 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:
 
 def test_a_killed_run_resumes_to_the_same_adapter(tmp_path: Path) -> None:
     """kill -9 in the middle, the same command again: the uninterrupted run's bits and rows."""
-    arguments = [*FAST, "trainer.steps=60", "trainer.checkpoint_every=2", "trainer.num_threads=1"]
+    arguments = [*FAST, "trainer.steps=20", "trainer.checkpoint_every=2", "trainer.num_threads=1"]
     killed = tmp_path / "killed"
-    with running(tmp_path / "said.txt", "train", *arguments, f"output_dir={killed}") as process:
+    words = ["train", *arguments, f"output_dir={killed}"]
+    with running(tmp_path / "said.txt", *words, before=slowly) as process:
         wait_for(lambda: list(killed.glob("default/*/checkpoint/checkpoint.json")))
         time.sleep(0.1)
         process.send(signal.SIGKILL)
@@ -118,8 +122,8 @@ def test_a_killed_run_resumes_to_the_same_adapter(tmp_path: Path) -> None:
     found = record.read(path.parent)
     assert found is not None and found.status == "interrupted"
     done = json.loads((path.parent / "checkpoint" / "checkpoint.json").read_text())["steps_done"]
-    assert 0 < done < 60
-    with running(tmp_path / "again.txt", "train", *arguments, f"output_dir={killed}") as again:
+    assert 0 < done < 20
+    with running(tmp_path / "again.txt", *words) as again:
         assert again.wait() == 0, again.said
     assert cli.main(["train", *arguments, f"output_dir={tmp_path / 'whole'}"]) == 0
     a, b = the_record(killed), the_record(tmp_path / "whole")
@@ -128,7 +132,7 @@ def test_a_killed_run_resumes_to_the_same_adapter(tmp_path: Path) -> None:
         json.loads(line)["step"]
         for line in (path.parent / "metrics.jsonl").read_text().splitlines()
     ]
-    assert steps == list(range(1, 61))
+    assert steps == list(range(1, 21))
     assert not (path.parent / "checkpoint").exists()
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import records, say, scores
-from processes import running, wait_for
-from test_worker import slowly
+from processes import running, slowly, wait_for
 
 from lorabench import data, identity, plan
 from lorabench import model as base_model

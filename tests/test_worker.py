@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import records, say, scores
-from processes import running, wait_for
+from processes import running, slowly, wait_for
 
 from lorabench.progress import Display
 from lorabench.sweep import SweepFolder
@@ -44,17 +43,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str,
         return made[size]
 
     return of
-
-
-def slowly(seconds: float = 0.1) -> None:
-    """In the child: steps that others can be faster than."""
-    step = Display.step
-
-    def slow(self: Display, *rest: Any) -> None:
-        time.sleep(seconds)
-        step(self, *rest)
-
-    Display.step = slow  # type: ignore[method-assign]
 
 
 def check_each_was_trained_once(out: Path, expected: dict[str, Any]) -> None:
