@@ -23,6 +23,7 @@ SWEEP = [
     *FAST,
     "trainer.steps=12",
     "trainer.batch_size=2",
+    "target_modules=attention",
     "trainer.num_threads=1",
     "head=exclude,lora",
     "lora.r=4,8",

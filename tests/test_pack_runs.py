@@ -21,7 +21,7 @@ from lorabench import model as base_model
 from lorabench.config import ConfigErrors
 from lorabench.pack import StackedPack
 
-FAST = [*TINY, "trainer.num_threads=1", "trainer.batch_size=2"]
+FAST = [*TINY, "trainer.num_threads=1", "trainer.batch_size=2", "target_modules=attention"]
 
 
 # --- the saved adapters ----------------------------------------------------------------------

@@ -23,7 +23,7 @@ from lorabench.train import train
 
 FAST = [
     "tracker=none", "data.num_train=64", "data.num_validation=8", "data.num_test=8",
-    "trainer.batch_size=2",
+    "trainer.batch_size=2", "target_modules=attention",
 ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from lorabench.config import TrackerConfig
 TINY = [
     "trainer=smoke",
     "trainer.num_threads=1",
+    "target_modules=attention",
     "data.num_train=64",
     "data.num_validation=16",
     "data.num_test=16",
