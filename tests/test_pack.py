@@ -52,7 +52,7 @@ CASES += [
 def test_fifty_float64_steps_equal_stock_peft(
     kind: str, dropout: float, tiny_folder: Callable[[str], Path]
 ) -> None:
-    common = ["model.dtype=float64", "trainer.steps=50"]
+    common = ["model.dtype=float64", "trainer.steps=50", "trainer.batch_size=3"]
     loss, (weights, name) = compare_training(mixture(kind, tiny_folder(kind), dropout, *common))
     # Float64 rounding (1e-16) of sums in another order, grown by 50 AdamW steps.
     assert loss < 1e-10
@@ -111,6 +111,7 @@ def mates(*differences: list[str], head: str, shared: bool) -> list[Config]:
     common = [
         *TINY,
         "trainer.steps=6",
+        "trainer.batch_size=3",
         "lora.r=8",
         f"head={head}",
         "lora.lora_dropout=0.1",

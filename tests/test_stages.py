@@ -75,7 +75,7 @@ def runs_of(kind: str, folder: Path, *common: str) -> list[Config]:
     found = [
         composed(
             *TINY, "model=local", f"model.path={folder}", "model.dtype=float64", *words, *common,
-            "trainer.steps=12", f"seed={i}",
+            "trainer.steps=12", "trainer.batch_size=3", f"seed={i}",
         )
         for i, words in enumerate(own)
     ]  # fmt: skip

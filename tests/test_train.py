@@ -111,6 +111,7 @@ def test_fifty_float64_steps_equal_a_plain_peft_loop(
         "model.dtype=float64",
         "lora.r=4",
         "trainer.steps=50",
+        "trainer.batch_size=3",
         "head=lora",
         "lora.use_rslora=true",
         *bias,
