@@ -2,29 +2,59 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_inside = _waiting = _torn = False
+# What a terminal sends (Ctrl-C, a closed window), and what schedulers send before they kill.
+HEARD = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    if hasattr(signal, name)
+]
+ONE_REQUEST_SECONDS = 0.5  # a closed terminal sends SIGHUP twice: its shell does, and the kernel
+
+_inside = _waiting = False
+_first: tuple[int, float] | None = None  # the signal that came, and when
 
 
 def install() -> None:
-    """SIGINT and SIGTERM raise KeyboardInterrupt, at once or after the step they come in."""
-    global _waiting, _torn
-    _waiting = _torn = False
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _arrived)
+    """Make each signal raise KeyboardInterrupt, at once or after the step it comes in.
+
+    A second signal ends the process at once. SIGHUP stays ignored where it is (`nohup`).
+    """
+    global _waiting, _first
+    _waiting, _first = False, None
+    for number in HEARD:
+        if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
+            signal.signal(number, _arrived)
 
 
 def _arrived(number: int, frame: Any) -> None:
-    global _waiting, _torn
-    if _inside and not _waiting:
+    global _waiting, _first
+    if _first is not None:
+        if time.monotonic() - _first[1] < ONE_REQUEST_SECONDS:
+            return
+        print("ended at once; the last checkpoint is kept", file=sys.stderr, flush=True)
+        os._exit(128 + number)
+    _first = number, time.monotonic()
+    if _inside:
         _waiting = True
-        return
-    _torn = _inside  # a second signal does not wait
-    raise KeyboardInterrupt
+    else:
+        raise KeyboardInterrupt
+
+
+def number() -> int:
+    """The signal that came; SIGINT where Python itself raised KeyboardInterrupt."""
+    return _first[0] if _first else signal.SIGINT
+
+
+def name() -> str:
+    return signal.Signals(number()).name
 
 
 @contextmanager
@@ -32,7 +62,7 @@ def whole() -> Iterator[None]:
     """What is inside runs to its end before a signal is heard.
 
     Raises:
-        KeyboardInterrupt: at the end, where one came; a second one at once.
+        KeyboardInterrupt: at the end, where one came.
     """
     global _inside, _waiting
     _inside = True
@@ -43,8 +73,3 @@ def whole() -> Iterator[None]:
         if _waiting:
             _waiting = False
             raise KeyboardInterrupt
-
-
-def torn() -> bool:
-    """Whether a step was broken off: the weights are then no state of the training."""
-    return _torn

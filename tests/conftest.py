@@ -34,7 +34,7 @@ if "LORABENCH_TESTS" not in os.environ:  # xdist's workers share the folder of t
 import pytest
 from processes import Elsewhere
 
-from lorabench import cli, config
+from lorabench import cli, config, interrupt
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +120,7 @@ def say(*arguments: Any) -> Said:
 def as_it_was() -> Iterator[None]:
     """Put back what the command line changes in its process."""
     argv, handlers = sys.argv, logging.root.handlers[:]
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in interrupt.HEARD}
     try:
         yield
     finally:

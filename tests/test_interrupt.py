@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import scores
+from processes import running, slowly, wait_for
 
-from lorabench import cli
+from lorabench import cli, interrupt
 from lorabench.pack import StackedPack
 from lorabench.progress import Display
 
@@ -52,7 +54,7 @@ def test_a_mate_that_diverged_stays_stopped_and_the_others_go_on(
     command += [f"output_dir={tmp_path / 'killed'}", f"trainer.checkpoint_every={every}"]
     with monkeypatch.context() as patch:
         patch.setattr(Display, "step", kill)
-        assert cli.main(command) == 130
+        assert cli.main(command) == 143
     resumed: list[int] = []
     monkeypatch.setattr(Display, "resumed", lambda self, steps: resumed.append(steps))
     assert cli.main(command) == 0
@@ -61,9 +63,8 @@ def test_a_mate_that_diverged_stays_stopped_and_the_others_go_on(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("times", [1, 2])  # a second signal does not wait: nothing is kept
 def test_a_signal_inside_a_step_waits_until_the_step_is_whole(
-    number: int, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [*FAST, "seed=0,1"]
     assert cli.main([*command, f"output_dir={tmp_path / 'whole'}"]) == 0
@@ -72,17 +73,78 @@ def test_a_signal_inside_a_step_waits_until_the_step_is_whole(
     def signalled(self: StackedPack, lr: list[float]) -> Any:
         norm = update(self, lr)  # the weights are one step on, and nobody has noted it
         calls.append(lr)
-        for _ in range(times if len(calls) == 6 else 0):
+        if len(calls) == 6:
             os.kill(os.getpid(), number)
         return norm
 
     command.append(f"output_dir={tmp_path / 'killed'}")
     with monkeypatch.context() as patch:
         patch.setattr(StackedPack, "update", signalled)
-        assert cli.main(command) == 130
+        assert cli.main(command) == 128 + number
     kept = [*(tmp_path / "killed").glob("*/*/checkpoint/checkpoint.json")]
-    assert [json.loads(path.read_text())["steps_done"] for path in kept] == (
-        [6, 6] if times == 1 else []
-    )
+    assert [json.loads(path.read_text())["steps_done"] for path in kept] == [6, 6]
     assert cli.main(command) == 0
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+def begun(folder: Path) -> bool:
+    return any(path.stat().st_size for path in folder.glob("*/*/metrics.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGUSR1, *(pytest.param(n, marks=pytest.mark.slow) for n in interrupt.HEARD)],
+    ids=lambda number: signal.Signals(number).name,
+)
+def test_what_schedulers_and_terminals_send_is_heard(number: int, tmp_path: Path) -> None:
+    command = [*FAST, f"output_dir={tmp_path}"]
+    with running(tmp_path / "said.txt", *command, before=slowly) as process:
+        wait_for(lambda: begun(tmp_path))
+        process.send(number)
+        assert process.wait() == 128 + number
+    name = signal.Signals(number).name
+    assert f"interrupted by {name}; the same command continues" in process.said
+    assert "Traceback" not in process.said
+    (place,) = tmp_path.glob("*/*/checkpoint/checkpoint.json")
+    entry = json.loads((place.parent.parent / "record.json").read_text())
+    assert (entry["status"], entry["error"]) == ("interrupted", f"interrupted by {name}")
+    assert json.loads(place.read_text())["steps_done"] == entry["steps_done"] > 0
+
+
+def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
+    command = [*FAST, f"output_dir={tmp_path}"]
+
+    def endless() -> None:
+        inner = StackedPack.update
+
+        def update(self: StackedPack, lr: list[float]) -> Any:
+            if begun(tmp_path):
+                (tmp_path / "inside").touch()
+                time.sleep(1000)
+            return inner(self, lr)
+
+        StackedPack.update = update  # type: ignore[method-assign]
+
+    with running(tmp_path / "said.txt", *command, before=endless) as process:
+        wait_for((tmp_path / "inside").exists)
+        process.send(signal.SIGTERM)
+        process.send(signal.SIGTERM)  # as one request: a closed terminal sends SIGHUP twice
+        time.sleep(interrupt.ONE_REQUEST_SECONDS + 0.2)
+        assert process.poll() is None
+        process.send(signal.SIGINT)
+        assert process.wait(5) == 128 + signal.SIGINT
+    assert process.said.splitlines()[-1] == "ended at once; the last checkpoint is kept"
+    assert "Traceback" not in process.said
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing(tmp_path: Path) -> None:
+    command = [*FAST, f"output_dir={tmp_path}"]
+
+    def nohup() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        slowly(0.02)
+
+    with running(tmp_path / "said.txt", *command, before=nohup) as process:
+        wait_for(lambda: begun(tmp_path))
+        process.send(signal.SIGHUP)
+        assert process.wait() == 0

@@ -211,7 +211,7 @@ def test_a_killed_sweep_ends_with_the_same_bits_and_the_whole_history(
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Display, "step", kill)
-    assert cli.main([*command, f"output_dir={killed}"]) == 130
+    assert cli.main([*command, f"output_dir={killed}"]) == 143
     monkeypatch.undo()
     assert len(list(killed.glob("*/*/checkpoint/checkpoint.json"))) == 2 - dora
     assert cli.main([*command, f"output_dir={killed}"]) == 0

@@ -146,7 +146,7 @@ def test_interruption_is_recorded_and_leaves_a_checkpoint(
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(progress.Display, "step", interrupt)
-    assert cli.main(["train", *FAST, "trainer.steps=9", f"output_dir={tmp_path}"]) == 130
+    assert cli.main(["train", *FAST, "trainer.steps=9", f"output_dir={tmp_path}"]) == 143
     assert "continues" in capsys.readouterr().err
     assert the_record(tmp_path)["status"] == "interrupted"
     assert list(tmp_path.glob("default/*/checkpoint/state.safetensors"))
@@ -178,7 +178,7 @@ def test_a_checkpoint_of_other_versions_is_refused_before_anything_loads(
     arguments = ["train", "-m", *FAST, "seed=0,1", "trainer.steps=9", f"output_dir={tmp_path}"]
     with monkeypatch.context() as patch:
         patch.setattr(progress.Display, "step", interrupt)
-        assert cli.main(arguments) == 130
+        assert cli.main(arguments) == 143
     paths = sorted(tmp_path.glob("default/*/checkpoint/checkpoint.json"))
     assert len(paths) == 2
     for path, version in zip(paths, ("0.1.2", "0.1.3"), strict=True):

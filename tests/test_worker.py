@@ -139,7 +139,7 @@ def test_work_trains_every_pack_that_is_left(
     with running(tmp_path / "first.txt", *words, before=slowly) as first:
         wait_for(lambda: list(out.glob("*/*/checkpoint/checkpoint.json")))
         first.send(signal.SIGTERM)
-        assert first.wait() == 130
+        assert first.wait() == 143
     assert len(records(out)) == 2, "of the first pack; the second has only a plan"
     assert {one["status"] for one in records(out).values()} == {"interrupted"}
     said = say("work", out / "default")
@@ -160,7 +160,7 @@ def test_a_command_for_some_runs_of_a_pack_that_has_begun_keeps_its_shape(
     with running(tmp_path / "first.txt", *words, before=slowly) as first:
         wait_for(lambda: list(out.glob("*/*/checkpoint/checkpoint.json")))
         first.send(signal.SIGTERM)
-        assert first.wait() == 130
+        assert first.wait() == 143
     one = [word if word != GRID[1] else "seed=1" for word in words]
     assert say(*one).code == 0
     found = records(out)
@@ -183,7 +183,7 @@ def test_a_command_for_some_runs_of_a_pack_that_has_not_begun_splits_it(tmp_path
         patch.setattr("lorabench.worker.work.train_pack", stop)
         patch.setattr("lorabench.worker.members.begin", lambda member: None)
         patch.setattr("lorabench.worker.work.Worker._close", lambda *_: None)
-        assert say(*command(out)).code == 130
+        assert say(*command(out)).code == 143
     (pack,) = folder.read().current_packs()
     assert len(pack.runs) == 4 and not records(out)
     assert say("train", *FAST, "head=lora", "seed=1", f"trainer.steps={STEPS}",
@@ -259,7 +259,7 @@ def test_an_interrupt_at_the_worst_moment_is_heard_and_loses_nothing(
             return save(*arguments)
 
         monkeypatch.setattr(adapters, "save", signalled)
-        assert say(*command(out)).code == 130
+        assert say(*command(out)).code == 143
         assert {r["status"] for r in records(out).values()} == {"trained"}
     else:  # the disk is full when the checkpoint is to be kept
         step = Display.step
@@ -274,7 +274,7 @@ def test_an_interrupt_at_the_worst_moment_is_heard_and_loses_nothing(
 
         monkeypatch.setattr(Display, "step", interrupt)
         monkeypatch.setattr(checkpoint, "write", full)
-        assert say(*command(out, "hydra.launcher.pack_size=2")).code == 130
+        assert say(*command(out, "hydra.launcher.pack_size=2")).code == 143
         assert {r["status"] for r in records(out).values()} == {"interrupted"}
         assert len(records(out)) == 2, "the next pack is not begun"
     monkeypatch.undo()

@@ -27,7 +27,10 @@ def guarded(act: Callable[[], int], overrides: list[str] | None = None) -> int:
     try:
         return act()
     except KeyboardInterrupt:
-        return fail(["interrupted; the same command continues where it stopped"], 130)
+        from lorabench import interrupt
+
+        told = f"interrupted by {interrupt.name()}; the same command continues where it stopped"
+        return fail([told], 128 + interrupt.number())
     except BrokenPipeError:
         sys.stderr.close()
         return 1

@@ -105,7 +105,7 @@ def train_pack(
     except KeyboardInterrupt:
         unsaved = [member for member in members if not member.entry.has_trained()]
         step = max((member.entry.steps_done for member in unsaved), default=0)  # stopped: fewer
-        if step and not interrupt.torn():
+        if step:
             try:
                 keep_checkpoint(unsaved, pack, step)
             except (Lost, OSError):

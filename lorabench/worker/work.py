@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorabench import checkpoint, lease, machine, plan, record
+from lorabench import checkpoint, interrupt, lease, machine, plan, record
 from lorabench.config import ConfigErrors, flatten, typed
 from lorabench.lease import Holder, Lease, Lost
 from lorabench.progress import Display, clock
@@ -216,7 +216,7 @@ class Worker:
                 del trained
             except KeyboardInterrupt:
                 with contextlib.suppress(Lost):
-                    self._close(members, begun, "interrupted", "interrupted by a signal")
+                    self._close(members, begun, "interrupted", f"interrupted by {interrupt.name()}")
                 raise
             except Lost:
                 for member in members:
