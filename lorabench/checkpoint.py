@@ -1,7 +1,7 @@
 """Checkpoints of a run: saved whole or not at all, checked before they are trusted.
 
 A checkpoint is a folder with `state.safetensors` (trained parameters, optimizer moments) and
-`checkpoint.json` (steps done, fingerprint, checksum of the tensors).
+`checkpoint.json` (steps done, fingerprint, hash of the tensors, and a checksum over all of that).
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 class Mismatch(ValueError):
-    """A checkpoint that belongs to another run, or is damaged."""
+    """A checkpoint that belongs to another run."""
+
+
+class Damaged(ValueError):
+    """A checkpoint that is not what was written."""
 
 
 def write(
@@ -50,8 +54,9 @@ def write(
         "fingerprint": fingerprint,
         "stopped": stopped,
         "cost": cost or {},
-        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "sha256": _sha256(file),
     }
+    content["checksum"] = _checksum(content)
     (part / "checkpoint.json").write_text(json.dumps(content, indent=2) + "\n")
     for path in part.iterdir():
         with open(path, "rb") as written:
@@ -76,20 +81,55 @@ def _beside(folder: Path, kind: str) -> Path:
 
 
 def steps(folder: Path, pack: str | None = None) -> dict[int, Path]:
-    """The checkpoints there are, by their steps done.
+    """The checkpoints there are, by their steps done; their tensors are not looked at.
 
     Args:
         pack: leave out those of another pack, whose shapes gave other bits.
     """
     found = {}
-    for place in (_beside(folder, "old"), folder):
+    for place in _places(folder):
         try:
             content = _content(place)
-        except (OSError, ValueError):
+        except (OSError, Damaged):
             continue
         if pack is None or content["fingerprint"].get("pack") == pack:
             found[content["steps_done"]] = place
     return found
+
+
+def set_damaged_aside(folder: Path) -> list[str]:
+    """Rename checkpoints that are not what was written, so that an earlier one is used.
+
+    Returns:
+        What was wrong with each, and where it lies now.
+    """
+    told = []
+    for place in _places(folder):
+        if not os.path.lexists(place):
+            continue
+        try:
+            content = _content(place)
+            if _sha256(place / "state.safetensors") != content["sha256"]:
+                raise Damaged("its tensors are not those it was written with")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            why = f"{Path(error.filename).name} is missing"
+        except Damaged as error:
+            why = str(error)
+        else:
+            continue
+        aside = _beside(folder, "damaged")
+        if aside.is_dir() and not aside.is_symlink():
+            shutil.rmtree(aside)
+        else:
+            aside.unlink(missing_ok=True)
+        place.rename(aside)
+        told.append(f"checkpoint {place} is damaged ({why}) and was set aside as {aside.name}")
+    return told
+
+
+def _places(folder: Path) -> tuple[Path, Path]:
+    """Where checkpoints lie: the one before, and the last one."""
+    return _beside(folder, "old"), folder
 
 
 def told(folder: Path, step: int) -> dict[str, Any]:
@@ -98,26 +138,44 @@ def told(folder: Path, step: int) -> dict[str, Any]:
 
 
 def _content(place: Path) -> dict[str, Any]:
-    return json.loads((place / "checkpoint.json").read_text())
+    """checkpoint.json.
+
+    Raises:
+        Damaged: it is not what was written.
+    """
+    try:
+        content = json.loads((place / "checkpoint.json").read_bytes())
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise Damaged("checkpoint.json cannot be read") from error
+    if not isinstance(content, dict) or content.get("checksum") != _checksum(content):
+        raise Damaged("checkpoint.json does not fit its checksum")
+    return content
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """A hash over everything in checkpoint.json, and so over the tensors, whose hash is in it."""
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def load(folder: Path, step: int, fingerprint: dict[str, Any]) -> dict[str, Tensor]:
     """The state saved at a step out of `steps`.
 
     Raises:
-        Mismatch: another fingerprint (every difference is listed), or damaged tensors.
+        Mismatch: another fingerprint; every difference is listed.
     """
     from safetensors.torch import load_file
 
     place = steps(folder)[step]
-    content = _content(place)
-    found = differences(content["fingerprint"], fingerprint)
+    found = differences(_content(place)["fingerprint"], fingerprint)
     if found:
         raise Mismatch(_refusal(place, found))
-    file = place / "state.safetensors"
-    if hashlib.sha256(file.read_bytes()).hexdigest() != content["sha256"]:
-        raise Mismatch(f"checkpoint {place}: its tensors are damaged; remove the folder")
-    return load_file(file)
+    return load_file(place / "state.safetensors")
 
 
 def check(folder: Path, pack: str, planned: dict[str, Any]) -> list[str]:
@@ -157,5 +215,9 @@ def _refusal(place: Path, found: list[str]) -> str:
 
 def remove(folder: Path) -> None:
     """Forget the checkpoints of a finished run."""
-    for place in (folder, _beside(folder, "old"), *folder.parent.glob(f".{folder.name}.*.part")):
+    for place in (
+        *_places(folder),
+        _beside(folder, "damaged"),
+        *folder.parent.glob(f".{folder.name}.*.part"),
+    ):
         shutil.rmtree(place, ignore_errors=True)

@@ -21,6 +21,7 @@ NOT_A_SETTING = (
     "trainer.device",
     "trainer.num_threads",
     "trainer.checkpoint_every",
+    "trainer.checkpoint_minutes",
     "trainer.log_every",
     "worker.",
 )

@@ -46,7 +46,7 @@ RESOLVED = {
 NOT_DECIDING = {
     "model": {"name"},
     "data": {"name"},
-    "trainer": {"device", "num_threads", "checkpoint_every", "log_every"},
+    "trainer": {"device", "num_threads", "checkpoint_every", "checkpoint_minutes", "log_every"},
 }
 # Keys added since arithmetic version 2, at the value that does what runs before them did.
 NEUTRAL: dict[str, Any] = {}

@@ -210,7 +210,9 @@ class Planner:
             base_bytes=base_bytes,
             logits_bytes=logits,
             memory_bytes=base_bytes + 4 * state_bytes + activations + logits,
-            disk_bytes=state_bytes * (4 if config.trainer.checkpoint_every else 1) + 300_000,
+            disk_bytes=state_bytes
+            * (4 if config.trainer.checkpoint_every or config.trainer.checkpoint_minutes else 1)
+            + 300_000,
             train_flops=4.0
             * total
             * config.trainer.steps

@@ -210,6 +210,7 @@ def test_values_of_several_kinds_are_ordered_without_an_error():
         "tracker.kind",
         "trainer.device",
         "trainer.checkpoint_every",
+        "trainer.checkpoint_minutes",
     ],
 )
 def test_seeds_and_places_make_no_setting(key):

@@ -159,6 +159,7 @@ def test_run_id_follows_what_decides_the_result_and_nothing_else(
         ["sweep=other"],
         ["trainer.device=cpu"],
         ["trainer.checkpoint_every=7"],
+        ["trainer.checkpoint_minutes=7"],
         ["trainer.num_threads=1"],
         ["lora.lora_alpha=32"],
         ["lora.alpha_ratio=2"],

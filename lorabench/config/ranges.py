@@ -227,6 +227,10 @@ def _trainer(found: Found, config: Config) -> None:
         must(getattr(trainer, key) >= 1, f"trainer.{key}", "at least 1", getattr(trainer, key))
     for key in ("warmup_steps", "eval_every", "checkpoint_every"):
         must(getattr(trainer, key) >= 0, f"trainer.{key}", "at least 0", getattr(trainer, key))
+    minutes = trainer.checkpoint_minutes
+    must(
+        math.isfinite(minutes) and minutes >= 0, "trainer.checkpoint_minutes", "0 or more", minutes
+    )
     must(math.isfinite(trainer.lr) and trainer.lr > 0, "trainer.lr", "above 0", trainer.lr)
     must(trainer.weight_decay >= 0, "trainer.weight_decay", "at least 0", trainer.weight_decay)
     must(trainer.eps > 0, "trainer.eps", "above 0", trainer.eps)

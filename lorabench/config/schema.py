@@ -136,7 +136,8 @@ class TrainerConfig:
     eval_batch_size: int = 32  # examples per forward
     eval_examples: int | None = None  # examples per split; None: all
     log_every: int = 1  # steps between lines of metrics.jsonl
-    checkpoint_every: int = 0  # steps between checkpoints; 0: no checkpoints
+    checkpoint_every: int = 0  # steps between checkpoints; 0: none by steps
+    checkpoint_minutes: float = 5.0  # minutes between checkpoints; 0: none by time
 
 
 @dataclass

@@ -201,25 +201,32 @@ def open_logs(members: list[Member], start_step: int, display: Display) -> None:
     """Open metrics.jsonl, with the rows that the checkpoint has behind it, and the tracker."""
     for member in members:
         path = member.folder / "metrics.jsonl"
-        rows = _kept_rows(path, start_step)
+        rows, num_damaged = _kept_rows(path, start_step)
+        if num_damaged:
+            display.say(f"{path}: {num_damaged} damaged lines are left out")
         member.lease.check()
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
         member.metrics_file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         start_tracker(member, display)
 
 
-def _kept_rows(path: Path, steps_done: int) -> list[dict[str, Any]]:
-    """Rows of an interrupted run's metrics.jsonl that its checkpoint has behind it."""
-    rows = []
+def _kept_rows(path: Path, steps_done: int) -> tuple[list[dict[str, Any]], int]:
+    """Rows of an interrupted run's metrics.jsonl that its checkpoint has behind it.
+
+    Returns:
+        The rows, and how many lines cannot be read; a last line that a kill cut short is none.
+    """
+    rows, num_damaged = [], 0
     if steps_done and path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        for line in filter(None, lines[:-1]):
             try:
                 row = json.loads(line)
                 if row["step"] <= steps_done:
                     rows.append(row)
             except (ValueError, TypeError, KeyError):
-                continue  # cut short by a kill, or damaged
-    return rows
+                num_damaged += 1
+    return rows, num_damaged
 
 
 # --- checkpoints -----------------------------------------------------------------------------
@@ -247,13 +254,27 @@ def stale_checkpoints(jobs: Sequence[Job], packs: Sequence[PackEntry]) -> list[s
     return errors
 
 
-def furthest(members: list[Member], pack: PackEntry) -> tuple[int, list[Member]]:
+def furthest(members: list[Member], pack: PackEntry, display: Display) -> tuple[int, list[Member]]:
     """The runs that train in this round, and the step they continue from.
+
+    Damaged checkpoints are set aside first.
 
     All runs of a round are at the same step: the latest that all of them have a checkpoint of. If
     there is none, those with the latest checkpoint go first, and the others follow in another round
     of the same pack.
     """
+    damaged = [
+        text
+        for member in members
+        for text in checkpoint.set_damaged_aside(member.folder / "checkpoint")
+    ]
+    step, together = _furthest(members, pack)
+    for text in damaged:
+        display.say(f"{text}; {f'continuing from step {step}' if step else 'starting again'}")
+    return step, together
+
+
+def _furthest(members: list[Member], pack: PackEntry) -> tuple[int, list[Member]]:
     steps = {
         member.slot: set(checkpoint.steps(member.folder / "checkpoint", pack.id))
         for member in members

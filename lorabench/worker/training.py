@@ -15,6 +15,7 @@ from typing import Any
 
 from lorabench import adapters, checkpoint, data, interrupt, machine, record
 from lorabench import model as base_model
+from lorabench.config import TrainerConfig
 from lorabench.files import sync_folder
 from lorabench.lease import Lost
 from lorabench.progress import Display
@@ -194,6 +195,7 @@ def _train(
     begun = time.perf_counter() - members[0].earlier_seconds
     display.pack([member.job.label for member in members])
     steps = train(pack, splits["train"], pad_id, start_step)
+    kept, took = time.perf_counter(), 0.0  # when the last checkpoint was written, in seconds
     while True:
         with interrupt.whole():
             step = next(steps, None)
@@ -212,9 +214,11 @@ def _train(
                 if member.entry.error is None:
                     value = summarise(tables[member.slot], ["nll"])["nll"][0]
                     member.log(step.step, {"validation/nll": value})
-        due = trainer.checkpoint_every and step.step % trainer.checkpoint_every == 0
-        if due:
+        if is_due(trainer, step.step, time.perf_counter() - kept, took):
+            before = time.perf_counter()
             keep_checkpoint(members, pack, step.step)
+            kept = time.perf_counter()
+            took = kept - before
     if pack.device.startswith("cuda"):
         torch.cuda.synchronize(pack.device)
     seconds = time.perf_counter() - begun
@@ -224,6 +228,19 @@ def _train(
         cost.train_tokens = member.tokens
         cost.tokens_per_second = round(member.tokens / max(1e-9, seconds), 1)
         cost.share = 1 / len(members)
+
+
+def is_due(trainer: TrainerConfig, step: int, seconds: float, took: float) -> bool:
+    """Whether a checkpoint is to be written after this step.
+
+    Args:
+        seconds: since the last one.
+        took: seconds to write it; those that are due by time take at most 2% of the training.
+    """
+    if trainer.checkpoint_every and step % trainer.checkpoint_every == 0:
+        return True
+    minutes = trainer.checkpoint_minutes
+    return minutes > 0 and step < trainer.steps and seconds >= max(60 * minutes, 50 * took)
 
 
 def _note(members: list[Member], pack: Any, step: Any, seconds: float) -> None:

@@ -204,7 +204,7 @@ class Worker:
         self, pack: PackEntry, slots: list[Job], jobs: list[Job], held: Lease
     ) -> None:
         opened = [at_work.open_member(job, pack, slots, held) for job in jobs]
-        start_step, members = at_work.furthest(opened, pack)
+        start_step, members = at_work.furthest(opened, pack, self.display)
         begun = time.perf_counter()
         short_of_memory = False
         with at_work.logs_of([member.folder for member in members]):
