@@ -118,10 +118,7 @@ def set_damaged_aside(folder: Path) -> list[str]:
         else:
             continue
         aside = _beside(folder, "damaged")
-        if aside.is_dir() and not aside.is_symlink():
-            shutil.rmtree(aside)
-        else:
-            aside.unlink(missing_ok=True)
+        _delete(aside)
         place.rename(aside)
         told.append(f"checkpoint {place} is damaged ({why}) and was set aside as {aside.name}")
     return told
@@ -168,14 +165,19 @@ def load(folder: Path, step: int, fingerprint: dict[str, Any]) -> dict[str, Tens
 
     Raises:
         Mismatch: another fingerprint; every difference is listed.
+        Damaged: the tensors are not those it was written with.
     """
     from safetensors.torch import load_file
 
     place = steps(folder)[step]
-    found = differences(_content(place)["fingerprint"], fingerprint)
+    content = _content(place)
+    found = differences(content["fingerprint"], fingerprint)
     if found:
         raise Mismatch(_refusal(place, found))
-    return load_file(place / "state.safetensors")
+    file = place / "state.safetensors"
+    if _sha256(file) != content["sha256"]:
+        raise Damaged(f"checkpoint {place} was damaged after it was checked; repeat the command")
+    return load_file(file)
 
 
 def check(folder: Path, pack: str, planned: dict[str, Any]) -> list[str]:
@@ -220,4 +222,12 @@ def remove(folder: Path) -> None:
         _beside(folder, "damaged"),
         *folder.parent.glob(f".{folder.name}.*.part"),
     ):
+        _delete(place)
+
+
+def _delete(place: Path) -> None:
+    """Whatever lies there, as far as it can be deleted."""
+    if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place, ignore_errors=True)
+    else:
+        place.unlink(missing_ok=True)

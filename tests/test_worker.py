@@ -183,7 +183,7 @@ def test_a_command_for_some_runs_of_a_pack_that_has_not_begun_splits_it(tmp_path
         patch.setattr("lorabench.worker.work.train_pack", stop)
         patch.setattr("lorabench.worker.members.begin", lambda member: None)
         patch.setattr("lorabench.worker.work.Worker._close", lambda *_: None)
-        assert say(*command(out)).code == 143
+        assert say(*command(out)).code == 130
     (pack,) = folder.read().current_packs()
     assert len(pack.runs) == 4 and not records(out)
     assert say("train", *FAST, "head=lora", "seed=1", f"trainer.steps={STEPS}",
