@@ -117,11 +117,15 @@ def set_damaged_aside(folder: Path) -> list[str]:
             why = str(error)
         else:
             continue
-        aside = _beside(folder, "damaged")
+        aside = _aside(place)
         _delete(aside)
         place.rename(aside)
         told.append(f"checkpoint {place} is damaged ({why}) and was set aside as {aside.name}")
     return told
+
+
+def _aside(place: Path) -> Path:
+    return place.with_name(f".{place.name.lstrip('.')}.damaged")
 
 
 def _places(folder: Path) -> tuple[Path, Path]:
@@ -219,7 +223,7 @@ def remove(folder: Path) -> None:
     """Forget the checkpoints of a finished run."""
     for place in (
         *_places(folder),
-        _beside(folder, "damaged"),
+        *map(_aside, _places(folder)),
         *folder.parent.glob(f".{folder.name}.*.part"),
     ):
         _delete(place)

@@ -39,7 +39,7 @@ def _arrived(number: int, frame: Any) -> None:
     if _first is not None:
         if time.monotonic() - _first[1] < ONE_REQUEST_SECONDS:
             return
-        print("ended at once; the last checkpoint is kept", file=sys.stderr, flush=True)
+        print("ended at once, without another checkpoint", file=sys.stderr, flush=True)
         os._exit(128 + number)
     _first = number, time.monotonic()
     if _inside:

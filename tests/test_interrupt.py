@@ -133,7 +133,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
         assert process.poll() is None
         process.send(signal.SIGINT)
         assert process.wait(5) == 128 + signal.SIGINT
-    assert process.said.splitlines()[-1] == "ended at once; the last checkpoint is kept"
+    assert process.said.splitlines()[-1] == "ended at once, without another checkpoint"
     assert "Traceback" not in process.said
 
 
