@@ -14,16 +14,16 @@ import math
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from lorabench import checkpoint, interrupt, lease, machine, plan, record
-from lorabench.config import ConfigErrors, flatten, typed
+from lorabench.config import ConfigErrors, typed
 from lorabench.lease import Holder, Lease, Lost
-from lorabench.progress import Display, clock
+from lorabench.progress import Display
 from lorabench.sweep import Job, PackEntry, RunEntry, SweepFolder, first_of_each
 from lorabench.worker import members as at_work
 from lorabench.worker.members import Member
+from lorabench.worker.outcome import Outcome, last_line, objective, summary
 from lorabench.worker.scoring import load_pack, score
 from lorabench.worker.shared import Shared
 from lorabench.worker.training import train_pack
@@ -31,24 +31,6 @@ from lorabench.worker.training import train_pack
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5  # between looks at packs that others hold
-
-
-@dataclass
-class Outcome:
-    """How one run ended, for the command that asked for it."""
-
-    run_id: str
-    label: str
-    status: str
-    folder: str
-    error: str | None = None
-    objective: float = math.nan
-    has_failed: bool = False  # in what this command asked for, whatever it has from before
-
-    @property
-    def is_bad(self) -> bool:
-        """Whether the run is not what the command asked for."""
-        return self.has_failed or self.status not in ("finished", "stopped")
 
 
 class Worker:
@@ -108,9 +90,9 @@ class Worker:
         if has_failed:
             error = self.failed[run_id]
             status = status if found and found.has_trained() else "failed"
-        objective = math.nan if has_failed else _objective(job, found)
+        value = math.nan if has_failed else objective(job, found)
         folder = job.plan.folder
-        return Outcome(run_id, job.label, status, folder, error, objective, has_failed)
+        return Outcome(run_id, job.label, status, folder, error, value, has_failed)
 
     # --- the work ------------------------------------------------------------------------
 
@@ -325,7 +307,7 @@ class Worker:
             except OSError as unwritable:
                 self.failed[entry.run_id] = f"record cannot be written: {unwritable}"
         for member in members:
-            member.tracker.finish(_summary(member), failed=member.entry.status == "failed")
+            member.tracker.finish(summary(member), failed=member.entry.status == "failed")
 
     def _fail(self, jobs: Sequence[Job], error: str) -> None:
         """Give up on runs of which nothing was written."""
@@ -375,44 +357,3 @@ def mate_of(like: Job, run: str, entry: RunEntry, planner: plan.Planner) -> Job:
 def _stamp(found: record.Record | None) -> tuple[Any, ...]:
     """What changes when somebody tries a run again."""
     return (found.status, found.started, found.ended, found.error) if found else ()
-
-
-def _objective(job: Job, found: record.Record | None) -> float:
-    """The value that a sweeper of Hydra minimises or maximises; NaN for a failed or stopped run."""
-    if found is None or found.status != "finished":
-        return math.nan
-    scored = found.evaluation(job.plan.evaluation_id)
-    split, _, name = job.config.objective.partition("/")
-    metric = scored.splits[split].metrics.get(name) if scored else None
-    return math.nan if metric is None or metric.value is None else metric.value
-
-
-def _summary(member: Member) -> dict[str, float]:
-    scores = {
-        key.removesuffix(".value").replace(".", "/"): value
-        for key, value in flatten(
-            {
-                split: {name: metric.value for name, metric in found.items()}
-                for split, found in member.entry.metrics.items()
-            }
-        ).items()
-        if value is not None
-    }
-    return scores | {
-        "trainable_parameters": member.job.plan.trainable_parameters,
-        "train_seconds": member.entry.cost.train_seconds,
-    }
-
-
-def last_line(entry: record.Record, error: str | None = None) -> str:
-    """Say how a run ended."""
-    if error is not None or entry.status == "failed":
-        kept = "; its adapter is saved" if entry.has_trained() else ""
-        return f"failed: {error or entry.error}{kept}"
-    scores = "".join(
-        f"  {name} {'not finite' if m.value is None else format(m.value, '.4f')}"
-        for name, m in entry.metrics.get("test", {}).items()
-    )
-    size = entry.plan["pack"]["size"]
-    packed = f" in a pack of {size}" if size > 1 else ""
-    return f"{entry.status}{scores}  {clock(entry.cost.total_seconds)}{packed}"

@@ -1,0 +1,71 @@
+"""How a run has ended: for the command, for sweepers, the tracker and the screen."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lorabench import record
+from lorabench.config import flatten
+from lorabench.progress import clock
+from lorabench.sweep import Job
+from lorabench.worker.members import Member
+
+
+@dataclass
+class Outcome:
+    """How one run ended, for the command that asked for it."""
+
+    run_id: str
+    label: str
+    status: str
+    folder: str
+    error: str | None = None
+    objective: float = math.nan
+    has_failed: bool = False  # in what this command asked for, whatever it has from before
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether the run is not what the command asked for."""
+        return self.has_failed or self.status not in ("finished", "stopped")
+
+
+def objective(job: Job, found: record.Record | None) -> float:
+    """The value that a sweeper of Hydra minimises or maximises; NaN for a failed or stopped run."""
+    if found is None or found.status != "finished":
+        return math.nan
+    scored = found.evaluation(job.plan.evaluation_id)
+    split, _, name = job.config.objective.partition("/")
+    metric = scored.splits[split].metrics.get(name) if scored else None
+    return math.nan if metric is None or metric.value is None else metric.value
+
+
+def summary(member: Member) -> dict[str, float]:
+    scores = {
+        key.removesuffix(".value").replace(".", "/"): value
+        for key, value in flatten(
+            {
+                split: {name: metric.value for name, metric in found.items()}
+                for split, found in member.entry.metrics.items()
+            }
+        ).items()
+        if value is not None
+    }
+    return scores | {
+        "trainable_parameters": member.job.plan.trainable_parameters,
+        "train_seconds": member.entry.cost.train_seconds,
+    }
+
+
+def last_line(entry: record.Record, error: str | None = None) -> str:
+    """Say how a run ended."""
+    if error is not None or entry.status == "failed":
+        kept = "; its adapter is saved" if entry.has_trained() else ""
+        return f"failed: {error or entry.error}{kept}"
+    scores = "".join(
+        f"  {name} {'not finite' if m.value is None else format(m.value, '.4f')}"
+        for name, m in entry.metrics.get("test", {}).items()
+    )
+    size = entry.plan["pack"]["size"]
+    packed = f" in a pack of {size}" if size > 1 else ""
+    return f"{entry.status}{scores}  {clock(entry.cost.total_seconds)}{packed}"
