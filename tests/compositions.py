@@ -2,8 +2,8 @@
 
 Hydra takes 0.2 s to compose one config, and every command line needs several. Here the composition
 of the chosen files is kept for the session, and the values are set by Hydra's own code, which is
-what Hydra itself does next. test_config.py holds the result to Hydra's own. What PEFT makes of a
-base and an adapter's settings on the meta device is kept too: it is read, never changed.
+what Hydra itself does next. test_config_files.py holds the result to Hydra's own. What PEFT makes
+of a base and an adapter's settings on the meta device is kept too: it is read, never changed.
 """
 
 from __future__ import annotations

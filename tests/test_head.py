@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import SMALL
+from tiny import SMALL
 
 from lorabench import adapters
 from lorabench.pack import head, target_rows

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, composed
+from conftest import composed
 from peft import LoraConfig, get_peft_model
+from tiny import SMALL
 
 from lorabench import adapters, cli, plan
 from lorabench.adapters import anatomy

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import SMALL, composed, tiny_config
+from conftest import composed
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import SMALL, tiny_config
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 

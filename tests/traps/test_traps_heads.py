@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import SMALL
 from peft import get_peft_model
+from tiny import SMALL
 
 from lorabench import cli, versions
 from lorabench import model as base_model

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, composed
+from conftest import composed
 from peft import get_peft_model
+from tiny import SMALL
 from transformers import LlamaConfig, Trainer, TrainingArguments
 
 from lorabench import checkpoint, cli, plan, record

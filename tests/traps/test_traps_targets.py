@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import transformers
-from conftest import SMALL
 from peft import LoraConfig
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 from processes import Elsewhere
+from tiny import SMALL
 
 from lorabench import adapters, cli, plan, versions
 from traps.halves import (
