@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 MINIMUM := .venv-minimum
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep plan compare test test-slow test-minimum lint docs bench scan base clean
+.PHONY: help setup sweep plan compare test test-slow test-faults test-minimum lint docs bench scan base clean
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ test: $(READY) ## the fast tests, minutes on two cores
 
 test-slow: $(READY) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
+
+test-faults: $(READY) ## kills, full disks, damaged files, dead servers, short memory: see docs/faults.md
+	$(BIN)/python -m pytest -m faults -n 2 --dist worksteal
 
 test-minimum: $(MINIMUM)/.ready ## the fast tests on the oldest versions that pyproject.toml allows
 	$(MINIMUM)/bin/python -m pytest -n 2 --dist worksteal

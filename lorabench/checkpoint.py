@@ -1,7 +1,8 @@
 """Checkpoints of a run: saved whole or not at all, checked before they are trusted.
 
 A checkpoint is a folder with `state.safetensors` (trained parameters, optimizer moments) and
-`checkpoint.json` (steps done, fingerprint, hash of the tensors, and a checksum over all of that).
+`checkpoint.json` (steps done, fingerprint, hash of the tensors, what a resumed run must know, and a
+checksum over all of that).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lorabench.files import sync, sync_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,16 +33,14 @@ def write(
     state: dict[str, Tensor],
     steps_done: int,
     fingerprint: dict[str, Any],
-    stopped: dict[str, Any] | None = None,
-    cost: dict[str, Any] | None = None,
+    told: dict[str, Any] | None = None,
     token: int = 0,
 ) -> None:
     """Write a checkpoint beside `folder`; `commit` puts it in place.
 
     Args:
         steps_done: by the pack.
-        stopped: of a run that stopped before its mates: the steps it did, and why.
-        cost: what training took up to here.
+        told: what the run that resumes from here must know, as JSON.
         token: of the process that writes, so that no other one writes into the same place.
     """
     from safetensors.torch import save_file
@@ -52,15 +53,12 @@ def write(
     content = {
         "steps_done": steps_done,
         "fingerprint": fingerprint,
-        "stopped": stopped,
-        "cost": cost or {},
+        "told": told or {},
         "sha256": _sha256(file),
     }
     content["checksum"] = _checksum(content)
     (part / "checkpoint.json").write_text(json.dumps(content, indent=2) + "\n")
-    for path in part.iterdir():
-        with open(path, "rb") as written:
-            os.fsync(written.fileno())
+    sync_folder(part)
 
 
 def commit(folder: Path, token: int = 0) -> None:
@@ -74,6 +72,7 @@ def commit(folder: Path, token: int = 0) -> None:
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     _beside(folder, f"{token}.part").rename(folder)
+    sync(folder.parent)
 
 
 def _beside(folder: Path, kind: str) -> Path:
@@ -134,8 +133,8 @@ def _places(folder: Path) -> tuple[Path, Path]:
 
 
 def told(folder: Path, step: int) -> dict[str, Any]:
-    """What was written beside the state: `cost`, and `stopped`, None of a run that went on."""
-    return _content(steps(folder)[step])
+    """What was written for the run that resumes."""
+    return dict(_content(steps(folder)[step])["told"])
 
 
 def _content(place: Path) -> dict[str, Any]:
@@ -150,6 +149,8 @@ def _content(place: Path) -> dict[str, Any]:
         raise Damaged("checkpoint.json cannot be read") from error
     if not isinstance(content, dict) or content.get("checksum") != _checksum(content):
         raise Damaged("checkpoint.json does not fit its checksum")
+    if "told" not in content:
+        raise Damaged("an earlier lorabench wrote it")
     return content
 
 

@@ -143,9 +143,9 @@ def other_stack(one: Record, usual: dict[str, Any]) -> list[str]:
     """How a run's stack differs from the usual one, one text per difference."""
     mine = stack_of(one)
     return [
-        f"{name} {mine[name]} instead of {usual[name]}"
-        for name in usual
-        if mine.get(name) != usual[name]
+        f"{name} {mine.get(name)} instead of {usual.get(name)}"
+        for name in dict.fromkeys([*usual, *mine])
+        if mine.get(name) != usual.get(name)
     ]
 
 

@@ -43,6 +43,18 @@ PACKAGES = (
     "pyarrow",
     "pydantic",
 )
+# Those whose other version may give other bits, where they are installed.
+MOVING = (
+    "torch",
+    "transformers",
+    "peft",
+    "tokenizers",
+    "safetensors",
+    "gguf",
+    "numpy",
+    "flash-attn",
+    "kernels",
+)
 # `planned` is never written: it is a run of sweep.json without a record.
 Status = Literal["planned", "running", "trained", "finished", "stopped", "interrupted", "failed"]
 
@@ -254,6 +266,7 @@ def provenance(device: str) -> dict[str, Any]:
     cuda = device.startswith("cuda")
     return {
         "git": git_state(),
+        "commits": [git_state()],
         "python": platform.python_version(),
         "packages": versions(),
         "os": platform.platform(),
@@ -277,7 +290,13 @@ def provenance(device: str) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """The packages this process runs with."""
-    return {name: version for name in PACKAGES if (version := installed(name))}
+    names = dict.fromkeys([*PACKAGES, *MOVING])
+    return {name: version for name in names if (version := installed(name))}
+
+
+def moving(packages: dict[str, str]) -> dict[str, str]:
+    """Those packages of which another version may give other bits."""
+    return {name: packages[name] for name in MOVING if name in packages}
 
 
 @cache
@@ -320,8 +339,7 @@ def _output(*command: str) -> str | None:
 
 def stack(provenance: dict[str, Any]) -> dict[str, Any]:
     """What of the provenance can move bits: rows that differ here come from different stacks."""
-    packages = provenance.get("packages", {})
-    return {name: packages.get(name) for name in ("torch", "transformers", "peft")} | {
+    return moving(provenance.get("packages", {})) | {
         key: provenance.get(key) for key in ("device", "gpu", "cpu", "threads")
     }
 

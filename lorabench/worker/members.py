@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from lorabench import checkpoint, record, tracking
 from lorabench.config import ConfigErrors, first_line, flatten
-from lorabench.files import write_atomic
+from lorabench.files import sync, write_atomic
 from lorabench.lease import Lease, Lost
 from lorabench.progress import Display
 from lorabench.stages import Stage, Stages
@@ -234,13 +234,12 @@ def _kept_rows(path: Path, steps_done: int) -> tuple[list[dict[str, Any]], int]:
 
 def planned_fingerprint(job: Job, pack: PackEntry) -> dict[str, Any]:
     """What a checkpoint must agree in before anything is loaded."""
-    packages = record.versions()
     return {
         "run_id": job.plan.run_id,
         "arithmetic": record.ARITHMETIC_VERSION,
         "pack": pack.id,
         "modules": job.plan.lora_modules,
-        "packages": {name: packages.get(name) for name in ("torch", "peft", "transformers")},
+        "packages": record.moving(record.versions()),
     }
 
 
@@ -293,10 +292,12 @@ def resume(members: list[Member], pack: Any, step: int, display: Display) -> Non
         pack.load_state(member.slot, checkpoint.load(place, step, member.fingerprint))
         member.entry.steps_done = step
         told = checkpoint.told(place, step)
-        cost = told.get("cost", {})  # checkpoints before this key have none
-        member.tokens = cost.get("train_tokens", 0)
-        member.earlier_seconds = cost.get("train_seconds", 0.0)
-        if stop := told.get("stopped"):
+        member.tokens = told["train_tokens"]
+        member.earlier_seconds = told["train_seconds"]
+        commits = [*told["commits"], *member.entry.provenance["commits"]]
+        distinct = [one for i, one in enumerate(commits) if one not in commits[:i]]
+        member.entry.provenance["commits"] = distinct
+        if stop := told["stopped"]:
             member.entry.steps_done, member.entry.error = stop["steps_done"], stop["error"]
             pack.stop(member.slot)
         modules = pack.modules(member.slot)
@@ -311,14 +312,16 @@ def keep_checkpoint(members: list[Member], pack: Any, step: int) -> None:
     for member in members:
         entry = member.entry
         stop = {"steps_done": entry.steps_done, "error": entry.error} if entry.error else None
-        cost = {
+        told = {
+            "stopped": stop,  # before its mates: the steps it did, and why
             "train_seconds": entry.cost.train_seconds,
             "train_tokens": entry.cost.train_tokens,
+            "commits": entry.provenance["commits"],
         }
         member.lease.check()
         place = member.folder / "checkpoint"
         state, token = pack.state(member.slot), member.lease.holder.token
-        checkpoint.write(place, state, step, member.fingerprint, stop, cost, token)
+        checkpoint.write(place, state, step, member.fingerprint, told, token)
     for member in members:
         member.lease.check()
         checkpoint.commit(member.folder / "checkpoint", member.lease.holder.token)
@@ -329,3 +332,4 @@ def put_in_place(part: Path, place: Path, lease: Lease) -> None:
     lease.check()
     shutil.rmtree(place, ignore_errors=True)
     os.replace(part, place)
+    sync(place.parent)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from lorabench import adapters, data, identity, machine, record
 from lorabench.config import ConfigErrors, first_line
+from lorabench.files import sync
 from lorabench.lease import Lost
 from lorabench.progress import Display
 from lorabench.sweep import Job
@@ -206,6 +207,7 @@ def _append(
     part = _written(place, kept, member.lease.holder.token)
     member.lease.check()
     os.replace(part, place)
+    sync(place.parent)
     entry.evaluations = [one for one in entry.evaluations if one.id != evaluation]
     entry.evaluations.append(
         record.Evaluation(
@@ -235,6 +237,5 @@ def _written(place: Path, tables: list[Any], token: int) -> Path:
     with contextlib.suppress(FileNotFoundError):
         part.unlink()
     parquet.write_table(concat_tables(tables, promote_options="default"), part)
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
+    sync(part)
     return part

@@ -144,10 +144,10 @@ def _describe(
 
 
 def _save(members: list[Member], pack: Any) -> None:
-    """Save all adapters, then record each and forget its checkpoint.
+    """Save all adapters, then record all runs as trained, then forget their checkpoints.
 
-    In this order a kill loses nothing: a run without its record still has its checkpoint, if it had
-    one.
+    In this order a kill or a power cut loses nothing: a run without its record still has its
+    checkpoint, and so have its mates, in whose shape it goes on.
     """
     for member in members:
         with own_failure(member):
@@ -159,6 +159,7 @@ def _save(members: list[Member], pack: Any) -> None:
             sync_folder(part)
             put_in_place(part, member.folder / "adapter", member.lease)
             member.entry.hashes["adapter"] = saved
+    recorded = []
     for member in members:
         if not member.failed:
             member.entry.status = "stopped" if member.entry.error else "trained"
@@ -171,7 +172,9 @@ def _save(members: list[Member], pack: Any) -> None:
             log.exception("record of %s", member.entry.run_id)
             continue
         if not member.failed:
-            checkpoint.remove(member.folder / "checkpoint")
+            recorded.append(member)
+    for member in recorded:
+        checkpoint.remove(member.folder / "checkpoint")
 
 
 def _train(
