@@ -22,6 +22,13 @@ def write_atomic(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
+def replace(path: Path, text: str) -> None:
+    """As `write_atomic`, by the only writer: what killed ones before it left is removed."""
+    for left in path.parent.glob(f".{path.name}.*.part"):
+        left.unlink(missing_ok=True)
+    write_atomic(path, text)
+
+
 def sync(path: Path) -> None:
     """Bring a file to the disk; of a folder the names in it, not what they name."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -25,7 +25,7 @@ from types import TracebackType
 
 from filelock import FileLock, Timeout
 
-from lorabench.files import write_atomic
+from lorabench.files import replace, write_atomic
 
 STALE_SECONDS = 120.0  # NFS clients may cache a file's time for a minute
 BEATS = 6  # heartbeats in the time after which a holder is replaced
@@ -143,7 +143,7 @@ def take(path: Path, stale_seconds: float = STALE_SECONDS) -> Taken | Holder:
         token, process_lock = _next_token(path, before.token if before else 0)
         host, pid = socket.gethostname(), os.getpid()
         holder = Holder(token, host, boot_id(), pid, stale_seconds, secrets.token_hex(8))
-        write_atomic(path, json.dumps(asdict(holder)) + "\n")
+        replace(path, json.dumps(asdict(holder)) + "\n")
     return Taken(Lease(path, holder, process_lock), ended)
 
 

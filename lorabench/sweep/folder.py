@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lorabench import lease, record
 from lorabench.config import ConfigErrors
-from lorabench.files import write_atomic
+from lorabench.files import replace
 from lorabench.record import Record
 from lorabench.sweep.jobs import Job
 
@@ -180,7 +180,7 @@ class SweepFolder:
         return FileLock(self.locks / "sweep.lock", timeout=LOCK_TIMEOUT)
 
     def _write(self, content: SweepFile) -> None:
-        write_atomic(self.path / "sweep.json", content.model_dump_json(indent=1) + "\n")
+        replace(self.path / "sweep.json", content.model_dump_json(indent=1) + "\n")
 
     # --- how far it is -------------------------------------------------------------------
 

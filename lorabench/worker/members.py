@@ -130,13 +130,18 @@ def open_member(job: Job, pack: PackEntry, mates: Sequence[Job], lease: Lease) -
 def begin(member: Member) -> None:
     """Write what is known of a run before anything is loaded."""
     member.folder.mkdir(parents=True, exist_ok=True)
-    member.lease.check()
-    for left in member.folder.rglob(".*.part"):  # by a holder that was killed or replaced
-        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    clear(member)
     content = OmegaConf.to_yaml(OmegaConf.create(member.entry.config))
     member.lease.check()
     write_atomic(member.folder / "config.yaml", content)
     member.write()
+
+
+def clear(member: Member) -> None:
+    """Remove what a holder that was killed or replaced was about to put in place."""
+    member.lease.check()
+    for left in member.folder.rglob(".*.part"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

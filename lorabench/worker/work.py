@@ -246,6 +246,7 @@ class Worker:
             found = self._record(job)
             assert found is not None
             members.append(Member(job, pack.runs.index(job.plan.run_id), found, held))
+            at_work.clear(members[-1])
             checkpoint.remove(job.folder / "checkpoint")  # of a kill right after training
         with at_work.logs_of([member.folder for member in members]):
             try:
