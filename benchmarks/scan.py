@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lorabench import record
+from lorabench import provenance
 
 ALL_RANKS = "16,32,64"
 CORNERS = "16,64"
@@ -112,8 +112,8 @@ def main() -> None:
     if options.only:
         return
     content = {
-        "versions": record.versions(),
-        "cpu": record.cpu_name(),
+        "versions": provenance.versions(),
+        "cpu": provenance.cpu_name(),
         "split": "validation",
         "command": "python benchmarks/scan.py",
         "regimes": results,

@@ -259,12 +259,13 @@ def main(arguments: list[str]) -> int:
 
     import torch
 
-    from lorabench import record
+    from lorabench import provenance, record
+    from lorabench.files import write_atomic
 
     torch.set_num_threads(options.threads)
     result: dict[str, Any] = {
         "command": " ".join(["python benchmarks/sweep.py", *arguments]),
-        "machine": record.provenance(options.device),
+        "machine": provenance.of_process(options.device),
         "started": record.now(),
         "threads": options.threads,
         "allocator": os.environ["PYTORCH_ALLOC_CONF"] if options.shapes else ALLOCATOR,
@@ -275,7 +276,7 @@ def main(arguments: list[str]) -> int:
     path = options.out / f"{options.device}-{kind}.json"
 
     def save() -> None:
-        record.write_atomic(path, json.dumps(result, indent=1) + "\n")
+        write_atomic(path, json.dumps(result, indent=1) + "\n")
 
     (bench_shapes if options.shapes else bench_sweep)(options, result, save)
     show(result)

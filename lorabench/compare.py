@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from lorabench import identity, record
+from lorabench import identity, provenance
 from lorabench.config import flatten
 from lorabench.record import Evaluation, Record
 
@@ -127,7 +127,7 @@ def choose_evaluations(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
 
 def stack_of(one: Record) -> dict[str, Any]:
     """What else than the config could move a run's numbers: versions, device, threads."""
-    return {"arithmetic": one.arithmetic_version} | record.stack(one.provenance)
+    return {"arithmetic": one.arithmetic_version} | provenance.stack(one.provenance)
 
 
 def usual_stack(records: Sequence[Record]) -> dict[str, Any]:

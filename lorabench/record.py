@@ -1,4 +1,4 @@
-"""What a run did: the schema of record.json, provenance, reading and writing.
+"""What a run did: the schema of record.json, reading and writing.
 
 Imports without torch. The run folder is the truth; everything else is a view of it.
 docs/record-format.md describes every field.
@@ -8,13 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
-import socket
-import subprocess
 import time
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,39 +17,10 @@ from pydantic import BaseModel, Field
 
 from lorabench import lease
 from lorabench.files import write_atomic
-from lorabench.versions import installed
 
 SCHEMA_VERSION = 2
 # Raised whenever the same config would give other results; part of every run id.
 ARITHMETIC_VERSION = 2
-PACKAGES = (
-    "lorabench",
-    "torch",
-    "transformers",
-    "peft",
-    "tokenizers",
-    "datasets",
-    "safetensors",
-    "gguf",
-    "hydra-core",
-    "omegaconf",
-    "wandb",
-    "numpy",
-    "pyarrow",
-    "pydantic",
-)
-# Those whose other version may give other bits, where they are installed.
-MOVING = (
-    "torch",
-    "transformers",
-    "peft",
-    "tokenizers",
-    "safetensors",
-    "gguf",
-    "numpy",
-    "flash-attn",
-    "kernels",
-)
 # `planned` is never written: it is a run of sweep.json without a record.
 Status = Literal["planned", "running", "trained", "finished", "stopped", "interrupted", "failed"]
 
@@ -126,6 +92,14 @@ class Exports(BaseModel):
         return cls(adapter=reason, merged=reason, gguf=reason)
 
 
+class RecordedFile(BaseModel):
+    """A file of the run's folder, as it was when it was recorded."""
+
+    size: int  # bytes
+    mtime_ns: int
+    sha256: str
+
+
 class Record(BaseModel):
     """record.json."""
 
@@ -144,6 +118,7 @@ class Record(BaseModel):
     evaluations: list[Evaluation] = Field(default_factory=list)  # the newest comes last
     cost: Cost = Field(default_factory=Cost)
     hashes: dict[str, str] = Field(default_factory=dict)
+    files: dict[str, RecordedFile] = Field(default_factory=dict)  # by name below the run's folder
     stages: list[StageStart] = Field(default_factory=list)  # what trained when, in order
     exports: Exports | None = None  # None: written before exports were recorded
     notes: list[str] = Field(default_factory=list)
@@ -168,7 +143,15 @@ class Record(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Replace record.json in one step: a reader never sees half of it."""
-        write_atomic(folder / "record.json", self.model_dump_json(indent=2) + "\n")
+        content = self.model_dump(mode="json")
+        content["checksum"] = checksum(content)
+        write_atomic(folder / "record.json", json.dumps(content, indent=2) + "\n")
+
+
+def checksum(content: dict[str, Any]) -> str:
+    """A hash over everything in record.json but the checksum itself."""
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def now() -> str:
@@ -176,7 +159,7 @@ def now() -> str:
 
 
 def read(folder: Path) -> Record | None:
-    """Return the record of a run folder; None if there is none or it cannot be read.
+    """Return the record of a run folder; None if there is none or it is not what was written.
 
     A record that says `running` while nobody holds its pack is an interrupted run. Records of
     earlier schema versions are brought to this one; those of later ones are not read.
@@ -185,6 +168,8 @@ def read(folder: Path) -> Record | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or content.get("schema_version", 1) > SCHEMA_VERSION:
+            return None
+        if content.get("checksum", checksum(content)) != checksum(content):  # older ones have none
             return None
         record = Record.model_validate(_upgraded(content))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -250,98 +235,6 @@ def find(folder: Path) -> Iterator[tuple[Path, Record]]:
         record = read(path)
         if record is not None:
             yield path, record
-
-
-# --- provenance ------------------------------------------------------------------------------
-
-
-def provenance(device: str) -> dict[str, Any]:
-    """Code, versions, machine and switches this process runs with.
-
-    Args:
-        device: torch device string of the run.
-    """
-    import torch
-
-    cuda = device.startswith("cuda")
-    return {
-        "git": git_state(),
-        "commits": [git_state()],
-        "python": platform.python_version(),
-        "packages": versions(),
-        "os": platform.platform(),
-        "host": socket.gethostname(),
-        "cpu": cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "device": device,
-        "gpu": torch.cuda.get_device_name(device) if cuda else None,
-        "cuda": torch.version.cuda if cuda else None,
-        "driver": driver() if cuda else None,
-        "threads": torch.get_num_threads(),
-        "determinism": {
-            "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-            "allow_tf32": torch.backends.cuda.matmul.allow_tf32,
-            "cudnn_benchmark": torch.backends.cudnn.benchmark,
-            "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED"),
-            "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
-        },
-    }
-
-
-def versions() -> dict[str, str]:
-    """The packages this process runs with."""
-    names = dict.fromkeys([*PACKAGES, *MOVING])
-    return {name: version for name in names if (version := installed(name))}
-
-
-def moving(packages: dict[str, str]) -> dict[str, str]:
-    """Those packages of which another version may give other bits."""
-    return {name: packages[name] for name in MOVING if name in packages}
-
-
-@cache
-def git_state() -> dict[str, str | None]:
-    """Commit of the code that runs, and a hash of what differs from it; None outside git."""
-    git = ("git", "-C", str(Path(__file__).parent))
-    commit = _output(*git, "rev-parse", "HEAD")
-    # git answers for any repository around an installed package: ours tracks this very file.
-    if commit is None or not _output(*git, "ls-files", "record.py"):
-        return {"commit": None, "dirty": None}
-    diff = _output(*git, "diff", "HEAD")
-    dirty = hashlib.sha256(diff.encode()).hexdigest()[:16] if diff else None
-    return {"commit": commit, "dirty": dirty}
-
-
-def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def driver() -> str | None:
-    """Version of the GPU's driver."""
-    lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return lines.splitlines()[0] if lines else None
-
-
-def _output(*command: str) -> str | None:
-    """What a command prints; None where it is not there, fails, or takes too long."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def stack(provenance: dict[str, Any]) -> dict[str, Any]:
-    """What of the provenance can move bits: rows that differ here come from different stacks."""
-    return moving(provenance.get("packages", {})) | {
-        key: provenance.get(key) for key in ("device", "gpu", "cpu", "threads")
-    }
 
 
 def append_line(file: Any, row: dict[str, Any]) -> None:

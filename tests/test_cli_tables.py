@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import shutil
 import statistics
 from pathlib import Path
 
@@ -218,18 +220,19 @@ def test_what_was_deleted_or_damaged_since_is_told(tmp_path):
     command = ["train", "-m", *SMOKE, "seed=0,1", f"output_dir={tmp_path}"]
     assert say(*command).code == 0
     first, second = (tmp_path / "default" / name for name in sorted(records(tmp_path)))
-    label = f"seed={records(tmp_path)[first.name]['config']['seed']}"
     (first / "adapter" / "adapter_model.safetensors").unlink()
-    said = say(*command)
-    assert said.code == 0 and said.lines[1] == (
-        f"{label}: kept without adapter/adapter_model.safetensors, which is gone; "
-        f"remove {first} to train it again"
+    text = (
+        f"{first}: adapter/adapter_model.safetensors is gone; "
+        f"remove '{first}' and repeat `{shlex.join(['lorabench', *command])}`"
     )
+    said = say(*command)
+    assert said.code == 1 and said.lines[-1].endswith(f": finished: {text}")
     (second / "record.json").write_text("{")
     for verb in ("runs", "compare"):
         said = say(verb, str(tmp_path / "default"))
-        assert said.code == 0 and "left out, record.json is damaged" in said.err
-        assert len(said.lines) == 1 and second.name in said.err and first.name not in said.err
+        assert said.code == 0 and said.lines[0] == text
+        assert "left out, record.json is damaged" in said.lines[1] and second.name in said.lines[1]
+    shutil.rmtree(first)
     assert say(*command).code == 0 and len(records(tmp_path)) == 2
 
 

@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from lorabench import compare, show
+from lorabench.intact import Checked
 from lorabench.record import Cost, Evaluation, Metric, Record, Scores
 
 GRID = list(itertools.product(["lora", "exclude"], [64, 8, 16], [0, 1, 2]))
@@ -342,5 +343,5 @@ def test_no_finished_run_says_where_to_look(records, monkeypatch):
 def test_brackets_of_errors_and_values_are_printed_as_they_are(records, capsys):
     """rich reads [x] as markup, and raises on [/x]."""
     records[0].status, records[0].error = "failed", "KeyError: [/x] [q_proj]"
-    show.runs([(Path("outputs/s") / one.run_id, one) for one in records], False)
+    show.runs([Checked(Path("outputs/s") / one.run_id, one, {}) for one in records], False)
     assert "KeyError: [/x] [q_proj]" in capsys.readouterr().out

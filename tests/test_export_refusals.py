@@ -33,7 +33,9 @@ def copied(trained, tmp_path) -> Path:
 
 def change(run: Path, **changes: Any) -> None:
     path = run / "record.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    content = json.loads(path.read_text()) | changes
+    del content["checksum"]
+    path.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(
@@ -100,10 +102,24 @@ def test_another_adapter_is_refused(kind, copied, tmp_path):
     content[-1] ^= 1
     file.write_bytes(content)
     line = refused(copied, "--to", kind, tmp_path / "x")
+    begin = f"RUN: must hold the adapter that was trained; {copied}: adapter/{file.name} "
+    assert line.startswith(f"{begin}has other content than was recorded; remove '{copied}' and")
+    file.unlink()
+    assert refused(copied, "--to", kind, tmp_path / "x").startswith(f"{begin}is gone; remove")
+    assert not (tmp_path / "x").exists()
+
+
+def test_another_adapter_is_refused_where_no_files_were_recorded(copied, tmp_path):
+    """As in records of before; the hash of the tensors tells."""
+    change(copied, files={})
+    file = copied / "adapter" / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    line = refused(copied, "--to", "adapter", tmp_path / "x")
     assert line.startswith("RUN: its adapter must be the one it trained, hash ")
     file.unlink()
-    assert "has none" in refused(copied, "--to", kind, tmp_path / "x")
-    assert not (tmp_path / "x").exists()
+    assert "has none" in refused(copied, "--to", "adapter", tmp_path / "x")
 
 
 def test_an_adapter_config_that_leaves_modules_out_is_refused(copied, tmp_path):
@@ -111,6 +127,7 @@ def test_an_adapter_config_that_leaves_modules_out_is_refused(copied, tmp_path):
     file = copied / "adapter" / "adapter_config.json"
     settings = json.loads(file.read_text())
     settings["target_modules"] = ["q_proj"]
+    change(copied, files={})
     file.write_text(json.dumps(settings))
     line = refused(copied, "--to", "adapter", tmp_path / "x")
     assert line.startswith("export: PEFT must load the adapter's ")
@@ -175,7 +192,7 @@ def test_a_run_that_stopped_has_nothing_to_export(tiny_folder, tmp_path):
 def test_a_record_of_before_reads_without_exports(copied):
     path = copied / "record.json"
     old = json.loads(path.read_text())
-    del old["exports"]
+    del old["exports"], old["checksum"]
     path.write_text(json.dumps(old))
     assert record.read(copied).exports is None
     assert refused(copied, "--to", "gguf", "x").startswith("--to gguf: not written yet")

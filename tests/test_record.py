@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lorabench import files, lease, record
+from lorabench import files, lease, provenance, record
 from lorabench.record import Cost, Evaluation, Metric, Record, Scores
 
 
@@ -168,7 +168,7 @@ def test_metrics_lines_are_on_disk_before_the_file_is_closed(tmp_path):
 def test_provenance_says_code_versions_machine_and_switches():
     import torch
 
-    found = record.provenance("cpu")
+    found = provenance.of_process("cpu")
     assert {
         "git",
         "python",
@@ -182,14 +182,14 @@ def test_provenance_says_code_versions_machine_and_switches():
     } <= set(found)
     assert found["python"] == platform.python_version()
     assert found["packages"]["torch"] == metadata.version("torch")
-    assert set(found["packages"]) == set(record.PACKAGES)
+    assert set(found["packages"]) == set(provenance.PACKAGES)
     assert found["threads"] == torch.get_num_threads()
     assert found["device"] == "cpu" and found["gpu"] is None and found["driver"] is None
     before = torch.are_deterministic_algorithms_enabled()
     try:
         for switch in (True, False):
             torch.use_deterministic_algorithms(switch)
-            assert record.provenance("cpu")["determinism"]["deterministic_algorithms"] is switch
+            assert provenance.of_process("cpu")["determinism"]["deterministic_algorithms"] is switch
     finally:
         torch.use_deterministic_algorithms(before)
     assert json.loads(json.dumps(found)) == found
@@ -208,8 +208,8 @@ def git(folder: Path, *arguments: str) -> str:
 def test_git_state_follows_the_repository_of_the_code(tmp_path, monkeypatch):
     file = tmp_path / "record.py"
     file.write_text("a = 1\n")
-    monkeypatch.setattr(record, "__file__", str(file))
-    state = record.git_state.__wrapped__  # read once a process otherwise
+    monkeypatch.setattr(provenance, "__file__", str(file))
+    state = provenance.git_state.__wrapped__  # read once a process otherwise
     assert state() == {"commit": None, "dirty": None}  # no repository
     git(tmp_path, "init", "-q")
     assert state() == {"commit": None, "dirty": None}  # a branch without a commit

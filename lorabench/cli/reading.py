@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lorabench.cli.mistakes import fail
 from lorabench.cli.verbs import VERBS
+
+if TYPE_CHECKING:
+    from lorabench.intact import Checked
+
+MOST_LINES = 5  # about damaged runs
 
 
 def _folder_parser(verb: str) -> argparse.ArgumentParser:
@@ -17,8 +23,13 @@ def _folder_parser(verb: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _records(folder: Path) -> list[Any]:
-    from lorabench import record
+def _records(folder: Path, hash_of: Callable[[Path], str] | None = None) -> list[Checked]:
+    """Runs of a folder; what is damaged is told on stderr.
+
+    Args:
+        hash_of: reads every file of every run; None: only those whose size or time is another.
+    """
+    from lorabench import intact
     from lorabench.config import ConfigErrors
     from lorabench.sweep import SweepFolder
 
@@ -26,8 +37,10 @@ def _records(folder: Path) -> list[Any]:
         near = [str(p) for p in sorted(folder.parent.glob("*/")) if any(p.glob("*/record.json"))]
         has = f"; sweeps there: {', '.join(near)}" if near else ""
         raise ConfigErrors(f"folder: must be the folder of a sweep; '{folder}' does not exist{has}")
-    found = list(record.find(folder))
-    read = {path.name for path, _ in found}
+    found = intact.checked(folder, hash_of)
+    read = {one.folder.name for one in found}
+    lines = [intact.told(*one) for one in found if one.damaged]
+    fail([*lines[:MOST_LINES], *_and_more(lines[MOST_LINES:], folder)])
     bad = [p.parent.name for p in sorted(folder.glob("*/record.json")) if p.parent.name not in read]
     if bad:
         fail(
@@ -37,7 +50,7 @@ def _records(folder: Path) -> list[Any]:
             ]
         )
     if (folder / "sweep.json").is_file():
-        found += SweepFolder(folder).planned()
+        found += [intact.Checked(*one, {}) for one in SweepFolder(folder).planned()]
     if not found:
         raise ConfigErrors(
             f"folder: must hold runs (folders with record.json); '{folder}' has none; "
@@ -46,13 +59,29 @@ def _records(folder: Path) -> list[Any]:
     return found
 
 
-def runs(arguments: list[str]) -> int:
-    """lorabench runs FOLDER [--json]"""
-    from lorabench import show
+def _and_more(lines: list[str], folder: Path) -> list[str]:
+    return [f"and {len(lines)} more: `lorabench runs {folder}` marks them"] if lines else []
 
-    options = _folder_parser("runs").parse_args(arguments)
-    show.runs(_records(options.folder), options.json)
-    return 0
+
+def runs(arguments: list[str]) -> int:
+    """lorabench runs FOLDER [--verify] [--json]"""
+    from lorabench import hashes, show
+
+    parser = _folder_parser("runs")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read every file of every run; exit code 1 if one is not what was recorded",
+    )
+    options = parser.parse_args(arguments)
+    found = _records(options.folder, hashes.fresh_hash if options.verify else None)
+    show.runs(found, options.json)
+    if not options.verify:
+        return 0
+    recorded = [one for one in found if one.entry.files]
+    damaged = [one for one in recorded if one.damaged]
+    fail([f"{len(recorded) - len(damaged)} of {len(recorded)} runs are as they were recorded"])
+    return 1 if damaged else 0
 
 
 def compare(arguments: list[str]) -> int:
@@ -61,6 +90,6 @@ def compare(arguments: list[str]) -> int:
     from lorabench import show
 
     options = _folder_parser("compare").parse_args(arguments)
-    table = comparing.table([record for _, record in _records(options.folder)])
+    table = comparing.table([one.entry for one in _records(options.folder)])
     show.comparison(table, options.folder, options.json)
     return 0

@@ -143,6 +143,7 @@ def _serve(
     shared = Shared(planner, words)
     display = Display(0, 0)
     worker = Worker(folder, jobs, shared, display)
+    worker.look_at_kept()
     left = [job for job in jobs if worker.is_left(job)]
     to_train = [job for job in left if worker.must_train(job)]
     if stale := stale_checkpoints(to_train, folder.read().current_packs()):

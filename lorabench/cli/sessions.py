@@ -55,6 +55,8 @@ class Session:
                 f"{and_more(newer)} was written by a newer lorabench; update this one, or give "
                 f"another sweep=NAME"
             )
+        for worker in self.workers.values():
+            worker.look_at_kept()
         self.left = [job for job in jobs if self.worker(job).is_left(job)]
         notes = shared.check_data(self.left)
         for worker in self.workers.values():
@@ -127,13 +129,6 @@ class Session:
                 + (f", {len(busy)} of them held by another process" if busy else "")
                 + (f", {same} the same as another" if same else "")
             )
-        for job in kept:
-            file = "adapter/adapter_model.safetensors"
-            if not (job.folder / file).is_file():
-                self.display.say(
-                    f"{job.label}: kept without {file}, which is gone; remove {job.folder} to "
-                    f"train it again"
-                )
 
     def is_over(self, index: int) -> bool:
         """Whether a job's run has ended already."""

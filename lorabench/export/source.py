@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorabench import intact, record, tasks
 from lorabench import model as base_model
-from lorabench import record, tasks
 from lorabench.config import Config, ConfigErrors, ModelConfig, and_more, nearest, typed
+from lorabench.hashes import file_hash
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -61,7 +62,8 @@ def open_run(folder: Path) -> Run:
     """The run in a folder.
 
     Raises:
-        ConfigErrors: no run there, or one that has not finished; names the nearest.
+        ConfigErrors: no run there, or one that has not finished (names the nearest), or one whose
+            adapter is damaged.
     """
     from omegaconf import OmegaConf
 
@@ -75,6 +77,12 @@ def open_run(folder: Path) -> Run:
         why = f" ({entry.error})" if entry.error else ""
         raise ConfigErrors(
             f"RUN: must have finished; '{folder}' is {entry.status}{why}{_finished_near(folder)}"
+        )
+    damaged = intact.damage(folder, entry, file_hash)
+    of_adapter = {name: how for name, how in damaged.items() if name.startswith("adapter/")}
+    if of_adapter:
+        raise ConfigErrors(
+            f"RUN: must hold the adapter that was trained; {intact.told(folder, entry, of_adapter)}"
         )
     return Run(folder, entry, typed(OmegaConf.create(entry.config)))
 

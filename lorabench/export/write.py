@@ -21,7 +21,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lorabench import adapters, data, machine, record
+from lorabench import adapters, data, machine, provenance
 from lorabench import model as base_model
 from lorabench.config import ConfigErrors
 from lorabench.export import agreement
@@ -322,14 +322,14 @@ def _whole_or_nothing(path: Path) -> Iterator[Path]:
 
 
 def _report(run: Run, kind: str, checks: dict[str, Any]) -> dict[str, Any]:
-    provenance = run.entry.provenance
+    origin = run.entry.provenance
     return {
         "to": kind,
         "run_id": run.entry.run_id,
-        "base": {key: provenance[key] for key in ("hub", "revision", "weights")}
+        "base": {key: origin[key] for key in ("hub", "revision", "weights")}
         | {"path": run.config.model.path},
         "adapter": run.entry.hashes["adapter"],
-        "packages": record.versions(),
+        "packages": provenance.versions(),
         "checks": checks,
     }
 

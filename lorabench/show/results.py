@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from lorabench.compare import HIGHER_IS_BETTER
 from lorabench.show.text import console, dump, quantity, setting, size, whole, with_spread
 
 if TYPE_CHECKING:
-    from lorabench.record import Record
+    from lorabench.intact import Checked
 
 COLOURS = {
     "finished": "green",
@@ -25,11 +26,11 @@ COLOURS = {
 }
 
 
-def runs(found: list[tuple[Path, Record]], as_json: bool) -> None:
+def runs(found: Sequence[Checked], as_json: bool) -> None:
     """Status of every run."""
     from lorabench import compare
 
-    table = compare.table([record for _, record in found])
+    table = compare.table([one.entry for one in found])
     if as_json:
         dump(
             [
@@ -37,19 +38,21 @@ def runs(found: list[tuple[Path, Record]], as_json: bool) -> None:
                     "run_id": r.run_id,
                     "folder": str(path),
                     "status": r.status,
+                    "damaged": damaged,
                     "error": r.error,
                     "steps_done": r.steps_done,
                     "seeds": r.seeds,
                     "setting": one["setting"],
                 }
-                for (path, r), one in zip(found, table["runs"], strict=True)
+                for (path, r, damaged), one in zip(found, table["runs"], strict=True)
             ]
         )
         return
-    title = f"{found[0][0].parent}: {len(found)} run{'s' if len(found) > 1 else ''}"
+    title = f"{found[0].folder.parent}: {len(found)} run{'s' if len(found) > 1 else ''}"
     out = Table(title=title, title_justify="left")
     # Streams that have a seed of their own in some run.
-    own = [s for s in found[0][1].seeds if any(r.seeds[s] != r.config["seed"] for _, r in found)]
+    entries = [one.entry for one in found]
+    own = [s for s in entries[0].seeds if any(r.seeds[s] != r.config["seed"] for r in entries)]
     for name in (
         "run",
         *_short_keys(_columns(table)),
@@ -61,14 +64,14 @@ def runs(found: list[tuple[Path, Record]], as_json: bool) -> None:
         "error",
     ):
         out.add_column(name, no_wrap=name == "run")
-    for (_, record), one in zip(found, table["runs"], strict=True):
-        colour = COLOURS.get(record.status, "cyan")
+    for (_, record, damaged), one in zip(found, table["runs"], strict=True):
+        colour = "red" if damaged else COLOURS.get(record.status, "cyan")
         out.add_row(
             record.run_id,
             *(setting(one["setting"][key]) for key in _columns(table)),
             str(record.config["seed"]),
             *(str(record.seeds[stream]) for stream in own),
-            Text(record.status, colour),
+            Text(f"{record.status}, damaged" if damaged else record.status, colour),
             f"{record.steps_done}/{record.config['trainer']['steps']}",
             f"{record.cost.total_seconds:.1f}",
             record.error or "",

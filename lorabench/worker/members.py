@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from lorabench import checkpoint, record, tracking
+from lorabench import checkpoint, provenance, record, tracking
 from lorabench.config import ConfigErrors, first_line, flatten
 from lorabench.files import sync, write_atomic
 from lorabench.lease import Lease, Lost
@@ -244,7 +244,7 @@ def planned_fingerprint(job: Job, pack: PackEntry) -> dict[str, Any]:
         "arithmetic": record.ARITHMETIC_VERSION,
         "pack": pack.id,
         "modules": job.plan.lora_modules,
-        "packages": record.moving(record.versions()),
+        "packages": provenance.moving(provenance.versions()),
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import hashlib
 import logging
 import math
 import os
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorabench import adapters, data, identity, machine, record
+from lorabench import adapters, data, identity, intact, machine, provenance, record
 from lorabench.config import ConfigErrors, first_line
 from lorabench.files import sync
 from lorabench.lease import Lost
@@ -208,6 +207,7 @@ def _append(
     member.lease.check()
     os.replace(part, place)
     sync(place.parent)
+    entry.files |= intact.described(member.folder, [name])
     entry.evaluations = [one for one in entry.evaluations if one.id != evaluation]
     entry.evaluations.append(
         record.Evaluation(
@@ -215,11 +215,13 @@ def _append(
             settings=job.plan.evaluation,
             splits=splits,
             predictions=name,
-            predictions_sha256=hashlib.sha256(place.read_bytes()).hexdigest(),
+            predictions_sha256=entry.files[name].sha256,
             batch_size=batch_size,
             generation=scored.generation,
             seconds=round(seconds, 3),
-            stack=record.stack(record.provenance(machine.choose_device(job.config.trainer.device))),
+            stack=provenance.stack(
+                provenance.of_process(machine.choose_device(job.config.trainer.device))
+            ),
             ended=record.now(),
         )
     )

@@ -13,10 +13,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from lorabench import adapters, checkpoint, data, interrupt, machine, record
+from lorabench import adapters, checkpoint, data, intact, interrupt, machine, provenance, record
 from lorabench import model as base_model
 from lorabench.config import TrainerConfig
-from lorabench.files import sync_folder
+from lorabench.files import sync, sync_folder
 from lorabench.lease import Lost
 from lorabench.progress import Display
 from lorabench.sweep import Job, PackEntry
@@ -81,9 +81,9 @@ def train_pack(
     for slot in set(range(pack.size)) - {member.slot for member in members}:
         pack.stop(slot)
     train_tokens = dataset.tokens["train"].hash()
-    provenance = record.provenance(device) | {"command": ["lorabench", *shared.words]}
+    origin = provenance.of_process(device) | {"command": ["lorabench", *shared.words]}
     for member in members:
-        _describe(member, pack, provenance, checksum, train_tokens, len(dataset.tokens["train"]))
+        _describe(member, pack, origin, checksum, train_tokens, len(dataset.tokens["train"]))
         member.entry.notes = [*member.job.plan.warnings, *dataset.notes]
         member.fingerprint = planned_fingerprint(member.job, entry) | {
             "parameters": pack.fingerprint(member.slot),
@@ -122,7 +122,7 @@ def train_pack(
 def _describe(
     member: Member,
     pack: Any,
-    provenance: dict[str, Any],
+    origin: dict[str, Any],
     checksum: str,
     train_tokens: str,
     num_examples: int,
@@ -130,7 +130,7 @@ def _describe(
     """Note what this run starts from."""
     job, entry, trainer = member.job, member.entry, member.job.config.trainer
     contents = job.plan.contents
-    entry.provenance = provenance | {
+    entry.provenance = origin | {
         name: contents[name] for name in ("hub", "revision", "weights", "tokenizer")
     }
     shape = (num_examples, trainer.batch_size, job.config.seeds.data)
@@ -158,7 +158,9 @@ def _save(members: list[Member], pack: Any) -> None:
             saved = adapters.save(tensors, pack.settings(member.slot), part)
             sync_folder(part)
             put_in_place(part, member.folder / "adapter", member.lease)
+            sync(member.folder / "metrics.jsonl")
             member.entry.hashes["adapter"] = saved
+            member.entry.files |= _files(member)
     recorded = []
     for member in members:
         if not member.failed:
@@ -175,6 +177,12 @@ def _save(members: list[Member], pack: Any) -> None:
             recorded.append(member)
     for member in recorded:
         checkpoint.remove(member.folder / "checkpoint")
+
+
+def _files(member: Member) -> dict[str, record.RecordedFile]:
+    """What a training leaves, for the record."""
+    adapter = [f"adapter/{path.name}" for path in (member.folder / "adapter").iterdir()]
+    return intact.described(member.folder, [*sorted(adapter), "config.yaml", "metrics.jsonl"])
 
 
 def _train(

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from lorabench import checkpoint, interrupt, lease, machine, plan, record
+from lorabench import checkpoint, hashes, intact, interrupt, lease, machine, plan, record
 from lorabench.config import ConfigErrors, typed
 from lorabench.lease import Holder, Lease, Lost
 from lorabench.progress import Display
@@ -62,9 +62,12 @@ class Worker:
         return not self._is_scored(found, job)
 
     def _is_scored(self, found: record.Record, job: Job) -> bool:
-        """Whether a run has the evaluation that a job asks for, with its predictions."""
+        """Whether a run has the evaluation that a job asks for, and its predictions whole."""
         evaluation = found.evaluation(job.plan.evaluation_id)
-        return evaluation is not None and (job.folder / evaluation.predictions).is_file()
+        if evaluation is None:
+            return False
+        path = job.folder / evaluation.predictions
+        return path.is_file() and hashes.file_hash(path) == evaluation.predictions_sha256
 
     def is_left(self, job: Job) -> bool:
         """Whether there is something to do for a run."""
@@ -93,6 +96,19 @@ class Worker:
         value = math.nan if has_failed else objective(job, found)
         folder = job.plan.folder
         return Outcome(run_id, job.label, status, folder, error, value, has_failed)
+
+    def look_at_kept(self) -> None:
+        """Read the files of runs that have ended; those that are damaged have failed."""
+        for job in first_of_each(self.jobs):
+            found = self._record(job)
+            if found is None or not found.has_trained():
+                continue
+            damaged = intact.damage(job.folder, found, hashes.file_hash)
+            if damaged and not intact.only_scores(damaged):
+                self.failed[job.plan.run_id] = intact.told(job.folder, found, damaged)
+            elif damaged:
+                again = "scored again" if self.is_left(job) else "`lorabench evaluate` scores again"
+                self.display.say(f"{job.folder}: {', '.join(damaged)} is damaged; {again}")
 
     # --- the work ------------------------------------------------------------------------
 
