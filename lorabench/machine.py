@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import resource
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 from lorabench.config import Config, ConfigErrors
+
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def choose_device(wanted: str) -> str:
@@ -94,11 +97,57 @@ def free_memory(device: str) -> int:
 
     if device.startswith("cuda"):
         return int(0.85 * torch.cuda.mem_get_info(device)[0])
+    return available_memory() // 2
+
+
+def available_memory() -> int:
+    """Bytes of the host's memory that this process may still take, its control group considered."""
     try:
         text = Path("/proc/meminfo").read_text()
-        return int(text.partition("MemAvailable:")[2].split()[0]) * 1024 // 2
+        left = int(text.partition("MemAvailable:")[2].split()[0]) * 1024
     except (OSError, IndexError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+        left = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return min([left, *_left_in_groups()])
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process holds; 0 where the system does not tell."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmRSS:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        return 0
+
+
+def _left_in_groups() -> list[int]:
+    """What each control group around this process leaves of its limit: containers, Slurm."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, kinds, name = line.split(":", 2)
+        if kinds == "":  # version 2
+            root, limit, used, cache = CGROUPS, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in kinds.split(","):
+            root, limit, used = CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        place = root / name.lstrip("/")
+        for folder in [place, *place.parents]:
+            if not folder.is_relative_to(root):
+                break
+            try:
+                most = int((folder / limit).read_text())
+                counts = (folder / "memory.stat").read_text()
+                free = int(counts.partition(f"\n{cache} ")[2].split()[0])
+                taken = int((folder / used).read_text()) - free
+            except (OSError, ValueError, IndexError):  # no limit ("max"), or not this machine's
+                continue
+            found.append(max(0, most - taken))
+    return found
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -106,9 +155,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     import torch
 
     text = str(error)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError)
-        and ("out of memory" in text or "can't allocate memory" in text)
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (
+            isinstance(error, RuntimeError)
+            and ("out of memory" in text or "can't allocate memory" in text)
+        )
     )
 
 

@@ -188,6 +188,10 @@ class SweepFolder:
         """The file that says who holds a pack."""
         return self.locks / f"{pack.id}.json"
 
+    def memory_path(self, pack: PackEntry) -> Path:
+        """The file that says how full memory was when processes died that trained a pack."""
+        return self.locks / f"{pack.id}.memory.json"
+
     def planned(self) -> list[tuple[Path, Record]]:
         """The runs that have no record yet, in the order in which they were asked for."""
         content = self.read()

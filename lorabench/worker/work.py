@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from lorabench import checkpoint, hashes, intact, interrupt, lease, machine, plan, record
+from lorabench import checkpoint, deaths, hashes, intact, interrupt, lease, machine, plan, record
 from lorabench.config import ConfigErrors, typed
 from lorabench.lease import Holder, Lease, Lost
 from lorabench.progress import Display
@@ -31,6 +31,10 @@ from lorabench.worker.training import train_pack
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5  # between looks at packs that others hold
+SMALLER = (
+    "the run trains alone already: use a smaller trainer.micro_batch_size or data.max_length, or "
+    "trainer.gradient_checkpointing=true"
+)
 
 
 class Worker:
@@ -177,9 +181,17 @@ class Worker:
             self._fail(left, "; ".join(refused.errors))
             return
         to_train = first_of_each([job for job in left if self.must_train(job)])
+        memory = self.folder.memory_path(pack)
+        died = deaths.of_memory(memory) if to_train else None
         try:
-            if to_train:
-                self._train_and_score(pack, slots, to_train, held)
+            if died and len(pack.runs) > 1:
+                self._halve(pack, to_train, held, f"is too large for memory: {died}")
+                deaths.forget(memory)
+            elif to_train:
+                if died:
+                    self.display.say(f"{to_train[0].label}: {died}; {SMALLER}")
+                with deaths.Watch(memory):
+                    self._train_and_score(pack, slots, to_train, held)
             else:
                 self._score_saved(pack, slots, left, held)
         except Lost as lost:
@@ -230,18 +242,14 @@ class Worker:
         if short_of_memory and len(pack.runs) > 1:
             for member in members:
                 member.tracker.finish({}, failed=True)
-            self._halve(pack, jobs, held)
+            self._halve(pack, jobs, held, "does not fit into memory")
             return
         if short_of_memory:
-            members[0].entry.error = (
-                f"{members[0].entry.error}; the run trains alone already: use a smaller "
-                f"trainer.micro_batch_size or data.max_length, or "
-                f"trainer.gradient_checkpointing=true"
-            )
+            members[0].entry.error = f"{members[0].entry.error}; {SMALLER}"
         self._close(members, begun)
         self._tell(members)
 
-    def _halve(self, pack: PackEntry, jobs: list[Job], held: Lease) -> None:
+    def _halve(self, pack: PackEntry, jobs: list[Job], held: Lease, why: str) -> None:
         """Split a pack that does not fit into memory; its parts are trained from the start."""
         gc.collect()
         machine.release_memory()
@@ -249,10 +257,8 @@ class Worker:
         runs = [job.plan.run_id for job in jobs]
         half = (len(runs) + 1) // 2
         rest = [run for run in pack.runs if run not in runs]  # ended, or of other commands
-        self.folder.split(pack, [runs[:half], runs[half:], rest], "out of memory")
-        self.display.say(
-            f"a pack of {len(pack.runs)} does not fit into memory; trying packs of {half}"
-        )
+        self.folder.split(pack, [runs[:half], runs[half:], rest], f"it {why}")
+        self.display.say(f"a pack of {len(pack.runs)} {why}; trying packs of {half}")
 
     def _score_saved(self, pack: PackEntry, slots: list[Job], jobs: list[Job], held: Lease) -> None:
         """Score adapters that are saved already; nothing is trained."""

@@ -1,0 +1,237 @@
+"""Memory that is really short: limits on the process, and the kernel's own kill."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import records, say
+from processes import Process, slowly, start, wait_for
+
+from faults.sweeps import FAST, PACK, outcome
+from lorabench import deaths, machine
+from lorabench.progress import Display
+from lorabench.worker.work import SMALLER
+
+# A pack of 1, 2 and 4 of these takes about 150, 290 and 570 MB beyond what the process has.
+LARGE = [
+    "train", "-m", *FAST, "trainer.steps=4", "trainer.batch_size=128", "data.num_train=128",
+    "seed=0,1,2,3",
+]  # fmt: skip
+ROOM = 430 << 20  # for two of them
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # malloc.h
+
+
+def held() -> int:
+    """Bytes of address space that this process has."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmSize:")[2].split()[0]) * 1024
+
+
+def most(room: int) -> tuple[int, int]:
+    """A limit that leaves so much room beyond what this process has.
+
+    Every tensor is asked of the kernel and given back to it.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    libc.mallopt(M_ARENA_MAX, 1)  # threads would reserve address space of their own
+    return held() + room, resource.RLIM_INFINITY
+
+
+def limit(room: int) -> None:
+    """From now on this process can take so much more, and then malloc fails."""
+    resource.setrlimit(resource.RLIMIT_AS, most(room))
+
+
+def limit_at_step(number: int, room: int) -> Callable[[], None]:
+    """In the child: the limit comes in mid-training."""
+
+    def before() -> None:
+        limits, step = most(room), Display.step
+
+        def limited(self: Display, now: int, *rest: Any) -> None:
+            if now == number:
+                resource.setrlimit(resource.RLIMIT_AS, limits)
+            step(self, now, *rest)
+
+        Display.step = limited  # type: ignore[method-assign]
+
+    return before
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What packs of two end with where there is room.
+
+    In a fork: what this process has given back to malloc, its forks could use beyond their limit.
+    """
+    folder = tmp_path_factory.mktemp("halves")
+    assert say(*PACK, f"output_dir={folder / 'small'}").code == 0  # imports what a run imports
+    process = start(folder, *LARGE, f"output_dir={folder / 'out'}", "hydra.launcher.pack_size=2")
+    assert process.wait() == 0, process.said
+    return outcome(folder / "out")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("when", ["at the start", "in the middle"])
+def test_a_pack_that_does_not_fit_is_halved_and_trained_from_the_start(
+    when: str, halves: dict[str, Any], tmp_path: Path
+) -> None:
+    before = {
+        "at the start": lambda: limit(ROOM),
+        "in the middle": limit_at_step(2, ROOM),
+    }[when]
+    words = [*LARGE, f"output_dir={tmp_path / 'out'}", "trainer.checkpoint_every=1"]
+    process = start(tmp_path / "said.txt", *words, before=before)
+    assert process.wait() == 0, process.said
+    told = [line for line in process.said.splitlines() if "memory" in line]
+    assert told == ["a pack of 4 does not fit into memory; trying packs of 2"]
+    assert outcome(tmp_path / "out") == halves
+
+
+@pytest.mark.faults
+def test_memory_that_runs_out_in_scoring_costs_smaller_batches(
+    halves: dict[str, Any], tmp_path: Path
+) -> None:
+    def before() -> None:
+        from lorabench.worker import work
+
+        score = work.score
+
+        def short(*rest: Any) -> Any:
+            limit(150 << 20)
+            return score(*rest)
+
+        work.score = short
+
+    words = [*LARGE, f"output_dir={tmp_path / 'out'}", "hydra.launcher.pack_size=2"]
+    words += ["trainer.eval_batch_size=2048", "data.num_test=2048"]
+    process = start(tmp_path / "said.txt", *words, before=before)
+    assert process.wait() == 0, process.said
+    assert "scoring does not fit into memory; trying batches of 1024 examples" in process.said
+    found = {run: entry["hashes"] for run, entry in records(tmp_path / "out").items()}
+    assert found == {run: one[3] for run, one in halves.items()}
+
+
+@pytest.mark.faults
+def test_a_run_alone_that_does_not_fit_fails_and_the_others_go_on(tmp_path: Path) -> None:
+    words = ["train", "-m", *FAST, "data.num_train=512", "trainer.batch_size=8,512,4"]
+    process = start(
+        tmp_path / "said.txt", *words, f"output_dir={tmp_path}", before=lambda: limit(ROOM)
+    )
+    assert process.wait() == 1
+    assert "1 of 3 runs did not finish:" in process.said
+    assert process.said.splitlines()[-1].endswith(SMALLER)
+    assert "Traceback" not in process.said
+    found = {e["config"]["trainer"]["batch_size"]: e for e in records(tmp_path).values()}
+    assert [found[n]["status"] for n in (8, 512, 4)] == ["finished", "failed", "finished"]
+
+
+# --- killed for memory -----------------------------------------------------------------------
+
+
+def larger_than_planned() -> None:
+    """In the child: the plan thinks that four fit. They fill their memory in no time."""
+    deaths.LOOK_SECONDS = 0.005
+    machine.free_memory = lambda device: 1 << 40
+
+
+def killed_twice(launch: Callable[[Path], Process], folder: Path) -> list[str]:
+    """Two launches that die without a word; what the third one says."""
+    for n in range(2):
+        process = launch(folder / f"killed-{n}.txt")
+        assert process.wait() == -signal.SIGKILL, process.said
+        assert "halved" not in process.said and "too large" not in process.said
+    process = launch(folder / "third.txt")
+    assert process.wait() == 0, process.said
+    return [line for line in process.said.splitlines() if "memory" in line]
+
+
+COPIED = 120 << 20  # pages of this process that a fork writes to
+TOO_LARGE = re.compile(
+    r"a pack of 4 is too large for memory: its process died 2 times without a message, the last "
+    r"time with ([\d.]+) GB of the ([\d.]+) GB that were free at its start; trying packs of 2"
+)
+
+
+@contextlib.contextmanager
+def group(room: int) -> Iterator[Path]:
+    """A control group with a limit; skips the test where none can be made."""
+    kinds = {machine.CGROUPS / "memory": "memory.limit_in_bytes", machine.CGROUPS: "memory.max"}
+    root = next((root for root, name in kinds.items() if (root / "cgroup.procs").exists()), None)
+    place = root and root / f"lorabench-test-{os.getpid()}"
+    try:
+        assert root is not None and place is not None
+        place.mkdir()
+        (place / kinds[root]).write_text(str(room))
+    except (AssertionError, OSError):
+        pytest.skip("no control group can be made here: needs root and a writable /sys/fs/cgroup")
+    try:
+        yield place
+    finally:
+        procs = place / "cgroup.procs"
+        wait_for(lambda: not procs.read_text().strip(), 10)
+        place.rmdir()
+
+
+@pytest.mark.faults
+def test_a_pack_that_the_kernel_killed_twice_for_memory_is_halved(
+    halves: dict[str, Any], tmp_path: Path
+) -> None:
+    words = [*LARGE, f"output_dir={tmp_path / 'out'}"]
+    with group(ROOM + COPIED) as place:
+
+        def inside() -> None:
+            (place / "cgroup.procs").write_text(str(os.getpid()))
+            larger_than_planned()
+
+        told = killed_twice(lambda said: start(said, *words, before=inside), tmp_path)
+    (found,) = map(TOO_LARGE.fullmatch, told)
+    assert found is not None and float(found[1]) > 0.9 * float(found[2])
+    assert outcome(tmp_path / "out") == halves
+    assert not [*tmp_path.glob("out/*/.locks/*.memory.json")]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("full", [True, False])
+def test_two_kills_halve_a_pack_only_if_memory_was_full(
+    full: bool, halves: dict[str, Any], tmp_path: Path
+) -> None:
+    """The same without the kernel, so that it can be seen on every machine."""
+    words = [*LARGE, f"output_dir={tmp_path / 'out'}", "trainer.checkpoint_every=1"]
+
+    def before() -> None:
+        larger_than_planned()
+        slowly(0.3)
+        left = 0 if full else 1 << 40
+        machine.available_memory = lambda: left
+
+    def launch(said: Path) -> Process:
+        process = start(said, *words, before=before)
+        if said.stem != "third":
+            wait_for(lambda: process.poll() is None and len(steps()) > len(seen))
+            seen.update(steps())
+            process.send(signal.SIGKILL)
+        return process
+
+    def steps() -> set[str]:
+        files = tmp_path.glob("out/*/*/metrics.jsonl")
+        return {line.partition(",")[0] for file in files for line in file.read_text().splitlines()}
+
+    seen: set[str] = set()
+    told = killed_twice(launch, tmp_path)
+    sizes = {entry["plan"]["pack"]["size"] for entry in records(tmp_path / "out").values()}
+    if full:
+        assert len(told) == 1 and TOO_LARGE.fullmatch(told[0])
+        assert sizes == {2} and outcome(tmp_path / "out") == halves
+    else:
+        assert told == [] and sizes == {4}
