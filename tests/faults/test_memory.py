@@ -10,98 +10,107 @@ import resource
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from conftest import records, say
-from processes import Process, slowly, start, wait_for
+from processes import Process, slowly, start, start_call, wait_for
 
 from faults.sweeps import FAST, PACK, outcome
-from lorabench import deaths, machine
+from lorabench import cli, deaths, machine
 from lorabench.progress import Display
 from lorabench.worker.work import SMALLER
 
-# A pack of 1, 2 and 4 of these takes about 150, 290 and 570 MB beyond what the process has.
 LARGE = [
     "train", "-m", *FAST, "trainer.steps=4", "trainer.batch_size=128", "data.num_train=128",
     "seed=0,1,2,3",
 ]  # fmt: skip
-ROOM = 430 << 20  # for two of them
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # malloc.h
 
 
-def held() -> int:
-    """Bytes of address space that this process has."""
+def address_space(name: str) -> int:
+    """Bytes of address space of this process: VmSize now, VmPeak at most so far."""
     status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmSize:")[2].split()[0]) * 1024
+    return int(status.partition(f"{name}:")[2].split()[0]) * 1024
 
 
-def most(room: int) -> tuple[int, int]:
-    """A limit that leaves so much room beyond what this process has.
+def of_the_kernel() -> int:
+    """In the child: every tensor is asked of the kernel and given back to it.
 
-    Every tensor is asked of the kernel and given back to it.
+    Returns:
+        Bytes that it has before it begins.
     """
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
     libc.mallopt(M_ARENA_MAX, 1)  # threads would reserve address space of their own
-    return held() + room, resource.RLIM_INFINITY
+    return address_space("VmSize")
 
 
 def limit(room: int) -> None:
-    """From now on this process can take so much more, and then malloc fails."""
-    resource.setrlimit(resource.RLIMIT_AS, most(room))
+    """In the child: from now on it can take so much more, and then malloc fails."""
+    resource.setrlimit(resource.RLIMIT_AS, (of_the_kernel() + room, resource.RLIM_INFINITY))
 
 
-def limit_at_step(number: int, room: int) -> Callable[[], None]:
+def limit_at_step(number: int, room: int) -> None:
     """In the child: the limit comes in mid-training."""
+    most, step = of_the_kernel() + room, Display.step
 
-    def before() -> None:
-        limits, step = most(room), Display.step
+    def limited(self: Display, now: int, *rest: Any) -> None:
+        if now == number:
+            resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+        step(self, now, *rest)
 
-        def limited(self: Display, now: int, *rest: Any) -> None:
-            if now == number:
-                resource.setrlimit(resource.RLIMIT_AS, limits)
-            step(self, now, *rest)
+    Display.step = limited  # type: ignore[method-assign]
 
-        Display.step = limited  # type: ignore[method-assign]
 
-    return before
+class Room(NamedTuple):
+    """What packs take: the bytes that suffice for two runs and not for four."""
+
+    bytes: int
+    of_two: dict[str, Any]  # the outcome of packs of two where there is room
 
 
 @pytest.fixture(scope="module")
-def halves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What packs of two end with where there is room.
-
-    In a fork: what this process has given back to malloc, its forks could use beyond their limit.
-    """
-    folder = tmp_path_factory.mktemp("halves")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Room:
+    folder = tmp_path_factory.mktemp("room")
     assert say(*PACK, f"output_dir={folder / 'small'}").code == 0  # imports what a run imports
-    process = start(folder, *LARGE, f"output_dir={folder / 'out'}", "hydra.launcher.pack_size=2")
-    assert process.wait() == 0, process.said
-    return outcome(folder / "out")
+
+    def taken(size: int, *words: str) -> int:
+        def measured() -> int:
+            before = of_the_kernel()
+            code = cli.main([*LARGE, *words, f"hydra.launcher.pack_size={size}"])
+            print(f"\ntook {address_space('VmPeak') - before}")
+            return code
+
+        process = start_call(folder, measured)
+        assert process.wait() == 0, process.said
+        return int(process.said.split()[-1])
+
+    two = taken(2, f"output_dir={folder / 'two'}")
+    four = taken(4, f"output_dir={folder / 'four'}", "trainer.steps=1")
+    assert four - two > 150 << 20
+    return Room((two + four) // 2, outcome(folder / "two"))
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("when", ["at the start", "in the middle"])
 def test_a_pack_that_does_not_fit_is_halved_and_trained_from_the_start(
-    when: str, halves: dict[str, Any], tmp_path: Path
+    when: str, room: Room, tmp_path: Path
 ) -> None:
     before = {
-        "at the start": lambda: limit(ROOM),
-        "in the middle": limit_at_step(2, ROOM),
+        "at the start": lambda: limit(room.bytes),
+        "in the middle": lambda: limit_at_step(2, room.bytes),
     }[when]
     words = [*LARGE, f"output_dir={tmp_path / 'out'}", "trainer.checkpoint_every=1"]
     process = start(tmp_path / "said.txt", *words, before=before)
     assert process.wait() == 0, process.said
     told = [line for line in process.said.splitlines() if "memory" in line]
     assert told == ["a pack of 4 does not fit into memory; trying packs of 2"]
-    assert outcome(tmp_path / "out") == halves
+    assert outcome(tmp_path / "out") == room.of_two
 
 
 @pytest.mark.faults
-def test_memory_that_runs_out_in_scoring_costs_smaller_batches(
-    halves: dict[str, Any], tmp_path: Path
-) -> None:
+def test_memory_that_runs_out_in_scoring_costs_smaller_batches(room: Room, tmp_path: Path) -> None:
     def before() -> None:
         from lorabench.worker import work
 
@@ -119,14 +128,16 @@ def test_memory_that_runs_out_in_scoring_costs_smaller_batches(
     assert process.wait() == 0, process.said
     assert "scoring does not fit into memory; trying batches of 1024 examples" in process.said
     found = {run: entry["hashes"] for run, entry in records(tmp_path / "out").items()}
-    assert found == {run: one[3] for run, one in halves.items()}
+    assert found == {run: one[3] for run, one in room.of_two.items()}
 
 
 @pytest.mark.faults
-def test_a_run_alone_that_does_not_fit_fails_and_the_others_go_on(tmp_path: Path) -> None:
+def test_a_run_alone_that_does_not_fit_fails_and_the_others_go_on(
+    room: Room, tmp_path: Path
+) -> None:
     words = ["train", "-m", *FAST, "data.num_train=512", "trainer.batch_size=8,512,4"]
     process = start(
-        tmp_path / "said.txt", *words, f"output_dir={tmp_path}", before=lambda: limit(ROOM)
+        tmp_path / "said.txt", *words, f"output_dir={tmp_path}", before=lambda: limit(room.bytes)
     )
     assert process.wait() == 1
     assert "1 of 3 runs did not finish:" in process.said
@@ -164,7 +175,7 @@ TOO_LARGE = re.compile(
 
 
 @contextlib.contextmanager
-def group(room: int) -> Iterator[Path]:
+def group(most: int) -> Iterator[Path]:
     """A control group with a limit; skips the test where none can be made."""
     kinds = {machine.CGROUPS / "memory": "memory.limit_in_bytes", machine.CGROUPS: "memory.max"}
     root = next((root for root, name in kinds.items() if (root / "cgroup.procs").exists()), None)
@@ -172,7 +183,7 @@ def group(room: int) -> Iterator[Path]:
     try:
         assert root is not None and place is not None
         place.mkdir()
-        (place / kinds[root]).write_text(str(room))
+        (place / kinds[root]).write_text(str(most))
     except (AssertionError, OSError):
         pytest.skip("no control group can be made here: needs root and a writable /sys/fs/cgroup")
     try:
@@ -185,10 +196,10 @@ def group(room: int) -> Iterator[Path]:
 
 @pytest.mark.faults
 def test_a_pack_that_the_kernel_killed_twice_for_memory_is_halved(
-    halves: dict[str, Any], tmp_path: Path
+    room: Room, tmp_path: Path
 ) -> None:
     words = [*LARGE, f"output_dir={tmp_path / 'out'}"]
-    with group(ROOM + COPIED) as place:
+    with group(room.bytes + COPIED) as place:
 
         def inside() -> None:
             (place / "cgroup.procs").write_text(str(os.getpid()))
@@ -197,14 +208,14 @@ def test_a_pack_that_the_kernel_killed_twice_for_memory_is_halved(
         told = killed_twice(lambda said: start(said, *words, before=inside), tmp_path)
     (found,) = map(TOO_LARGE.fullmatch, told)
     assert found is not None and float(found[1]) > 0.9 * float(found[2])
-    assert outcome(tmp_path / "out") == halves
+    assert outcome(tmp_path / "out") == room.of_two
     assert not [*tmp_path.glob("out/*/.locks/*.memory.json")]
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("full", [True, False])
 def test_two_kills_halve_a_pack_only_if_memory_was_full(
-    full: bool, halves: dict[str, Any], tmp_path: Path
+    full: bool, room: Room, tmp_path: Path
 ) -> None:
     """The same without the kernel, so that it can be seen on every machine."""
     words = [*LARGE, f"output_dir={tmp_path / 'out'}", "trainer.checkpoint_every=1"]
@@ -232,6 +243,6 @@ def test_two_kills_halve_a_pack_only_if_memory_was_full(
     sizes = {entry["plan"]["pack"]["size"] for entry in records(tmp_path / "out").values()}
     if full:
         assert len(told) == 1 and TOO_LARGE.fullmatch(told[0])
-        assert sizes == {2} and outcome(tmp_path / "out") == halves
+        assert sizes == {2} and outcome(tmp_path / "out") == room.of_two
     else:
         assert told == [] and sizes == {4}
