@@ -30,7 +30,6 @@ INTERRUPTED_SECONDS = 5.0  # the same after a signal: Docker kills 10 s after SI
 CLIENT_SECONDS = 5.0  # for the client to close its files when it gives up or ends
 REWRITE_SECONDS = 20.0  # to write runs again that the client lost
 QUEUED_ROWS = 10_000  # per run, while the client does not take them
-SHOWN_FOLDERS = 10  # in a command to copy; above, it names the folder of all
 
 
 class NoTracker:
@@ -219,8 +218,10 @@ class Client:
         """Wait for the runs that have ended, give up those that hang, and write lost ones again."""
         deadline = time.monotonic() + seconds
         for tracker in self.ended:
-            with contextlib.suppress(Full):
-                tracker.queue.put(tracker.ending, timeout=max(0.0, deadline - time.monotonic()))
+            if tracker.thread.is_alive():
+                with contextlib.suppress(Full):
+                    left = max(0.0, deadline - time.monotonic())
+                    tracker.queue.put(tracker.ending, timeout=left)
         for tracker in self.ended:
             tracker.thread.join(max(0.0, deadline - time.monotonic()))
         hanging = [tracker for tracker in self.ended if tracker.thread.is_alive()]
@@ -278,10 +279,9 @@ class Client:
         places = [tracker.place for tracker in unsent if tracker.place is not None]
         lines = []
         if places:
-            shown = places if len(places) <= SHOWN_FOLDERS else sorted({p.parent for p in places})
             lines.append(
                 f"wandb: {len(places)} of {len(self.settled)} runs are not wholly at the server; "
-                f"this sends them: wandb sync --no-skip-online {shlex.join(map(str, shown))}"
+                f"this sends them: wandb sync --no-skip-online {shlex.join(map(str, places))}"
             )
         if len(places) < len(unsent):
             lines.append(
@@ -336,7 +336,7 @@ def start(
     """
     if settings.kind == "none" or settings.mode == "disabled":
         return NoTracker()
-    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ["WANDB_SILENT"] = "true"  # without a key it would ask for one on the terminal
     # The client's reports on itself go to the same server, and at exit it waits for them.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
