@@ -112,7 +112,8 @@ class WandbTracker(NoTracker):
         self.mirrored, self.client = mirrored, client
         self.queue: Queue[dict[str, Any] | Ending] = Queue(QUEUED_ROWS)
         self.ending = Ending({}, failed=True)
-        self.place: Path | None = None  # W&B's folder of this run, once its file is whole
+        self.begun: Path | None = None  # W&B's folder of this run
+        self.place: Path | None = None  # the same, once its file is whole
         self.is_sent = False  # or offline, where that was asked for
         self.is_broken = False  # a row was lost, or the client failed
         self.is_given_up = False  # nobody waits for the thread any more
@@ -131,6 +132,7 @@ class WandbTracker(NoTracker):
         doing = "start"
         try:
             run, mode = self.client.open(self)
+            self.begun = Path(run.dir).parent
             doing = "log"
             while not isinstance(item := self.queue.get(), Ending):
                 run.log(item)
@@ -148,7 +150,7 @@ class WandbTracker(NoTracker):
             self.client.live.discard(self)
         if not self.is_broken:
             self.is_sent = is_whole and mode == self.mirrored.settings.mode
-            self.place = Path(run.dir).parent
+            self.place = self.begun
 
 
 def _finish(run: Any, ending: Ending) -> bool:
@@ -247,6 +249,9 @@ class Client:
                         run.log(row)
                     _finish(run, tracker.ending)
                     tracker.place = Path(run.dir).parent
+                    if tracker.begun is not None:  # `wandb sync` of all would stumble over it
+                        torn = tracker.begun / f"run-{tracker.mirrored.run_id}.wandb"
+                        torn.replace(torn.with_suffix(".torn"))
                 except Exception as error:
                     tracker.mirrored.notify(f"wandb: not written offline ({first_line(error)})")
 

@@ -220,10 +220,17 @@ def test_the_service_process_is_stopped(tmp_path, server, untracked, number, mod
 
 @pytest.mark.faults
 def test_the_service_process_is_killed(tmp_path, server, untracked):
+    """What it leaves is in the way of no upload, of the whole folder either."""
+    healthy = Server()
     with tracked(tmp_path, server.address) as process:
         wait_for(has_rows(tmp_path, 4))
         service_of(process.pid).kill()
         check(process, tmp_path, untracked, LONGEST, server)
+    sweep = tmp_path / "default"
+    upload(["wandb", "sync", "--no-skip-online", str(sweep / "wandb")], healthy, tmp_path)
+    for run_id in untracked:
+        assert healthy.rows(run_id) == metrics(sweep, run_id)
+    healthy.close()
 
 
 @pytest.mark.faults
