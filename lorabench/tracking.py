@@ -112,8 +112,8 @@ class WandbTracker(NoTracker):
         self.mirrored, self.client = mirrored, client
         self.queue: Queue[dict[str, Any] | Ending] = Queue(QUEUED_ROWS)
         self.ending = Ending({}, failed=True)
-        self.begun: Path | None = None  # W&B's folder of this run
-        self.place: Path | None = None  # the same, once its file is whole
+        self.begun = time.time()
+        self.place: Path | None = None  # W&B's folder of this run, once its file is whole
         self.is_sent = False  # or offline, where that was asked for
         self.is_broken = False  # a row was lost, or the client failed
         self.is_given_up = False  # nobody waits for the thread any more
@@ -128,11 +128,18 @@ class WandbTracker(NoTracker):
         except Full:
             self.is_broken = True
 
+    def set_torn_aside(self) -> None:
+        """Rename what starts and clients that failed have left: `wandb sync` stumbles over it."""
+        name = f"run-{self.mirrored.run_id}.wandb"
+        for file in self.mirrored.folder.glob(f"wandb/*run-*-{self.mirrored.run_id}/{name}"):
+            with contextlib.suppress(OSError):
+                if file.parent != self.place and file.stat().st_mtime >= self.begun:
+                    file.replace(file.with_suffix(".torn"))
+
     def _mirror(self) -> None:
         doing = "start"
         try:
             run, mode = self.client.open(self)
-            self.begun = Path(run.dir).parent
             doing = "log"
             while not isinstance(item := self.queue.get(), Ending):
                 run.log(item)
@@ -150,7 +157,8 @@ class WandbTracker(NoTracker):
             self.client.live.discard(self)
         if not self.is_broken:
             self.is_sent = is_whole and mode == self.mirrored.settings.mode
-            self.place = self.begun
+            self.place = Path(run.dir).parent
+            self.set_torn_aside()
 
 
 def _finish(run: Any, ending: Ending) -> bool:
@@ -249,9 +257,7 @@ class Client:
                         run.log(row)
                     _finish(run, tracker.ending)
                     tracker.place = Path(run.dir).parent
-                    if tracker.begun is not None:  # `wandb sync` of all would stumble over it
-                        torn = tracker.begun / f"run-{tracker.mirrored.run_id}.wandb"
-                        torn.replace(torn.with_suffix(".torn"))
+                    tracker.set_torn_aside()
                 except Exception as error:
                     tracker.mirrored.notify(f"wandb: not written offline ({first_line(error)})")
 

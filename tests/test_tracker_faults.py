@@ -135,7 +135,7 @@ def upload(command: list[str], server: Server, place: Path) -> None:
         text=True,
         timeout=60,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "ERROR" not in done.stderr, done.stderr
 
 
 def check(
@@ -227,7 +227,8 @@ def test_the_service_process_is_killed(tmp_path, server, untracked):
         service_of(process.pid).kill()
         check(process, tmp_path, untracked, LONGEST, server)
     sweep = tmp_path / "default"
-    upload(["wandb", "sync", "--no-skip-online", str(sweep / "wandb")], healthy, tmp_path)
+    everything = ["wandb", "sync", "--no-skip-online", "--include-synced", str(sweep / "wandb")]
+    upload(everything, healthy, tmp_path)
     for run_id in untracked:
         assert healthy.rows(run_id) == metrics(sweep, run_id)
     healthy.close()
