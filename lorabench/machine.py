@@ -102,21 +102,16 @@ def free_memory(device: str) -> int:
 
 def available_memory() -> int:
     """Bytes of the host's memory that this process may still take, its control group considered."""
-    try:
-        text = Path("/proc/meminfo").read_text()
-        left = int(text.partition("MemAvailable:")[2].split()[0]) * 1024
-    except (OSError, IndexError):
-        left = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return min([left, *_left_in_groups()])
+    import psutil
+
+    return min([psutil.virtual_memory().available, *_left_in_groups()])
 
 
 def resident_memory() -> int:
-    """Bytes of memory that this process holds; 0 where the system does not tell."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmRSS:")[2].split()[0]) * 1024
-    except (OSError, IndexError):
-        return 0
+    """Bytes of memory that this process holds."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def _left_in_groups() -> list[int]:

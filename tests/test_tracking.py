@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
+import shlex
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import scores
+from processes import wait_for
 
-from lorabench import cli, tracking
+from lorabench import cli, record, tracking
 from lorabench.config import TrackerConfig
 
 TINY = [
@@ -39,14 +43,7 @@ def server(monkeypatch):
             )
         wandb.teardown()  # it reads the environment once
 
-    def init(**arguments: Any) -> Any:
-        arguments["settings"].init_timeout = 1
-        return start(**arguments)
-
-    start = wandb.init
-    monkeypatch.setattr(wandb, "init", init)
-    monkeypatch.setattr(tracking, "OFFLINE_SINCE", [])
-    monkeypatch.setattr(tracking, "LIVE", set())
+    monkeypatch.setattr(tracking, "INIT_SECONDS", 1.0)
     yield point
     monkeypatch.undo()
     wandb.teardown()
@@ -73,6 +70,39 @@ def inspect(file: Path) -> list[dict[str, Any]]:
 
 def of_kind(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [row[kind] for row in rows if row["type"] == kind]
+
+
+def without_own_keys(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was logged: the client adds keys that begin with an underscore."""
+    return [
+        {key: value for key, value in row["item"].items() if not key.startswith("_")}
+        for row in of_kind(rows, "history")
+    ]
+
+
+def history(file: Path) -> list[dict[str, Any]]:
+    """What was logged to an offline file."""
+    return without_own_keys(inspect(file))
+
+
+def metrics(sweep: Path, run_id: str) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, as a tracker gets them."""
+    lines = (sweep / run_id / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def log(sweep: Path, tracker: tracking.NoTracker, run_id: str, step: int) -> None:
+    """One row to metrics.jsonl and to the tracker, as a run does it."""
+    (sweep / run_id).mkdir(exist_ok=True)
+    with open(sweep / run_id / "metrics.jsonl", "a") as file:
+        record.append_line(file, {"step": step, "train/loss": step / 3, "seconds": 0.5})
+    tracker.log({"train/loss": step / 3}, step)
+
+
+def sync_command(said: str) -> list[str]:
+    """The command that uploads what is missing."""
+    (command,) = re.findall(r"this sends them: (wandb sync --no-skip-online .*)", said)
+    return shlex.split(command)
 
 
 def offline_files(sweep: Path) -> dict[str, Path]:
@@ -131,13 +161,8 @@ def test_each_steps_values_are_those_of_metrics_jsonl(sweep, mirrored):
     """Equal, not close: both hold the same float64 as decimal text."""
     different = []
     for run_id, rows in mirrored.items():
-        theirs = [
-            {key: value for key, value in row["item"].items() if not key.startswith("_")}
-            for row in of_kind(rows, "history")
-        ]
-        lines = (sweep / run_id / "metrics.jsonl").read_text().splitlines()
-        ours = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
-        assert theirs == ours
+        ours = metrics(sweep, run_id)
+        assert without_own_keys(rows) == ours
         assert [row["step"] for row in ours] == [1, 2, 2, 3, 4]  # eval_every=2 adds its own line
         assert sum("validation/nll" in row for row in ours) == 1
         different.append([row.get("train/loss") for row in ours])
@@ -178,23 +203,15 @@ def test_an_unreachable_server_leaves_the_runs_offline_and_says_so(tmp_path, ser
     server(WANDB_BASE_URL=NOWHERE, WANDB_API_KEY="f" * 40)
     code, err = train("seed=0,1", "tracker.mode=online", f"output_dir={tmp_path}", multirun=True)
     assert code == 0
-    assert (
-        err.count("wandb: online start failed") == 2
-    )  # the first run tries, the second is told why not
-    assert err.count("the run goes on offline") == 1 and err.count("this run is offline too") == 1
+    assert err.count("wandb: online start failed") == 1  # one run tries, for all
     sweep = tmp_path / "default"
     found = records(sweep)
     assert [one["status"] for one in found.values()] == ["finished", "finished"]
     files = offline_files(sweep)
     assert set(files) == set(found)  # under the run's own id, as `wandb sync` will send it
-    run_id = next(iter(files))
-    losses = [
-        json.loads(line)["train/loss"]
-        for line in (sweep / run_id / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert [
-        row["item"]["train/loss"] for row in of_kind(inspect(files[run_id]), "history")
-    ] == losses
+    for run_id, file in files.items():
+        assert history(file) == metrics(sweep, run_id)
+    assert set(sync_command(err)[3:]) == {str(file.parent) for file in files.values()}
 
 
 def test_without_a_key_the_run_goes_on_offline(tmp_path, server):
@@ -202,28 +219,33 @@ def test_without_a_key_the_run_goes_on_offline(tmp_path, server):
         WANDB_BASE_URL=NOWHERE, WANDB_API_KEY=None, HOME=str(tmp_path), NETRC=str(tmp_path / "none")
     )
     told: list[str] = []
-    tracker = start(tmp_path, told.append, mode="online")
-    tracker.log({"train/loss": 1.0}, 1)
-    tracker.finish({"test/nll": 2.0})
-    assert len(told) == 1 and "online start failed" in told[0] and "goes on offline" in told[0]
+    with tracking.of_command():
+        tracker = start(tmp_path, told.append, mode="online")
+        tracker.log({"train/loss": 1.0}, 1)
+        tracking.finish_all([(tracker, {"test/nll": 2.0}, False)])
+    assert len(told) == 1 and "online start failed" in told[0] and "go on offline" in told[0]
     assert list(offline_files(tmp_path)) == ["abc"]
 
 
-def test_a_failed_start_leaves_the_open_runs_of_the_process_alone(tmp_path, server):
+def test_a_failed_start_leaves_the_open_runs_of_the_process_alone(tmp_path, server, capsys):
     server(WANDB_BASE_URL=NOWHERE, WANDB_API_KEY="f" * 40)
     told: list[str] = []
-    first = start(tmp_path, told.append, run_id="first")
-    first.log({"train/loss": 1.0}, 1)
-    second = start(tmp_path, told.append, mode="online", run_id="second")
-    second.log({"train/loss": 2.0}, 1)
-    first.log({"train/loss": 3.0}, 2)
-    first.finish({})
-    second.finish({})
-    assert len(told) == 1 and "goes on offline" in told[0]
+    with tracking.of_command():
+        first = start(tmp_path, told.append, run_id="first")
+        wait_for(lambda: tracking.CLIENT.live)
+        second = start(tmp_path, told.append, mode="online", run_id="second")
+        wait_for(lambda: told)
+        for step in (1, 2):
+            for tracker, run_id in ((first, "first"), (second, "second")):
+                log(tmp_path, tracker, run_id, step)
+        tracking.finish_all([(first, {}, False), (second, {}, False)])
+    assert len(told) == 1
+    assert "start failed" in told[0] and "is written offline when it has ended" in told[0]
     files = offline_files(tmp_path)
-    assert set(files) == {"first", "second-offline"}  # the client holds the id of the failed start
-    history = of_kind(inspect(files["first"]), "history")
-    assert [row["item"]["train/loss"] for row in history] == [1.0, 3.0]
+    assert set(files) == {"first", "second"}
+    for run_id, file in files.items():
+        assert history(file) == metrics(tmp_path, run_id) and len(history(file)) == 2
+    assert sync_command(capsys.readouterr().err)[3:] == [str(files["second"].parent)]
 
 
 @pytest.mark.parametrize("method", ["log", "finish"])
@@ -235,39 +257,51 @@ def test_a_tracker_that_breaks_does_not_hurt_the_run(tmp_path, monkeypatch, meth
 
     monkeypatch.setattr(Run, method, broken)
     code, err = train(f"output_dir={tmp_path}")
-    monkeypatch.undo()
-    import wandb
-
-    wandb.teardown()  # closes the run that could not be closed
-    tracking.LIVE.clear()
     assert code == 0
-    assert (
-        err.count(f"wandb: {method} failed (the disk of W&B is full); the run goes on without it")
-        == 1
-    )
-    assert "and more" not in err
+    assert err.count(f"wandb: {method} failed (the disk of W&B is full); the run goes on") == 1
+    assert "wandb: 1 of 1 runs could not be written for wandb" in err and "and more" not in err
     (found,) = records(tmp_path / "default").values()
     assert found["status"] == "finished" and scores(found)["test"]["nll"]["value"] > 0
     lines = (tmp_path / "default" / found["run_id"] / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 4
 
 
-def test_after_one_failure_a_run_is_left_alone():
-    class Broken:
-        calls = 0
+def test_a_client_that_takes_no_rows_costs_no_memory_and_no_row(tmp_path, monkeypatch):
+    """More rows than are queued, while the client starts: the run is written again at its end."""
+    import wandb
 
-        def log(self, _: dict) -> None:
-            self.calls += 1
-            raise ConnectionError
+    def slow(**arguments: Any) -> Any:
+        has_logged.wait()
+        return init(**arguments)
 
-    told: list[str] = []
-    run = Broken()
-    tracker = tracking.WandbTracker(run, "nowhere", told.append)
-    for step in range(3):
-        tracker.log({"train/loss": 0.0}, step)
-    tracker.finish({})
-    assert run.calls == 1
-    assert told == ["wandb: log failed (ConnectionError); the run goes on without it"]
+    init, has_logged = wandb.init, threading.Event()
+    monkeypatch.setattr(wandb, "init", slow)
+    monkeypatch.setattr(tracking, "QUEUED_ROWS", 10)
+    with tracking.of_command():
+        tracker = start(tmp_path, pytest.fail)
+        for step in range(30):
+            log(tmp_path, tracker, "abc", step)
+        assert tracker.queue.qsize() == 10
+        has_logged.set()
+        wait_for(lambda: not tracker.queue.qsize())
+        tracking.finish_all([(tracker, {"test/nll": 2.0}, False)])
+    assert tracker.is_sent is False
+    last = max(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    assert history(last) == metrics(tmp_path, "abc") and len(history(last)) == 30
+
+
+def test_a_run_that_is_dropped_can_start_again(tmp_path, capsys):
+    """As after out of memory: the same id, in the same client."""
+    with tracking.of_command():
+        for loss in (1.0, 2.0):
+            tracker = start(tmp_path, pytest.fail)
+            tracker.log({"train/loss": loss}, 1)
+            if loss == 1.0:
+                tracking.drop_all([tracker])
+        tracking.finish_all([(tracker, {}, False)])
+    assert capsys.readouterr().err == ""
+    last = max(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    assert history(last) == [{"step": 1, "train/loss": 2.0}]
 
 
 def test_wandb_that_cannot_be_imported_is_said_and_done_without(tmp_path, monkeypatch):
@@ -281,16 +315,17 @@ def test_wandb_that_cannot_be_imported_is_said_and_done_without(tmp_path, monkey
 @pytest.mark.parametrize("settings", [TrackerConfig(kind="none"), TrackerConfig(mode="disabled")])
 def test_no_tracker_writes_and_says_nothing(tmp_path, settings):
     told: list[str] = []
-    tracker = tracking.start(
-        settings,
-        run_id="abc",
-        sweep="s",
-        name="n",
-        tags=[],
-        config={},
-        folder=tmp_path / "s",
-        notify=told.append,
-    )
-    tracker.log({"train/loss": 1.0}, 1)
-    tracker.finish({})
+    with tracking.of_command():
+        tracker = tracking.start(
+            settings,
+            run_id="abc",
+            sweep="s",
+            name="n",
+            tags=[],
+            config={},
+            folder=tmp_path / "s",
+            notify=told.append,
+        )
+        tracker.log({"train/loss": 1.0}, 1)
+        tracking.finish_all([(tracker, {}, False)])
     assert told == [] and list(tmp_path.iterdir()) == []

@@ -130,7 +130,7 @@ def _serve(
 ) -> int:
     """Bring these runs of a folder to their end: trained, and scored as their configs ask."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from lorabench import interrupt
+    from lorabench import interrupt, tracking
     from lorabench.cli.training import closing
     from lorabench.config import ConfigErrors
     from lorabench.plan import Planner
@@ -157,8 +157,9 @@ def _serve(
         )
     for note in shared.check_data(left):
         display.say(f"note: {note}")
-    with display:
-        return closing([*worker.finish_all(), *refused])
+    with tracking.of_command(), display:
+        outcomes = worker.finish_all()
+    return closing([*outcomes, *refused])
 
 
 def planned(

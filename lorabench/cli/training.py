@@ -37,7 +37,7 @@ what `lorabench train` with the same words would do
 def train(arguments: list[str]) -> int:
     """lorabench train [-m] OVERRIDES"""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from lorabench import interrupt
+    from lorabench import interrupt, tracking
     from lorabench.cli.sessions import Command
     from lorabench.config import ConfigErrors
 
@@ -47,7 +47,8 @@ def train(arguments: list[str]) -> int:
     command = Command(["train", *arguments])
     register(command.planner)
     try:
-        _run_hydra(_task(command), arguments)
+        with tracking.of_command():
+            _run_hydra(_task(command), arguments)
     except ConfigErrors:  # of a later launch of the same command
         closing(list(command.outcomes.values()))
         raise

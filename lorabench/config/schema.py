@@ -142,7 +142,7 @@ class TrainerConfig:
 
 @dataclass
 class TrackerConfig:
-    """A mirror of the run folder. A tracker that fails does not fail the run."""
+    """A mirror of the run folder. A tracker that fails or hangs neither fails nor changes a run."""
 
     kind: str = "wandb"  # none: no tracker
     mode: str = "offline"  # W&B's mode

@@ -16,7 +16,18 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from lorabench import checkpoint, deaths, hashes, intact, interrupt, lease, machine, plan, record
+from lorabench import (
+    checkpoint,
+    deaths,
+    hashes,
+    intact,
+    interrupt,
+    lease,
+    machine,
+    plan,
+    record,
+    tracking,
+)
 from lorabench.config import ConfigErrors, typed
 from lorabench.lease import Holder, Lease, Lost
 from lorabench.progress import Display
@@ -229,8 +240,7 @@ class Worker:
                     self._close(members, begun, "interrupted", f"interrupted by {interrupt.name()}")
                 raise
             except Lost:
-                for member in members:
-                    member.tracker.finish({}, failed=True)
+                tracking.drop_all([member.tracker for member in members])
                 raise
             except Exception as error:
                 log.error("pack %s failed\n%s", pack.id, traceback.format_exc())
@@ -240,8 +250,7 @@ class Worker:
                         member.fail(error)
         # Outside the handler: the exception held the frames, and they the pack.
         if short_of_memory and len(pack.runs) > 1:
-            for member in members:
-                member.tracker.finish({}, failed=True)
+            tracking.drop_all([member.tracker for member in members])
             self._halve(pack, jobs, held, "does not fit into memory")
             return
         if short_of_memory:
@@ -329,8 +338,8 @@ class Worker:
                 member.write()
             except OSError as unwritable:
                 self.failed[entry.run_id] = f"record cannot be written: {unwritable}"
-        for member in members:
-            member.tracker.finish(summary(member), failed=member.entry.status == "failed")
+        ended = [(m.tracker, summary(m), m.entry.status == "failed") for m in members]
+        tracking.finish_all(ended, is_interrupted=status == "interrupted")
 
     def _fail(self, jobs: Sequence[Job], error: str) -> None:
         """Give up on runs of which nothing was written."""

@@ -1,0 +1,310 @@
+"""W&B in trouble: the real client, a small server that fails, a service process that is stopped.
+
+Whatever happens, the run has the bits it has without a tracker, ends in time, and the command that
+it prints uploads every row.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from processes import Process, slowly, start_call, wait_for
+from test_tracking import metrics, start, sync_command
+from wandb_server import Server
+
+from lorabench import cli, tracking
+
+RUNS = [
+    "train", "-m", "seed=0,1", "trainer=smoke", "trainer.steps=12", "trainer.num_threads=1",
+    "target_modules=attention", "data.num_train=64", "data.num_validation=4", "data.num_test=4",
+]  # fmt: skip
+INIT, FINISH, CLIENT, REWRITE = 3.0, 5.0, 2.0, 10.0  # seconds, in place of the product's
+LONGEST = FINISH + 3 * CLIENT + REWRITE  # what finish_all states
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    one = Server()
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def untracked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The adapters of the same runs without a tracker."""
+    folder = tmp_path_factory.mktemp("untracked")
+    process = start_call(folder, lambda: cli.main([*RUNS, "tracker=none", f"output_dir={folder}"]))
+    assert process.wait() == 0, process.said
+    return adapters(folder)
+
+
+def adapters(folder: Path) -> dict[str, bytes]:
+    paths = folder.glob("default/*/adapter/adapter_model.safetensors")
+    return {path.parts[-3]: path.read_bytes() for path in paths}
+
+
+@contextlib.contextmanager
+def tracked(
+    folder: Path,
+    address: str,
+    key: str | None = "f" * 40,
+    mode: str = "online",
+    **constants: float,
+) -> Iterator[Process]:
+    """The command with a tracker, and with the exit that a real process has.
+
+    Args:
+        constants: of lorabench.tracking, with other values.
+    """
+    short = {"INIT_SECONDS": INIT, "FINISH_SECONDS": FINISH, "CLIENT_SECONDS": CLIENT}
+    short["REWRITE_SECONDS"] = REWRITE
+
+    def before() -> None:
+        atexit._clear()  # pytest's own
+        import wandb
+
+        wandb.teardown()
+        os.environ.update(WANDB_BASE_URL=address, HOME=str(folder), NETRC=str(folder / "none"))
+        os.environ.pop("WANDB_API_KEY", None)
+        if key is not None:
+            os.environ["WANDB_API_KEY"] = key
+        for name, value in (short | constants).items():
+            setattr(tracking, name, value)
+        slowly(0.2)
+
+    def command() -> int:
+        code = cli.main([*RUNS, f"tracker.mode={mode}", f"output_dir={folder}"])
+        atexit._run_exitfuncs()
+        return code
+
+    process = start_call(folder, command, before=before)
+    try:
+        yield process
+    finally:
+        family = []
+        if process.poll() is None:
+            family = psutil.Process(process.pid).children(recursive=True)
+            process.send(signal.SIGKILL)
+            process.wait()
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+def has_rows(folder: Path, number: int) -> Callable[[], bool]:
+    """Whether both runs have so many rows."""
+
+    def holds() -> bool:
+        files = list(folder.glob("default/*/metrics.jsonl"))
+        return len(files) == 2 and all(f.read_text().count("\n") >= number for f in files)
+
+    return holds
+
+
+def service_of(pid: int) -> psutil.Process:
+    """The service process of a process."""
+
+    def found() -> list[psutil.Process]:
+        children = psutil.Process(pid).children()
+        return [child for child in children if child.name() == "wandb-core"]
+
+    wait_for(found)
+    (service,) = found()
+    return service
+
+
+def upload(command: list[str], server: Server, place: Path) -> None:
+    """Run the command that was printed, against a healthy server."""
+    assert command[0] == "wandb"
+    variables = {"WANDB_BASE_URL": server.address, "WANDB_API_KEY": "f" * 40, "HOME": str(place)}
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        env=os.environ | variables | {"WANDB_SILENT": "false"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0 and "ERROR" not in done.stderr, done.stderr
+
+
+def check(
+    process: Process, folder: Path, untracked: dict[str, bytes], within: float, healthy: Server
+) -> str:
+    """Wait for the end of the command; it must have lost nothing.
+
+    Args:
+        within: seconds from the last row to the exit, scoring included.
+    Returns:
+        What the command said.
+    """
+    wait_for(lambda: process.poll() is not None or has_rows(folder, 12)(), 60)
+    last = time.monotonic()
+    assert process.wait(60) == 0, process.said
+    assert time.monotonic() - last < within + 5, process.said  # 5 s to save, score and leave
+    assert "Traceback" not in process.said and "defect" not in process.said
+    assert adapters(folder) == untracked
+    upload(sync_command(process.said), healthy, folder)
+    for run_id in untracked:
+        assert healthy.rows(run_id) == metrics(folder / "default", run_id)
+        assert len(healthy.rows(run_id)) == 12
+    return process.said
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("fault", ["hang", "refuse", "401", "500"])
+def test_a_server_that_fails_in_mid_run(tmp_path, server, untracked, fault):
+    healthy = Server()
+    with tracked(tmp_path, server.address) as process:
+        wait_for(lambda: len(server.started) == 2)
+        server.break_down(fault)
+        said = check(process, tmp_path, untracked, FINISH + CLIENT, healthy)
+    assert "2 of 2 runs are not wholly at the server" in said
+    assert not list(tmp_path.glob("default/wandb/offline-*"))  # the client's own files are whole
+    healthy.close()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("fault", ["hang", "401", "500"])
+def test_a_server_that_fails_from_the_start(tmp_path, server, untracked, fault):
+    healthy = Server()
+    server.break_down(fault)
+    with tracked(tmp_path, server.address) as process:
+        said = check(process, tmp_path, untracked, LONGEST, healthy)
+    assert said.count("online start failed") <= 1
+    healthy.close()
+
+
+@pytest.mark.faults
+def test_no_key(tmp_path, server, untracked):
+    healthy = Server()
+    with tracked(tmp_path, server.address, key=None) as process:
+        said = check(process, tmp_path, untracked, FINISH, healthy)
+    assert said.count("online start failed") == 1 and not server.lines
+    healthy.close()
+
+
+@pytest.mark.faults
+def test_a_slow_server_gets_what_it_can_take_in_time(tmp_path, server, untracked):
+    healthy = Server()
+    server.break_down("slow")
+    with tracked(tmp_path, server.address) as process:
+        check(process, tmp_path, untracked, LONGEST, healthy)
+    healthy.close()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("number", "mode"), [(3, "online"), (12, "offline")])
+def test_the_service_process_is_stopped(tmp_path, server, untracked, number, mode):
+    """In mid-run and at the end."""
+    with tracked(tmp_path, server.address, mode=mode) as process:
+        wait_for(has_rows(tmp_path, number))
+        service = service_of(process.pid)
+        service.send_signal(signal.SIGSTOP)
+        said = check(process, tmp_path, untracked, LONGEST, server)
+    assert not service.is_running()
+    assert "2 of 2 runs" in said
+    for run_id in untracked:  # both written again, whole
+        assert len(list(tmp_path.glob(f"default/wandb/offline-run-*-{run_id}"))) >= 1
+
+
+@pytest.mark.faults
+def test_the_service_process_is_killed(tmp_path, server, untracked):
+    """What it leaves is in the way of no upload, of the whole folder either."""
+    healthy = Server()
+    with tracked(tmp_path, server.address) as process:
+        wait_for(has_rows(tmp_path, 4))
+        service_of(process.pid).kill()
+        check(process, tmp_path, untracked, LONGEST, server)
+    sweep = tmp_path / "default"
+    everything = ["wandb", "sync", "--no-skip-online", "--include-synced", str(sweep / "wandb")]
+    upload(everything, healthy, tmp_path)
+    for run_id in untracked:
+        assert healthy.rows(run_id) == metrics(sweep, run_id)
+    healthy.close()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("moment", ["in training", "while trackers finish"])
+def test_a_signal_does_not_wait_for_a_server_that_hangs(tmp_path, server, moment):
+    sweep, healthy = tmp_path / "default", Server()
+    status = "interrupted" if moment == "in training" else "finished"
+
+    def written() -> bool:
+        entries = [json.loads(path.read_text()) for path in sweep.glob("*/record.json")]
+        return [entry["status"] for entry in entries] == [status, status]
+
+    with tracked(tmp_path, server.address, FINISH_SECONDS=60) as process:
+        wait_for(lambda: len(server.started) == 2)
+        server.break_down("hang")
+        if moment != "in training":
+            wait_for(written)
+            time.sleep(0.5)
+            assert process.poll() is None
+        process.send(signal.SIGTERM)
+        begun = time.monotonic()
+        wait_for(written)
+        assert time.monotonic() - begun < 4  # the records wait for no tracker
+        assert process.wait(60) == 128 + signal.SIGTERM
+        assert time.monotonic() - begun < tracking.INTERRUPTED_SECONDS + 3 * CLIENT + REWRITE
+    upload(sync_command(process.said), healthy, tmp_path)
+    for run_id in [path.parent.name for path in sweep.glob("*/record.json")]:
+        assert healthy.rows(run_id) == metrics(sweep, run_id)
+    healthy.close()
+
+
+@pytest.mark.faults
+def test_a_process_whose_tracker_is_stopped_exits_by_itself(tmp_path):
+    """A real interpreter from start to end, with the product's own timeouts."""
+    words = [sys.executable, "-m", "lorabench", *RUNS, "trainer.steps=2000"]
+    output = tmp_path / "said.txt"
+    with open(output, "w") as file:
+        process = subprocess.Popen([*words, f"output_dir={tmp_path}"], stdout=file, stderr=file)
+    wait_for(has_rows(tmp_path, 2))
+    service = service_of(process.pid)  # just begun: its client still waits for its first word
+    service.send_signal(signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    begun = time.monotonic()
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM, output.read_text()
+    bound = tracking.INTERRUPTED_SECONDS + tracking.REWRITE_SECONDS + 3 * tracking.CLIENT_SECONDS
+    assert time.monotonic() - begun < bound + 2  # and a checkpoint
+    assert not service.is_running()
+    assert len(sync_command(output.read_text())[3:]) == 2
+
+
+def test_rows_never_wait_for_a_stopped_service(tmp_path, monkeypatch, capsys):
+    """More rows than its socket takes: the client blocks in `log`, the loop does not."""
+    monkeypatch.setattr(tracking, "INTERRUPTED_SECONDS", 0.2)
+    (tmp_path / "abc").mkdir()
+    row = {f"train/{number}": number / 3 for number in range(200)}
+    from wandb.sdk import wandb_setup
+
+    with tracking.of_command():
+        tracker = start(tmp_path, pytest.fail)
+        wait_for(lambda: tracking.CLIENT.live)
+        popen = wandb_setup.singleton()._connection._proc._process
+        service = service_of(os.getpid())
+        service.send_signal(signal.SIGSTOP)
+        begun = time.perf_counter()
+        for step in range(200):
+            tracker.log(row, step)
+        assert time.perf_counter() - begun < 0.5
+        time.sleep(0.2)
+        assert tracker.queue.qsize() > 50, "the client takes everything: nothing was tested"
+        text = "".join(json.dumps({"step": step, **row}) + "\n" for step in range(200))
+        (tmp_path / "abc" / "metrics.jsonl").write_text(text)
+        tracking.finish_all([(tracker, {"test/nll": 1.0}, False)], is_interrupted=True)
+    assert not service.is_running()
+    popen.wait(1)  # or Python warns of a process that the client has not waited for
+    (place,) = sync_command(capsys.readouterr().err)[3:]
+    assert Path(place).name.startswith("offline-run-") and (Path(place) / "run-abc.wandb").is_file()
