@@ -120,7 +120,7 @@ def test_after_memory_ran_out_in_mid_training(
     assert {r["status"] for r in records(tmp_path).values()} == {"finished"}
     packs = SweepFolder(tmp_path / "default").read().packs
     assert [len(pack.runs) for pack in packs] == [4, 2, 2, 1, 1, 1, 1]
-    assert {pack.reason for pack in packs[1:]} == {"out of memory"}
+    assert {pack.reason for pack in packs[1:]} == {"it does not fit into memory"}
     # The split is remembered: the folder's packs are those of one now.
     assert say(*FAST, "seed=0,1,2,3", f"output_dir={tmp_path}").code == 0
 

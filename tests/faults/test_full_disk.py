@@ -1,0 +1,88 @@
+"""A disk that fills at each stage of a run: said in a line, and nothing that was saved is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import say
+from processes import start
+
+from faults.sweeps import ALONE, PACK, at_each_operation, leftovers, outcome, repeated
+
+COMMANDS = {
+    kind: [*words, "trainer.checkpoint_every=5"]
+    for kind, words in {"pack": PACK, "alone": ALONE}.items()
+}
+# What the operation that finds the disk full is on, which of its kind it is in a pack of two and
+# alone, and from which step the repeat goes on; none: nothing is trained again.
+STAGES: dict[str, tuple[str, dict[str, int], list[int]]] = {
+    "before anything": ("/.config.yaml", {"pack": 1, "alone": 1}, [0]),
+    "the first checkpoint": (".checkpoint.1.part", {"pack": 1, "alone": 1}, [0]),
+    "the second checkpoint": (".checkpoint.1.part", {"pack": 7, "alone": 4}, [5]),
+    "the adapter": (".adapter.1.part", {"pack": 1, "alone": 1}, [10]),
+    "the record of the adapter": ("/.record.json", {"pack": 5, "alone": 3}, [10]),
+    "the predictions": ("/evaluations", {"pack": 1, "alone": 1}, []),
+    "the last record": ("/.record.json", {"pack": 9, "alone": 5}, []),
+}
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small file system of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(place)]
+    if subprocess.run(words, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here: needs root")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Leave no room at all."""
+    with open(disk / "ballast", "ab", buffering=0) as file:
+        for block in (1 << 20, 1 << 12, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(b"\0" * block)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    found = {}
+    for kind, words in COMMANDS.items():
+        folder = tmp_path_factory.mktemp(kind)
+        assert say(*words, f"output_dir={folder}").code == 0
+        found[kind] = outcome(folder)
+    return found
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_it_fills_at(
+    kind: str, stage: str, undisturbed: dict[str, Any], disk: Path, tmp_path: Path
+) -> None:
+    what, numbers, steps = STAGES[stage]
+    folder, count = disk / "out", iter(range(1, 10**6))
+
+    def act(_: int, operation: str) -> None:
+        if what in operation and next(count) == numbers[kind]:
+            fill(disk)
+
+    words = [*COMMANDS[kind], f"output_dir={folder}"]
+    process = start(tmp_path / "said.txt", *words, before=partial(at_each_operation, act, folder))
+    assert process.wait() in (1, 2), process.said
+    assert (disk / "ballast").exists(), "the stage was never reached"
+    assert "No space left on device" in process.said
+    assert "Traceback" not in process.said and "defect" not in process.said
+    (disk / "ballast").unlink()
+    assert repeated(COMMANDS[kind], folder) == steps
+    assert outcome(folder) == undisturbed[kind]
+    assert not leftovers(folder)
