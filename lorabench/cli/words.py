@@ -172,8 +172,8 @@ def refuse_places(hydra: Any) -> None:
         raise ConfigErrors(errors)
     for group, key in (("run", "dir"), ("sweep", "dir"), ("sweep", "subdir"), ("job", "chdir")):
         given: Any = OmegaConf.to_container(hydra[group], resolve=False)
-        if given[key] != own[group][key]:
-            errors.append(_misplaced(f"hydra.{group}.{key}", own[group][key], given[key]))
+        if given.get(key) != own[group][key]:
+            errors.append(_misplaced(f"hydra.{group}.{key}", own[group][key], given.get(key)))
     if hydra.output_subdir not in (".hydra", None):
         errors.append(_misplaced("hydra.output_subdir", ".hydra or null", hydra.output_subdir))
     errors += [
