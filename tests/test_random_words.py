@@ -57,7 +57,7 @@ def judged(said: Said) -> str | None:
         return f"exit code {said.code}: {said.err[-300:]}"
     if "defect of lorabench" in said.err or "Traceback" in said.err + said.out:
         return said.err[-300:]
-    if said.code == 2 and not said.err.strip():
+    if said.code == 2 and not (said.err + said.out).strip():
         return "it is refused without a word"
     return None
 
@@ -76,6 +76,7 @@ def wrong(seeds: range) -> dict[str, str]:
     ["-m", "seed=range(1,2,0)"], ["-m", "hydra.sweeper.max_batch_size=0", "seed=0,1"],
     ["hydra.sweeper.params.seed=1"], ["hydra.sweeper=nan"], ["--cfg", "job", "-m"],
     ["--cfg", "job", "--package", "nosuch"], ["--experimental-rerun", "x"], ["-cp", "conf"],
+    ["-m", "-cn", "data.name=${run_id:}", "~seed=[", "lora.r=x"],
 ])  # fmt: skip
 def test_what_was_once_a_defect(words: list[str]) -> None:
     assert what_is_wrong([*random_words.SMALL, *words]) is None
@@ -109,4 +110,4 @@ def test_a_sample_in_processes_of_their_own(first: int, tmp_path: Path) -> None:
         words = random_words.line(seed)
         done = start(tmp_path / str(seed), "plan", *words)
         code = done.wait(60)
-        assert judged(Said(code, "", done.said)) is None or code == 0, (seed, words, done.said)
+        assert judged(Said(code, "", done.said)) is None, (seed, words, done.said)

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lorabench.cli.words import conf_folder, in_hydras_order, refuse_places, refuse_values
+from lorabench.cli.words import conf_folder, parse, refuse_places, refuse_values
 
 if TYPE_CHECKING:
     from lorabench.plan import Planner
@@ -62,14 +62,13 @@ def compose(arguments: list[str], planner: Planner | None = None, expand: bool =
         ConfigErrors: a group is given no name, or files would land outside the output folder.
     """
     from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import get_args_parser
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
     from omegaconf import open_dict
 
     refuse_values(arguments)
     register(planner)
-    args = get_args_parser().parse_args(in_hydras_order(arguments))
+    args = parse(arguments)
     name = args.config_name or "train"
     GlobalHydra.instance().clear()
     hydra = Hydra.create_main_hydra2("train", _search_path(args.config_path, args.config_dir))

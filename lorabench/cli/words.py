@@ -6,6 +6,7 @@ these are refused before.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 from collections.abc import Sequence
@@ -54,6 +55,20 @@ def in_hydras_order(arguments: Sequence[str]) -> list[str]:
         if word not in flags:
             flags += [word, *value]
     return [*flags, *overrides]
+
+
+def parse(arguments: Sequence[str], verb: str = "train") -> argparse.Namespace:
+    """Return flags and overrides, as Hydra's own parser reads them.
+
+    Raises:
+        ConfigErrors: a flag lacks its value, or has one that it does not take.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    refusing = Parser(f"lorabench {verb}", usage=f"lorabench {verb} [FLAGS] KEY=VALUE ...")
+    parser.error = refusing.error  # type: ignore[method-assign]
+    return parser.parse_args(in_hydras_order(arguments))
 
 
 def refuse_values(arguments: Sequence[str]) -> None:
@@ -143,10 +158,7 @@ def refuse_flags(verb: str, arguments: Sequence[str], own: Sequence[str] = ()) -
             f"{verb}: must be given at most one of {', '.join(MODES)}; "
             f"got {' and '.join(sorted(asked))}; leave one out"
         )
-    parser = get_args_parser()
-    refusing = Parser(f"lorabench {verb}", usage=f"lorabench {verb} [FLAGS] KEY=VALUE ...")
-    parser.error = refusing.error  # type: ignore[method-assign]
-    parser.parse_args(in_hydras_order([word for word in arguments if word not in own]))
+    parse([word for word in arguments if word not in own], verb)
 
 
 def refuse_places(hydra: Any) -> None:
