@@ -74,7 +74,8 @@ def wrong(seeds: range) -> dict[str, str]:
     ["sweep=" + "a" * 300], ["trainer=" + "a" * 300], ["k" * 300], ["data.metric=[[a]]"],
     ["data.labels=[null]"], ["-m", "seed=range(0)"], ["-m", "head=glob(x*)"], ["--cfg"],
     ["-m", "seed=range(1,2,0)"], ["-m", "hydra.sweeper.max_batch_size=0", "seed=0,1"],
-    ["hydra.sweeper.params.seed=1"], ["hydra.sweeper=nan"], ["--cfg", "job", "-m"],
+    ["hydra.sweeper.params.seed=1"], ["hydra.sweeper=nan"], ["-m", "hydra=1"],
+    ["--cfg", "job", "-m"],
     ["--cfg", "job", "--package", "nosuch"], ["--experimental-rerun", "x"], ["-cp", "conf"],
     ["-m", "-cn", "data.name=${run_id:}", "~seed=[", "lora.r=x"],
 ])  # fmt: skip

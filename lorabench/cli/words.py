@@ -86,6 +86,9 @@ def refuse_values(arguments: Sequence[str]) -> None:
         if sign and not group.strip():
             errors.append(f"command line: must have a key before the =; got '{word}'; correct it")
             continue
+        if sign and group == "hydra":  # its own node, which it reads before anybody can check it
+            errors.append(f"hydra: must be set key by key; got '{word}'; write hydra.KEY=VALUE")
+            continue
         # Hydra looks for a file of that name.
         names = [group] if not sign else [group, value] if _is_group(group) else []
         longest = max((len(os.fsencode(name)) for name in names), default=0)
