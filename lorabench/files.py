@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 import threading
 from pathlib import Path
+
+BELOW_BYTES = 255  # room for the path of what is written in a run's folder
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -42,3 +46,38 @@ def sync_folder(folder: Path) -> None:
     """Bring every file of a folder, and the folder itself, to the disk."""
     for path in (*folder.iterdir(), folder):
         sync(path)
+
+
+def obstacle(folder: Path) -> tuple[Path, str] | None:
+    """Return what keeps files from being written to a folder: the place, and what it is.
+
+    The folder need not exist: the first place above it that does must let it be made.
+    """
+    place = folder
+    missing: list[str] = []
+    while True:
+        try:
+            place.stat()
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            if place.is_symlink():
+                return place, "is a link to nothing"
+            if place == place.parent:
+                return place, "does not exist"
+            missing.append(place.name)
+            place = place.parent
+        except OSError as error:  # too long; a circle of links; below what may not be entered
+            return place, f"cannot be used ({error.strerror})"
+        except ValueError as error:  # no path at all
+            return place, f"cannot be used ({error})"
+    if not place.is_dir():
+        return place, "is a file"
+    try:
+        longest = max(len(os.fsencode(name)) for name in ["", *missing])
+        whole = len(os.fsencode(folder.absolute())) + BELOW_BYTES
+        if longest > os.pathconf(place, "PC_NAME_MAX") or whole > os.pathconf(place, "PC_PATH_MAX"):
+            return folder, f"cannot be used ({os.strerror(errno.ENAMETOOLONG)})"
+        with tempfile.TemporaryFile(dir=place):
+            return None
+    except OSError as error:
+        return place, f"is not writable ({error.strerror})"

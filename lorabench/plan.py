@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from lorabench import data, formats, identity, machine, stages, versions
 from lorabench import model as base_model
 from lorabench.config import Config, ConfigErrors, ModelConfig, model_name, scale
+from lorabench.files import obstacle
 
 RUNTIME_BYTES = 450_000_000  # Python, torch and transformers themselves
 
@@ -61,26 +62,28 @@ def check(config: Config) -> list[str]:
     """Errors found without loading anything: versions, device, where base, data and output are."""
     errors = versions.check(config) + machine.check_device(config.trainer.device)
     errors += base_model.check(config.model) + data.check(config.data)
-    place = Path(config.output_dir)
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        errors.append(f"output_dir: must be a folder; '{place}' is a file; set output_dir=...")
-    elif not _writable(place):
-        errors.append(
-            f"output_dir: must be writable; '{place}' is not; set output_dir=... or change its mode"
-        )
-    return errors
+    output = Path(config.output_dir)
+    return errors + (
+        check_folder(output, "output_dir")
+        or check_folder(output / config.sweep, "sweep")
+        or check_folder(output / config.sweep / ".locks", "sweep")
+    )
 
 
-def _writable(place: Path) -> bool:
-    import tempfile
+def check_folder(folder: Path, key: str) -> list[str]:
+    """Refuse a folder in which files cannot be written, or which cannot be made.
 
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            return True
-    except OSError:
-        return False
+    Args:
+        key: what says where it is.
+    """
+    found = obstacle(folder)
+    if found is None:
+        return []
+    place, what = found
+    return [
+        f"{key}: must give a folder to write to; '{place}' {what}; correct that, or set another "
+        f"{'sweep' if key == 'sweep' else 'output_dir'}=..."
+    ]
 
 
 class Resolved(NamedTuple):

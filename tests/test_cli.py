@@ -93,7 +93,7 @@ MISTAKES = [  # override, how the one line begins, what it must also hold
     ("model=local", "model.path: must be given", "set model.path="),
     ("model.path=lorabench:tiny-gema", "model.path: ", "'tiny-gema'"),
     ("data.skills=[greeek]", "data.skills: every name must be one of", "(did you mean 'greek'?)"),
-    ("lora.r", "Error parsing override 'lora.r'", ""),
+    ("lora.r", "lora.r: must be KEY=VALUE", "`lorabench train --cfg job` prints all keys"),
     ("lora.rank_pattern.q_proj=8", "lora.rank_pattern: must be", "'lora.rank_pattern={q_proj:8}'"),
     ("lora.alpha_pattern.0.mlp=3", "lora.alpha_pattern: must be", "alpha_pattern={0.mlp:3}'"),
     ("lora.r=4,8", "lora.r: must be one value in a single run; got 4,8; ", "-m lora.r=4,8, "),
@@ -244,7 +244,7 @@ def test_an_output_folder_that_cannot_be_is_refused(verb, tmp_path, no_model):
     said = say(verb, *SMOKE, f"output_dir={tmp_path / 'file' / 'deep'}")
     assert said.code == 2 and len(said.lines) == 1
     assert (
-        said.err.startswith("output_dir: must be a folder")
+        said.err.startswith("output_dir: must give a folder to write to")
         and f"'{tmp_path / 'file'}' is a file" in said.err
     )
     assert (tmp_path / "file").read_text() == "mine"
@@ -261,6 +261,7 @@ def test_an_output_folder_without_the_right_to_write_is_refused(tmp_path, monkey
     said = say("train", *SMOKE, f"output_dir={tmp_path / 'out'}")
     assert (
         said.code == 2
-        and said.err.startswith("output_dir: must be writable")
+        and said.err.startswith("output_dir: must give a folder to write to")
+        and "is not writable (Read-only file system)" in said.err
         and len(said.lines) == 1
     )

@@ -89,9 +89,11 @@ def test_a_job_returns_its_objective(tmp_path: Path, monkeypatch: pytest.MonkeyP
     launch = _core.launch
     monkeypatch.setattr(_core, "launch", lambda *a: returned.extend(launch(*a)) or returned)
     words = [*TINY, "trainer.steps=3", "objective=test/exact_match", f"output_dir={tmp_path}"]
-    assert say("train", "-m", *words, "trainer.lr=1e-3,1e30").code == 0
+    said = say("train", "-m", *words, "trainer.lr=1e-3,1e30")
     by_lr = {r["config"]["trainer"]["lr"]: r for r in records(tmp_path).values()}
     assert by_lr[1e30]["status"] == "stopped"
+    assert said.code == 1 and said.lines[-2] == "1 of 2 runs did not finish:"
+    assert said.lines[-1].startswith("  trainer.lr=1e+30 (") and "is not finite" in said.lines[-1]
     good, bad = (job.return_value for job in returned)
     assert good == scores(by_lr[1e-3])["test"]["exact_match"]["value"] and math.isnan(bad)
     # The objective is scored even where data.metric does not ask for it.

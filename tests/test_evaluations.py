@@ -308,7 +308,7 @@ def test_a_diverged_run_is_scored_and_stays_stopped(
         patch.setattr(scoring, "_written", full)
         assert say(*words).code == 1
     assert sorted(r["status"] for r in records(tmp_path).values()) == ["stopped", "trained"]
-    assert say(*words).code == 0
+    assert say(*words).code == 1, "one has diverged"
     found = {r["status"]: r for r in records(tmp_path).values()}
     assert set(found) == {"finished", "stopped"}
     assert "loss or gradient is not finite" in found["stopped"]["error"]

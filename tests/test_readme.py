@@ -52,7 +52,7 @@ def test_there_are_lines_to_try() -> None:
 def test_a_line_plans(line: str) -> None:
     said = typed(line.replace("lorabench train", "lorabench plan"), "--json")
     if any(name in line for name in NEEDS_THE_HUB):
-        assert said.code == 2 and "cannot be had from the hub" in said.err
+        assert said.code == 2 and "cannot be had from the hub" in said.out
         return
     assert said.code == 0, said.err
     runs = json.loads(said.out)["runs"]

@@ -239,10 +239,10 @@ def test_a_run_that_diverges_is_stopped_and_kept(tmp_path: Path) -> None:
         "trainer.warmup_steps=0",
         f"output_dir={tmp_path}",
     ]
-    assert cli.main(arguments) == 0
+    assert cli.main(arguments) == 1
     found = the_record(tmp_path)
     assert found["status"] == "stopped" and "not finite" in found["error"]
     assert found["steps_done"] < 30
     ended = found["ended"]
-    assert cli.main(arguments) == 0
+    assert cli.main(arguments) == 1
     assert the_record(tmp_path)["ended"] == ended

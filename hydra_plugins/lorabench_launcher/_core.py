@@ -17,7 +17,7 @@ from typing import Any
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobReturn, configure_log, filter_overrides, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 
 def launch(
@@ -31,7 +31,6 @@ def launch(
     """Run every job; results come back in the order of `job_overrides`."""
     setup_globals()
     configure_log(config.hydra.hydra_logging, config.hydra.verbose)
-    Path(str(config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
     jobs = compose_jobs(context.config_loader, config, job_overrides, initial_job_idx)
     tasks: list[Any] = [task_function] * len(jobs)
     session = None
@@ -40,6 +39,9 @@ def launch(
         labels = [" ".join(filter_overrides(overrides)) for overrides in job_overrides]
         session = begin([task_config(job) for job in jobs], labels, pack_size)
         tasks = [partial(_result, session, i) for i in range(len(jobs))]
+    place = Path(str(config.hydra.sweep.dir))
+    place.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(config, place / "multirun.yaml")
     returns = []
     for i, (job, task) in enumerate(zip(jobs, tasks, strict=True)):
         if session is not None and session.is_over(i):

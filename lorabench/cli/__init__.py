@@ -9,13 +9,14 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from lorabench.cli.composing import compose, conf_folder, register
+from lorabench.cli.composing import compose, register
 from lorabench.cli.exporting import export
-from lorabench.cli.mistakes import fail, guarded
+from lorabench.cli.mistakes import guarded
 from lorabench.cli.reading import compare, runs
 from lorabench.cli.serving import evaluate, work
-from lorabench.cli.training import plan, train
-from lorabench.cli.verbs import EXAMPLES, VERBS
+from lorabench.cli.training import PLAN_FLAGS, plan, train
+from lorabench.cli.verbs import EXAMPLES, EXIT_CODES, VERBS
+from lorabench.cli.words import conf_folder
 
 __all__ = ["VERBS", "compose", "conf_folder", "main", "register"]
 
@@ -41,17 +42,22 @@ def main(arguments: list[str] | None = None) -> int:
         "compare": compare,
         "export": export,
     }
-    if verb not in handlers:
-        from lorabench.config import did_you_mean
+    composes = verb in ("train", "plan")
+    composed = [word for word in arguments[1:] if word not in PLAN_FLAGS] if composes else None
+    as_json = "--json" in arguments
+    return guarded(lambda: handlers.get(verb, _refuse(verb))(arguments[1:]), composed, as_json)
 
-        return fail(
-            [
-                f"lorabench: the first word must be one of {', '.join(VERBS)}; "
-                f"got {did_you_mean(verb, VERBS)}"
-            ]
+
+def _refuse(verb: str) -> Callable[[list[str]], int]:
+    def refuse(_: list[str]) -> int:
+        from lorabench.config import ConfigErrors, did_you_mean
+
+        raise ConfigErrors(
+            f"lorabench: the first word must be one of {', '.join(VERBS)}; "
+            f"got {did_you_mean(verb, VERBS)}"
         )
-    composed = arguments[1:] if verb in ("train", "plan") else None
-    return guarded(lambda: handlers[verb](arguments[1:]), composed)
+
+    return refuse
 
 
 def _overview() -> argparse.ArgumentParser:
@@ -61,6 +67,6 @@ def _overview() -> argparse.ArgumentParser:
         usage="lorabench VERB ...",
         description="Compose a LoRA experiment from configs, sweep it over one shared frozen base, "
         "and get a verdict you can trust and replay.",
-        epilog=f"verbs:\n{verbs}\n\n{EXAMPLES}",
+        epilog=f"verbs:\n{verbs}\n\n{EXAMPLES}\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,24 +1,17 @@
-"""Hydra's part of the command line: where configs are, and every config of a command."""
+"""Hydra's part of the command line: every config of a command."""
 
 from __future__ import annotations
 
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lorabench.cli.words import conf_folder, parse, refuse_places, refuse_values
 
 if TYPE_CHECKING:
     from lorabench.plan import Planner
-
-
-def conf_folder() -> str:
-    """conf/ of a checkout, or the copy inside an installed package."""
-    package = Path(__file__).parent.parent
-    inside = package / "conf"
-    return str(inside if inside.is_dir() else package.parent / "conf")
 
 
 def register(planner: Planner | None = None) -> None:
@@ -43,46 +36,6 @@ def register(planner: Planner | None = None) -> None:
     OmegaConf.register_new_resolver("run_id", resolve, replace=True)
 
 
-def refuse_values(arguments: list[str]) -> None:
-    """Refuse a list of mappings where a group takes names of its files: Hydra breaks on one."""
-    from lorabench.config import ConfigErrors
-
-    for word in arguments:
-        group, _, value = word.partition("=")
-        folder = Path(conf_folder()) / group.lstrip("+")
-        if group and re.match(r"\s*\[\s*\{", value) and folder.is_dir():
-            names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-            raise ConfigErrors(
-                f"{folder.name}: must name a file of its group ({names}) on the command line; got "
-                f"'{value}'; write it into DIR/{folder.name}/NAME.yaml and give "
-                f"hydra.searchpath=[file://DIR] {folder.name}=NAME"
-            )
-
-
-def refuse_flags(verb: str, arguments: Sequence[str], own: Sequence[str] = ()) -> None:
-    """Refuse a flag that is neither Hydra's nor the verb's own: argparse would exit with a usage.
-
-    Args:
-        own: flags of the verb, named first.
-    """
-    from hydra._internal.utils import get_args_parser
-
-    from lorabench.config import ConfigErrors, did_you_mean
-
-    hydras = list(get_args_parser()._option_string_actions)
-    shown = ["-m", "--multirun", *own, "--config-dir", "--cfg", "--info", "-h", "--help"]
-    unknown = [
-        word
-        for word in arguments
-        if word.startswith("-") and word.partition("=")[0] not in (*hydras, *own)
-    ]
-    if unknown:
-        raise ConfigErrors(
-            f"{verb}: a flag must be one of {', '.join(shown)}; "
-            f"got {did_you_mean(unknown[0], [*shown, *hydras])}"
-        )
-
-
 class Composed(NamedTuple):
     """What a command line asks for."""
 
@@ -97,21 +50,25 @@ class Composed(NamedTuple):
         return self.hydra.launcher.get("pack_size", 1)
 
 
-def compose(arguments: list[str], planner: Planner | None = None) -> Composed:
+def compose(arguments: list[str], planner: Planner | None = None, expand: bool = True) -> Composed:
     """Compose every config of a command line, with its label, as `train` would run them.
 
     Hydra's own parser, config loader and sweeper do it, up to the launcher: that is where jobs
     would start, and here they are collected instead.
+
+    Args:
+        expand: the jobs of a multirun are composed too; False: `configs` is empty for one.
+    Raises:
+        ConfigErrors: a group is given no name, or files would land outside the output folder.
     """
     from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import get_args_parser
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
     from omegaconf import open_dict
 
     refuse_values(arguments)
     register(planner)
-    args = get_args_parser().parse_args(in_hydras_order(arguments))
+    args = parse(arguments)
     name = args.config_name or "train"
     GlobalHydra.instance().clear()
     hydra = Hydra.create_main_hydra2("train", _search_path(args.config_path, args.config_dir))
@@ -127,36 +84,16 @@ def compose(arguments: list[str], planner: Planner | None = None) -> Composed:
             with_log_configuration=False,
         )
         settings = whole.hydra
+        refuse_places(settings)
         if is_sweep:
-            return Composed(*_swept(hydra.config_loader, whole), settings, True)
+            swept = _swept(hydra.config_loader, whole) if expand else ([], [])
+            return Composed(*swept, settings, True)
         with open_dict(whole):
             del whole["hydra"]
-        return Composed([whole], [" ".join(args.overrides) or "defaults"], settings, False)
+        label = " ".join(settings.overrides.task) or "defaults"
+        return Composed([whole], [label], settings, False)
     finally:
         GlobalHydra.instance().clear()
-
-
-def in_hydras_order(arguments: Sequence[str]) -> list[str]:
-    """Put the flags first, each once: argparse refuses overrides on both sides of one."""
-    from hydra._internal.utils import get_args_parser
-
-    actions = get_args_parser()._option_string_actions
-    flags: list[str] = []
-    overrides: list[str] = []
-    words = list(arguments)
-    while words:
-        word = words.pop(0)
-        action = actions.get(word)
-        if action is None:
-            (flags if word.startswith("-") else overrides).append(word)  # --config-dir=DIR
-            continue
-        value: list[str] = []
-        takes_one = action.nargs is None or (action.nargs == "?" and "=" not in "".join(words[:1]))
-        if takes_one and words and not words[0].startswith("-"):
-            value = [words.pop(0)]
-        if word not in flags:
-            flags += [word, *value]
-    return [*flags, *overrides]
 
 
 def _search_path(config_path: str | None, config_dir: str | None) -> Any:
@@ -165,6 +102,11 @@ def _search_path(config_path: str | None, config_dir: str | None) -> Any:
 
     from lorabench.config import ConfigErrors
 
+    if config_path is not None and not (os.path.isabs(config_path) and os.path.isdir(config_path)):
+        raise ConfigErrors(
+            f"--config-path: must be the absolute path of a folder; got '{config_path}'; "
+            f"leave it out, or use --config-dir for a folder besides conf/"
+        )
     found = create_automatic_config_search_path(None, None, config_path or conf_folder())
     if config_dir is not None:
         place = os.path.abspath(config_dir)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from lorabench.cli.mistakes import fail
+from lorabench.cli.mistakes import Parser
 from lorabench.cli.verbs import VERBS
 
 
 def export(arguments: list[str]) -> int:
     """lorabench export RUN --to adapter|merged PATH [--dtype DTYPE] [--json], or RUN --to gguf"""
-    parser = argparse.ArgumentParser(prog="lorabench export", description=VERBS["export"])
+    parser = Parser(prog="lorabench export", description=VERBS["export"])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--to", required=True, metavar="KIND", help="adapter, merged or gguf")
     parser.add_argument(
@@ -42,7 +41,7 @@ def export(arguments: list[str]) -> int:
         raise ConfigErrors(errors)
     run = source.open_run(options.run)
     if options.to == "gguf":
-        return _no_gguf(run, options.run)
+        _no_gguf(run, options.run)
     source.check_path(options.path)
     source.check_base(run)
 
@@ -60,14 +59,15 @@ def export(arguments: list[str]) -> int:
     return 0
 
 
-def _no_gguf(run: Any, folder: Path) -> int:
+def _no_gguf(run: Any, folder: Path) -> NoReturn:
     from lorabench import formats, plan
+    from lorabench.config import ConfigErrors
 
     found = run.entry.exports
     reason = found.gguf if found else plan.make(run.config).exports["gguf"]
     if reason == formats.YES:
         reason = "not written yet; llama.cpp's convert_lora_to_gguf.py takes this adapter folder"
-    return fail([f"--to gguf: {reason}; the way out: {formats.way_out(reason, str(folder))}"])
+    raise ConfigErrors(f"--to gguf: {reason}; the way out: {formats.way_out(reason, str(folder))}")
 
 
 def _lines(report: dict[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorabench.cli.mistakes import fail
+from lorabench.cli.mistakes import Parser, fail
 from lorabench.cli.verbs import VERBS
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ MOST_LINES = 5  # about damaged runs
 
 
 def _folder_parser(verb: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"lorabench {verb}", description=VERBS[verb])
+    parser = Parser(prog=f"lorabench {verb}", description=VERBS[verb])
     parser.add_argument("folder", type=Path, help="folder of a sweep, such as outputs/lm_head")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     return parser

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorabench.cli.mistakes import Parser
 from lorabench.cli.verbs import VERBS
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def work(arguments: list[str]) -> int:
     """lorabench work DIR [--stale-seconds N]"""
-    parser = argparse.ArgumentParser(prog="lorabench work", description=VERBS["work"])
+    parser = Parser(prog="lorabench work", description=VERBS["work"])
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a sweep")
     parser.add_argument(
         "--stale-seconds",
@@ -38,7 +38,7 @@ def work(arguments: list[str]) -> int:
 
 def evaluate(arguments: list[str]) -> int:
     """lorabench evaluate DIR [KEY=VALUE ...]"""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lorabench evaluate",
         description=VERBS["evaluate"],
         epilog="keys: data.metric, data.answer_*, data.test.*, data.num_test, data.validation.*, "
@@ -233,7 +233,9 @@ def _planned(
             f"otherwise; put them back, or repeat the command that asked for it"
         )
     here = {"run_id": run, "folder": str(folder.path / run)}
-    return Job(config, label, made.model_copy(update=here))
+    job = Job(config, label, made.model_copy(update=here))
+    job.check_folder()
+    return job
 
 
 def _must_be_its_base(trained: Record | None, made: Plan) -> None:

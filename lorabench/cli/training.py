@@ -9,29 +9,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench.cli.composing import (
-    compose,
-    conf_folder,
-    in_hydras_order,
-    refuse_flags,
-    refuse_values,
-    register,
-    say_if_sweep,
-)
+from lorabench.cli.composing import compose, register, say_if_sweep
 from lorabench.cli.mistakes import fail
+from lorabench.cli.words import conf_folder, in_hydras_order, refuse_flags
 
 if TYPE_CHECKING:
-    from lorabench.cli.sessions import Command
+    from lorabench.cli.sessions import Command, Session
 
+SHOWS = {"--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help", "--version"}  # and no more
 PLAN_FLAGS = ("--json", "--smoke")
 PLAN_HELP = """\
 lorabench plan [-m] [--json] [--smoke] KEY=VALUE ...
 
 what `lorabench train` with the same words would do
 
---json   the same for programs, with every adapted module
+--json   the same for programs, with every adapted module; refusals too
 --smoke  also two steps of every pack on two examples, in each of its stages, and
-         its adapters reloaded; exit code 1 where that fails"""
+         its adapters reloaded
+
+exit code 0: it can be trained; 1: --smoke failed; 2: refused"""
 
 
 def train(arguments: list[str]) -> int:
@@ -43,12 +39,20 @@ def train(arguments: list[str]) -> int:
 
     interrupt.install()
     refuse_flags("train", arguments)
-    refuse_values(arguments)
+    if SHOWS.intersection(arguments):
+        register()
+        _run_hydra(lambda _: None, arguments)  # prints what was asked for
+        return 0
     command = Command(["train", *arguments])
-    register(command.planner)
+    # Before Hydra makes a folder: nothing is left of a command that is refused.
+    composed = compose(list(arguments), command.planner, expand=False)
+    single = None
+    if not composed.is_sweep:
+        say_if_sweep(composed.hydra)
+        single = command.begin(composed.configs, composed.labels, 1)
     try:
         with tracking.of_command():
-            _run_hydra(_task(command), arguments)
+            _run_hydra(_task(command, single), arguments)
     except ConfigErrors:  # of a later launch of the same command
         closing(list(command.outcomes.values()))
         raise
@@ -69,18 +73,20 @@ def _run_hydra(function: Callable[[Any], Any], arguments: Sequence[str]) -> None
         logging.raiseExceptions = loud
 
 
-def _task(command: Command) -> Callable[[Any], float]:
-    """The function that Hydra runs: one config alone, or many under the packed launcher."""
+def _task(command: Command, single: Session | None) -> Callable[[Any], float]:
+    """The function that Hydra runs: one config alone, or many under the packed launcher.
+
+    Args:
+        single: the session of a single run; None: of a multirun.
+    """
     from lorabench.config import ConfigErrors
 
     def train_task(cfg: Any) -> float:
         from hydra.core.hydra_config import HydraConfig
-        from hydra.types import RunMode
 
-        settings = HydraConfig.get()
-        if settings.mode is RunMode.RUN:
-            say_if_sweep(settings)
-        label = " ".join(settings.overrides.task) or "defaults"
+        if single is not None:
+            return single.result(0)
+        label = " ".join(HydraConfig.get().overrides.task) or "defaults"
         try:
             return command.begin([cfg], [label], 1).result(0)
         except ConfigErrors as error:  # raised in the job, Hydra would write a line of its own
@@ -94,16 +100,15 @@ def _task(command: Command) -> Callable[[Any], float]:
 def closing(outcomes: Sequence[Any]) -> int:
     """Print the last lines of a command and return its exit code."""
     if not outcomes:
-        return 0  # --cfg, --info, ...: Hydra has printed what was asked for
+        return 0  # the only launch was refused
     folders: dict[Path, set[str]] = {}  # of sweeps, with their runs
     for outcome in outcomes:
         folders.setdefault(Path(outcome.folder).parent, set()).add(outcome.folder)
-    for outcome in outcomes:
-        if outcome.status == "stopped":
-            print(f"{outcome.label}: {outcome.error} ({outcome.folder})", file=sys.stderr)
     if bad := [outcome for outcome in outcomes if outcome.is_bad]:
         lines = [f"{len(bad)} of {len(outcomes)} runs did not finish:"]
-        lines += [f"  {o.label or 'run'} ({o.folder}): {o.status}: {o.error}" for o in bad]
+        for one in bad:
+            why = one.error if one.status == "stopped" else f"{one.status}: {one.error}"
+            lines.append(f"  {one.label or 'run'} ({one.folder}): {why}")
         if any(outcome.status == "trained" for outcome in bad):
             lines.append("trained runs keep their adapter; the same command only scores them")
         return fail(lines, 1)
@@ -122,7 +127,7 @@ def plan(arguments: list[str]) -> int:
         return 0
     refuse_flags("plan", arguments, PLAN_FLAGS)
     words = [word for word in arguments if word not in PLAN_FLAGS]
-    if any(word in ("--cfg", "-c", "--info", "-i", "--hydra-help") for word in words):
+    if SHOWS.intersection(words):
         register()
         _run_hydra(lambda _: None, words)  # prints what was asked for
         return 0

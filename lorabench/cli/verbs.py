@@ -20,3 +20,10 @@ examples:
   lorabench export outputs/default/ID --to merged D a transformers folder, checked
   lorabench train --cfg job                         every key and its value
 """
+EXIT_CODES = """\
+exit codes:
+  0      done
+  1      a run failed, diverged, or is not what was asked for
+  2      refused; nothing was changed. --json (plan, runs, compare, export): as JSON on stdout
+  128+n  ended by signal n (130: Ctrl-C); the same command continues
+"""

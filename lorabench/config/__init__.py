@@ -1,7 +1,14 @@
 """What a user may write, checked: dataclasses of the groups, their ranges, all errors at once."""
 
 from lorabench.config.build import register, typed
-from lorabench.config.errors import ConfigErrors, and_more, did_you_mean, first_line, nearest
+from lorabench.config.errors import (
+    ConfigErrors,
+    and_more,
+    did_you_mean,
+    first_line,
+    nearest,
+    split_refusal,
+)
 from lorabench.config.ranges import range_errors
 from lorabench.config.schema import (
     Config,
@@ -46,5 +53,6 @@ __all__ = [
     "range_errors",
     "register",
     "scale",
+    "split_refusal",
     "typed",
 ]

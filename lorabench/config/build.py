@@ -69,6 +69,13 @@ def _build(cls: type, values: Any, prefix: str = "") -> Any:
         for key in values
         if key not in hints
     ]
+    errors += [  # OmegaConf takes lists and null as elements of any list
+        f"{prefix}{key}: every element must be a text; got {values[key]!r}"
+        for key in values
+        if key in hints
+        and "list[str]" in str(hints[key])
+        and not all(isinstance(text, str) for text in values[key] or ())
+    ]
     built = {}
     for key in (key for key in values if key in hints):
         try:

@@ -350,6 +350,7 @@ def _rest(found: Found, config: Config) -> None:
             "at least 0",
             getattr(config.seeds, key),
         )
+    must(config.output_dir != "", "output_dir", "a folder", "", "use output_dir=. for this one")
     must(
         re.fullmatch(r"[\w.\-]+", config.sweep) is not None and config.sweep not in (".", ".."),
         "sweep",

@@ -10,7 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from lorabench import config as configs
-from lorabench import plan
+from lorabench import plan, record
 from lorabench.config import Config, ConfigErrors
 
 
@@ -26,6 +26,17 @@ class Job:
     def folder(self) -> Path:
         return Path(self.plan.folder)
 
+    def check_folder(self) -> None:
+        """Refuse a folder that cannot be written to, unless the run has ended in it.
+
+        Raises:
+            ConfigErrors: the folder, and what is wrong with it.
+        """
+        if refused := plan.check_folder(self.folder, "output_dir"):
+            found = record.read(self.folder)
+            if found is None or found.evaluation(self.plan.evaluation_id) is None:
+                raise ConfigErrors(refused)
+
 
 def plan_jobs(
     composed: list[DictConfig], labels: list[str], planner: plan.Planner | None = None
@@ -35,6 +46,8 @@ def plan_jobs(
     Raises:
         ConfigErrors: everything wrong with any of them, each error once.
     """
+    if not composed:
+        raise ConfigErrors("command line: must ask for at least one run; got none; correct a sweep")
     planner = planner or plan.Planner()
     labels = distinct(labels)
     mistakes = Mistakes(len(composed))
@@ -50,6 +63,7 @@ def plan_jobs(
     for config, label in typed:
         with mistakes.of(label):
             jobs.append(Job(config, label, planner.make(config)))
+            jobs[-1].check_folder()
     mistakes.refuse()
     return jobs
 
@@ -92,12 +106,4 @@ class Mistakes:
             ConfigErrors: each error once.
         """
         if self.found:
-            raise ConfigErrors(_with_runs(*one, self.total) for one in self.found.items())
-
-
-def _with_runs(error: str, labels: list[str], total: int) -> str:
-    """Says which runs of a sweep an error is about, unless it is all of them."""
-    if len(labels) == total:
-        return error
-    more = f" and {len(labels) - 2} more" if len(labels) > 2 else ""
-    return f"{error}  [{' | '.join(labels[:2])}{more}]"
+            raise ConfigErrors(self.found, self.found, self.total)

@@ -26,8 +26,8 @@ class Outcome:
 
     @property
     def is_bad(self) -> bool:
-        """Whether the run is not what the command asked for."""
-        return self.has_failed or self.status not in ("finished", "stopped")
+        """Whether the run is not what the command asked for; one that diverged is not."""
+        return self.has_failed or self.status != "finished"
 
 
 def objective(job: Job, found: record.Record | None) -> float:
