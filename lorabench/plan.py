@@ -49,6 +49,7 @@ class Plan(BaseModel):
     logits_bytes: int = 0  # the part of it for logits, of which a pack has no more than a chunk
     memory_bytes: int  # estimate: base, adapter, optimizer, activations of one micro-batch
     disk_bytes: int  # estimate: what the run folder will hold
+    checkpoint_bytes: int  # estimate: what it holds beside that while the run trains
     train_flops: float  # estimate: 4 x parameters FLOPs a token, for all steps
     tracker: str
     warnings: list[str]
@@ -213,9 +214,9 @@ class Planner:
             base_bytes=base_bytes,
             logits_bytes=logits,
             memory_bytes=base_bytes + 4 * state_bytes + activations + logits,
-            disk_bytes=state_bytes
-            * (4 if config.trainer.checkpoint_every or config.trainer.checkpoint_minutes else 1)
-            + 300_000,
+            disk_bytes=state_bytes + 300_000,
+            # Weights and two moments: the last one, the one before, and the one being written.
+            checkpoint_bytes=9 * state_bytes,
             train_flops=4.0
             * total
             * config.trainer.steps

@@ -135,6 +135,7 @@ def _serve(
     from lorabench.config import ConfigErrors
     from lorabench.plan import Planner
     from lorabench.progress import Display
+    from lorabench.sweep import check_room
     from lorabench.worker import Shared, Worker, stale_checkpoints
 
     interrupt.install()
@@ -146,7 +147,9 @@ def _serve(
     worker.look_at_kept()
     left = [job for job in jobs if worker.is_left(job)]
     to_train = [job for job in left if worker.must_train(job)]
-    if stale := stale_checkpoints(to_train, folder.read().current_packs()):
+    packs = folder.read().current_packs()
+    check_room([[job for job in to_train if job.plan.run_id in pack.runs] for pack in packs])
+    if stale := stale_checkpoints(to_train, packs):
         raise ConfigErrors(stale)
     display.num_runs = len(left)
     display.steps_total = sum(job.config.trainer.steps for job in to_train)

@@ -83,7 +83,9 @@ class Session:
                 [fresh[i].plan.run_id for i in members]
                 for members in sweep.form_packs(fresh, pack_size, machine.free_memory(device))
             ]
-        to_train = [job for job in worker.jobs if worker.must_train(job)]
+        to_train = sweep.first_of_each(job for job in worker.jobs if worker.must_train(job))
+        shapes = [*(pack.runs for pack in known.current_packs()), *packs]
+        sweep.check_room([[j for j in to_train if j.plan.run_id in runs] for runs in shapes])
         if stale := stale_checkpoints(to_train, known.current_packs()):
             raise ConfigErrors(stale)
         worker.folder.add(

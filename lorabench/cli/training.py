@@ -15,6 +15,7 @@ from lorabench.cli.words import conf_folder, in_hydras_order, refuse_flags
 
 if TYPE_CHECKING:
     from lorabench.cli.sessions import Command, Session
+    from lorabench.sweep import Job
 
 SHOWS = {"--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help", "--version"}  # and no more
 PLAN_FLAGS = ("--json", "--smoke")
@@ -120,6 +121,14 @@ def closing(outcomes: Sequence[Any]) -> int:
     return 0
 
 
+def _is_new(job: Job) -> bool:
+    """Whether a run has no adapter yet."""
+    from lorabench import record
+
+    found = record.read(job.folder)
+    return found is None or not found.has_trained()
+
+
 def plan(arguments: list[str]) -> int:
     """lorabench plan [-m] [--json] [--smoke] OVERRIDES"""
     if "-h" in arguments or "--help" in arguments:
@@ -145,6 +154,7 @@ def plan(arguments: list[str]) -> int:
 
     memory = machine.free_memory(machine.choose_device(jobs[0].config.trainer.device))
     packs = sweep.form_packs(jobs, composed.pack_size, memory)
+    sweep.check_room([[jobs[i] for i in members if _is_new(jobs[i])] for members in packs])
     shared = Shared(planner)
     attempts: list[Any] = []
 

@@ -2,9 +2,11 @@
 
 jobs     the runs of one command: planned together, refused together
 packs    which runs train together
+disk     whether there is room for what they leave
 folder   sweep.json, and how far each run is
 """
 
+from lorabench.sweep.disk import check_room
 from lorabench.sweep.folder import PackEntry, RunEntry, SweepFile, SweepFolder, entry_of, pack_id
 from lorabench.sweep.jobs import Job, Mistakes, distinct, first_of_each, plan_jobs
 from lorabench.sweep.packs import form_packs
@@ -16,6 +18,7 @@ __all__ = [
     "RunEntry",
     "SweepFile",
     "SweepFolder",
+    "check_room",
     "distinct",
     "entry_of",
     "first_of_each",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 from collections.abc import Iterator
 from functools import partial
@@ -14,6 +15,7 @@ from conftest import say
 from processes import start
 
 from faults.sweeps import ALONE, PACK, at_each_operation, leftovers, outcome, repeated
+from lorabench import model as base_model
 
 COMMANDS = {
     kind: [*words, "trainer.checkpoint_every=5"]
@@ -33,11 +35,11 @@ STAGES: dict[str, tuple[str, dict[str, int], list[int]]] = {
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A small file system of its own."""
-    place = tmp_path / "disk"
+def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of its own, of 8 MB if the test does not say otherwise."""
+    place, size = tmp_path / "disk", getattr(request, "param", "8m")
     place.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(place)]
+    words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
     if subprocess.run(words, capture_output=True, check=False).returncode:
         pytest.skip("no file system can be mounted here: needs root")
     yield place
@@ -51,6 +53,28 @@ def fill(disk: Path) -> None:
             with contextlib.suppress(OSError):
                 while True:
                     file.write(b"\0" * block)
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("disk", ["2m"], indirect=True)
+def test_runs_that_have_no_room_are_refused_before_a_base_is_loaded(disk: Path) -> None:
+    for verb in ("plan", "train"):
+        said = say(verb, *PACK[1:], "lora.r=16,32", f"output_dir={disk}")
+        assert said.code == 2 and not any(disk.iterdir())
+        assert re.fullmatch(
+            r"disk: must have room for 4 runs, 2\.5 MB, and for checkpoints, 11\.5 MB; "
+            rf"got 2\.1 MB free at '{disk}'; make room, or set output_dir=\.\.\. on another disk\n",
+            said.err,
+        )
+    assert say("plan", *PACK[1:], f"output_dir={disk}").code == 0
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("weights were loaded before the refusal")
+
+    monkeypatch.setattr(base_model, "load_verified", refuse)
 
 
 @pytest.fixture(scope="module")

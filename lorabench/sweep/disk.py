@@ -1,0 +1,47 @@
+"""Whether the disk has room for what a command will write."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorabench.config import ConfigErrors
+from lorabench.sweep.jobs import Job
+
+
+def check_room(packs: Sequence[Sequence[Job]]) -> None:
+    """Refuse runs for which their disk has no room.
+
+    Args:
+        packs: the runs that are to be trained, those of a pack together.
+    Raises:
+        ConfigErrors: a disk with less room than the runs leave on it, with the checkpoints of the
+            pack whose are largest.
+    """
+    disks: dict[int, list[Sequence[Job]]] = {}
+    places: dict[int, Path] = {}
+    for pack in filter(None, packs):
+        place = pack[0].folder
+        while not place.exists():
+            place = place.parent
+        device = place.stat().st_dev
+        disks.setdefault(device, []).append(pack)
+        places.setdefault(device, place)
+    errors = []
+    for device, there in disks.items():
+        left = sum(job.plan.disk_bytes for pack in there for job in pack)
+        most = max(sum(job.plan.checkpoint_bytes for job in pack) for pack in there)
+        free, count = shutil.disk_usage(places[device]).free, sum(map(len, there))
+        if left + most > free:
+            errors.append(
+                f"disk: must have room for {count} run{'s' if count > 1 else ''}, "
+                f"{_mb(left)}, and for checkpoints, {_mb(most)}; got {_mb(free)} free at "
+                f"'{places[device]}'; make room, or set output_dir=... on another disk"
+            )
+    if errors:
+        raise ConfigErrors(errors)
+
+
+def _mb(number: int) -> str:
+    return f"{number / 1e6:,.1f} MB"
