@@ -145,8 +145,8 @@ def _serve(
     display = Display(0, 0)
     worker = Worker(folder, jobs, shared, display)
     worker.look_at_kept()
-    left = [job for job in jobs if worker.is_left(job)]
-    to_train = [job for job in left if worker.must_train(job)]
+    left = [job for job in jobs if worker.asked.is_left(job)]
+    to_train = [job for job in left if worker.asked.must_train(job)]
     packs = folder.read().current_packs()
     check_room([[job for job in to_train if job.plan.run_id in pack.runs] for pack in packs])
     if stale := stale_checkpoints(to_train, packs):

@@ -57,7 +57,7 @@ class Session:
             )
         for worker in self.workers.values():
             worker.look_at_kept()
-        self.left = [job for job in jobs if self.worker(job).is_left(job)]
+        self.left = [job for job in jobs if self.worker(job).asked.is_left(job)]
         notes = shared.check_data(self.left)
         for worker in self.workers.values():
             self._add(worker, pack_size)
@@ -75,7 +75,7 @@ class Session:
 
         known = worker.folder.read()
         packed = {run for pack in known.packs for run in pack.runs}
-        fresh = [j for j in sweep.first_of_each(worker.jobs) if j.plan.run_id not in packed]
+        fresh = [j for j in sweep.first_of_each(worker.asked.jobs) if j.plan.run_id not in packed]
         packs: list[list[str]] = []
         if fresh:
             device = machine.choose_device(fresh[0].config.trainer.device)
@@ -83,13 +83,15 @@ class Session:
                 [fresh[i].plan.run_id for i in members]
                 for members in sweep.form_packs(fresh, pack_size, machine.free_memory(device))
             ]
-        to_train = sweep.first_of_each(job for job in worker.jobs if worker.must_train(job))
+        to_train = sweep.first_of_each(
+            job for job in worker.asked.jobs if worker.asked.must_train(job)
+        )
         shapes = [*(pack.runs for pack in known.current_packs()), *packs]
         sweep.check_room([[j for j in to_train if j.plan.run_id in runs] for runs in shapes])
         if stale := stale_checkpoints(to_train, known.current_packs()):
             raise ConfigErrors(stale)
         worker.folder.add(
-            {job.plan.run_id: sweep.entry_of(job) for job in worker.jobs},
+            {job.plan.run_id: sweep.entry_of(job) for job in worker.asked.jobs},
             packs,
             self.command.words,
         )
@@ -99,9 +101,9 @@ class Session:
         distinct = [
             job
             for worker in self.workers.values()
-            for job in sweep.first_of_each(job for job in self.left if job in worker.jobs)
+            for job in sweep.first_of_each(job for job in self.left if job in worker.asked.jobs)
         ]
-        to_score = [job for job in distinct if self.worker(job).must_score(job)]
+        to_score = [job for job in distinct if self.worker(job).asked.must_score(job)]
         self.display.num_runs = len(distinct)
         self.display.steps_total = sum(
             job.config.trainer.steps for job in distinct if job not in to_score
@@ -110,7 +112,7 @@ class Session:
         busy = [j for j in distinct if self.worker(j).folder.holder(j.plan.run_id)]
         same = len(self.left) - len(distinct)
         for place, worker in self.workers.items():
-            mine = {job.plan.run_id for job in worker.jobs}
+            mine = {job.plan.run_id for job in worker.asked.jobs}
             older = [
                 entry
                 for path, entry in record.find(place)
@@ -134,7 +136,7 @@ class Session:
 
     def is_over(self, index: int) -> bool:
         """Whether a job's run has ended already."""
-        return not self.worker(self.jobs[index]).is_left(self.jobs[index])
+        return not self.worker(self.jobs[index]).asked.is_left(self.jobs[index])
 
     def folder(self, index: int) -> Path:
         """The folder of a job's run."""

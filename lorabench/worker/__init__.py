@@ -1,5 +1,6 @@
 """A process that takes packs of a sweep under a lock, trains them, saves them and scores them.
 
+asked     the runs of a command, and how far they are
 work      which pack is next, who holds it, what a failure means for the others
 training  planned runs -> saved adapters
 scoring   saved adapters -> evaluations

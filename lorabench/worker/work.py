@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import gc
 import logging
-import math
 import time
 import traceback
 from collections.abc import Sequence
@@ -24,17 +23,17 @@ from lorabench import (
     interrupt,
     lease,
     machine,
-    plan,
     record,
     tracking,
 )
-from lorabench.config import ConfigErrors, typed
+from lorabench.config import ConfigErrors
 from lorabench.lease import Holder, Lease, Lost
 from lorabench.progress import Display
-from lorabench.sweep import Job, PackEntry, RunEntry, SweepFolder, first_of_each
+from lorabench.sweep import Job, PackEntry, SweepFolder, first_of_each
 from lorabench.worker import members as at_work
+from lorabench.worker.asked import Asked
 from lorabench.worker.members import Member
-from lorabench.worker.outcome import Outcome, last_line, objective, summary
+from lorabench.worker.outcome import Outcome, last_line, summary
 from lorabench.worker.scoring import load_pack, score
 from lorabench.worker.shared import Shared
 from lorabench.worker.training import train_pack
@@ -52,103 +51,46 @@ class Worker:
     """Brings the runs of a command to their end, in the pack shapes of their sweep folder."""
 
     def __init__(self, folder: SweepFolder, jobs: Sequence[Job], shared: Shared, display: Display):
-        self.folder, self.jobs, self.shared, self.display = folder, list(jobs), shared, display
-        self.before = {job.plan.run_id: _stamp(self._record(job)) for job in jobs}
-        self.failed: dict[str, str] = {}  # by this worker, which tries once: run id -> error
-        self.ended: set[str] = set()  # evaluations of runs that need no further look
+        self.folder, self.shared, self.display = folder, shared, display
+        self.asked = Asked(folder, jobs)
         self.told_waiting = ""
         self.told: set[str] = set()  # runs whose end was shown
 
-    # --- how far the runs are ------------------------------------------------------------
-
-    def _record(self, job: Job) -> record.Record | None:
-        return self.folder.record(job.plan.run_id)
-
-    def must_train(self, job: Job) -> bool:
-        """Whether a run has no adapter yet, and nobody has tried and failed since we began."""
-        found = self._record(job)
-        return not (found and found.has_trained()) and not self._has_failed(job, found)
-
-    def must_score(self, job: Job) -> bool:
-        """Whether a run has an adapter and lacks the scores that this command asks for."""
-        found = self._record(job)
-        if found is None or not found.has_trained() or self._has_failed(job, found):
-            return False
-        return not self._is_scored(found, job)
-
-    def _is_scored(self, found: record.Record, job: Job) -> bool:
-        """Whether a run has the evaluation that a job asks for, and its predictions whole."""
-        evaluation = found.evaluation(job.plan.evaluation_id)
-        if evaluation is None:
-            return False
-        path = job.folder / evaluation.predictions
-        return path.is_file() and hashes.file_hash(path) == evaluation.predictions_sha256
-
-    def is_left(self, job: Job) -> bool:
-        """Whether there is something to do for a run."""
-        key = f"{job.plan.run_id} {job.plan.evaluation_id}"
-        if key not in self.ended and not (self.must_train(job) or self.must_score(job)):
-            self.ended.add(key)
-        return key not in self.ended
-
-    def _has_failed(self, job: Job, found: record.Record | None) -> bool:
-        """Whether this worker, or another one since this one began, has tried and failed."""
-        if job.plan.run_id in self.failed:
-            return True
-        if found is None or found.error is None or found.status not in ("failed", "trained"):
-            return False
-        return _stamp(found) != self.before[job.plan.run_id]
-
-    def outcome(self, job: Job) -> Outcome:
-        """Say how a run has ended."""
-        run_id = job.plan.run_id
-        found = self._record(job)
-        status, error = (found.status, found.error) if found else ("failed", None)
-        has_failed = run_id in self.failed
-        if has_failed:
-            error = self.failed[run_id]
-            status = status if found and found.has_trained() else "failed"
-        value = math.nan if has_failed else objective(job, found)
-        folder = job.plan.folder
-        return Outcome(run_id, job.label, status, folder, error, value, has_failed)
-
     def look_at_kept(self) -> None:
         """Read the files of runs that have ended; those that are damaged have failed."""
-        for job in first_of_each(self.jobs):
-            found = self._record(job)
+        for job in first_of_each(self.asked.jobs):
+            found = self.asked.record(job)
             if found is None or not found.has_trained():
                 continue
             damaged = intact.damage(job.folder, found, hashes.file_hash)
             if damaged and not intact.only_scores(damaged):
-                self.failed[job.plan.run_id] = intact.told(job.folder, found, damaged)
+                self.asked.failed[job.plan.run_id] = intact.told(job.folder, found, damaged)
             elif damaged:
-                again = "scored again" if self.is_left(job) else "`lorabench evaluate` scores again"
-                self.display.say(f"{job.folder}: {', '.join(damaged)} is damaged; {again}")
-
-    # --- the work ------------------------------------------------------------------------
+                who = "scored" if self.asked.is_left(job) else "`lorabench evaluate` scores"
+                self.display.say(f"{job.folder}: {', '.join(damaged)} is damaged; {who} again")
 
     def finish(self, job: Job) -> Outcome:
         """Train and score until a run has ended, its own pack first."""
-        was_left = self.is_left(job)
-        while self.is_left(job):
+        was_left = self.asked.is_left(job)
+        while self.asked.is_left(job):
             if not self._take_one(first=job.plan.run_id):
                 self._wait(job)
         if was_left and job.plan.run_id not in self.told:
-            found = self._record(job)
+            found = self.asked.record(job)
             assert found is not None, "a run that nobody here has tried was tried by another"
             self._tell_one(job, f"{last_line(found)}, by another process")
-        return self.outcome(job)
+        return self.asked.outcome(job)
 
     def finish_all(self) -> list[Outcome]:
         """Train and score until every run has ended."""
-        return [self.finish(job) for job in self.jobs]
+        return [self.finish(job) for job in self.asked.jobs]
 
     def _take_one(self, first: str) -> bool:
         """Do what is left of one pack; False if others hold all of them."""
         packs = self.folder.read().current_packs()
         packs.sort(key=lambda pack: first not in pack.runs)
         for pack in packs:
-            left = self._left_of(pack)
+            left = self.asked.left_of(pack)
             if not left:
                 continue
             stale = left[0].config.worker.stale_seconds
@@ -161,16 +103,9 @@ class Worker:
                 if pack not in self.folder.settled().current_packs():
                     return True  # split before it was held
                 self._do(pack, taken.lease)
-            self.shared.keep_only(
-                job
-                for job in self.jobs
-                if f"{job.plan.run_id} {job.plan.evaluation_id}" not in self.ended
-            )
+            self.shared.keep_only(self.asked.not_known_to_have_ended())
             return True
         return False
-
-    def _left_of(self, pack: PackEntry) -> list[Job]:
-        return [job for job in self.jobs if job.plan.run_id in pack.runs and self.is_left(job)]
 
     def _wait(self, job: Job) -> None:
         holder = self.folder.holder(job.plan.run_id)
@@ -183,15 +118,15 @@ class Worker:
 
     def _do(self, pack: PackEntry, held: Lease) -> None:
         """Train and score what is left of a pack that is held."""
-        left = self._left_of(pack)
+        left = self.asked.left_of(pack)
         if not left:
             return  # another process was faster
         try:
-            slots = self._slots(pack, left[0])
+            slots = self.asked.slots(pack, left[0], self.shared.planner)
         except ConfigErrors as refused:
             self._fail(left, "; ".join(refused.errors))
             return
-        to_train = first_of_each([job for job in left if self.must_train(job)])
+        to_train = first_of_each([job for job in left if self.asked.must_train(job)])
         memory = self.folder.memory_path(pack)
         died = deaths.of_memory(memory) if to_train else None
         try:
@@ -207,19 +142,6 @@ class Worker:
                 self._score_saved(pack, slots, left, held)
         except Lost as lost:
             self.display.say(f"pack {pack.id}: {lost}")
-
-    def _slots(self, pack: PackEntry, like: Job) -> list[Job]:
-        """Every run of a pack's shape as a job; those of other commands from sweep.json.
-
-        Args:
-            like: a run of the pack that is at work.
-        """
-        known = {job.plan.run_id: job for job in first_of_each(self.jobs)}
-        entries = self.folder.read().runs
-        return [
-            known.get(run) or mate_of(like, run, entries[run], self.shared.planner)
-            for run in pack.runs
-        ]
 
     def _train_and_score(
         self, pack: PackEntry, slots: list[Job], jobs: list[Job], held: Lease
@@ -274,7 +196,7 @@ class Worker:
         begun = time.perf_counter()
         members = []
         for job in first_of_each(jobs):
-            found = self._record(job)
+            found = self.asked.record(job)
             assert found is not None
             members.append(Member(job, pack.runs.index(job.plan.run_id), found, held))
             at_work.clear(members[-1])
@@ -282,13 +204,13 @@ class Worker:
         with at_work.logs_of([member.folder for member in members]):
             try:
                 loaded, errors = load_pack(members, slots, self.shared)
-                self.failed |= errors
+                self.asked.failed |= errors
                 self._score([m for m in members if m.entry.run_id not in errors], loaded)
             except (KeyboardInterrupt, Lost):
                 raise
             except Exception as error:
                 log.error("pack %s: not scored\n%s", pack.id, traceback.format_exc())
-                self.failed |= {m.entry.run_id: at_work.what_failed(error) for m in members}
+                self.asked.failed |= {m.entry.run_id: at_work.what_failed(error) for m in members}
             finally:
                 with contextlib.suppress(Lost):
                     self._close(members, begun)
@@ -298,9 +220,9 @@ class Worker:
         """Score every evaluation that the command asks of these runs, packed."""
         wanted: dict[str, dict[str, Member]] = {}  # evaluation id -> run id -> member
         for member in members:
-            for job in self.jobs:
+            for job in self.asked.jobs:
                 same_run = job.plan.run_id == member.job.plan.run_id
-                if same_run and not self._is_scored(member.entry, job):
+                if same_run and not self.asked.is_scored(member.entry, job):
                     asked = dataclasses.replace(member, job=job)
                     wanted.setdefault(job.plan.evaluation_id, {})[job.plan.run_id] = asked
         for evaluation, of_runs in wanted.items():
@@ -313,9 +235,9 @@ class Worker:
                 log.error("scoring failed\n%s", traceback.format_exc())
                 errors = dict.fromkeys(of_runs, at_work.what_failed(error))
             for run, text in errors.items():
-                self.failed[run] = f"scoring failed: {text}"
+                self.asked.failed[run] = f"scoring failed: {text}"
                 if of_runs[run].entry.status == "trained":  # others have scores from before
-                    of_runs[run].entry.error = self.failed[run]
+                    of_runs[run].entry.error = self.asked.failed[run]
 
     def _close(
         self,
@@ -330,62 +252,28 @@ class Worker:
             if status is not None and not entry.has_trained():
                 entry.status, entry.error = status, error
             if member.failed:
-                self.failed[entry.run_id] = entry.error or "failed"
+                self.asked.failed[entry.run_id] = entry.error or "failed"
             before = entry.cost.total_seconds or member.earlier_seconds
             entry.cost.total_seconds = round(before + time.perf_counter() - begun, 3)
             entry.ended = record.now()
             try:
                 member.write()
             except OSError as unwritable:
-                self.failed[entry.run_id] = f"record cannot be written: {unwritable}"
+                self.asked.failed[entry.run_id] = f"record cannot be written: {unwritable}"
         ended = [(m.tracker, summary(m), m.entry.status == "failed") for m in members]
         tracking.finish_all(ended, is_interrupted=status == "interrupted")
 
     def _fail(self, jobs: Sequence[Job], error: str) -> None:
         """Give up on runs of which nothing was written."""
         for job in jobs:
-            self.failed[job.plan.run_id] = error
+            self.asked.failed[job.plan.run_id] = error
             self._tell_one(job, f"failed: {error}")
 
     def _tell(self, members: Sequence[Member]) -> None:
         for member in members:
-            error = self.failed.get(member.entry.run_id)
+            error = self.asked.failed.get(member.entry.run_id)
             self._tell_one(member.job, last_line(member.entry, error))
 
     def _tell_one(self, job: Job, text: str) -> None:
         self.told.add(job.plan.run_id)
         self.display.done(job.label, text)
-
-
-def mate_of(like: Job, run: str, entry: RunEntry, planner: plan.Planner) -> Job:
-    """Return a run of sweep.json that shares a pack with `like`, as far as its slot needs it.
-
-    Data and whatever else the runs of a pack share are those of `like`: how another command last
-    asked this run to be scored is of no importance here.
-
-    Raises:
-        ConfigErrors: it no longer resolves to the run it was.
-    """
-    from omegaconf import OmegaConf
-
-    from lorabench.sweep.packs import OWN_GROUPS, OWN_TRAINER
-
-    own = typed(OmegaConf.create(entry.config))
-    trainer = {key: getattr(own.trainer, key) for key in OWN_TRAINER}
-    config = dataclasses.replace(
-        like.config,
-        **{group: getattr(own, group) for group in OWN_GROUPS},
-        trainer=dataclasses.replace(like.config.trainer, **trainer),
-    )
-    made = planner.make(config)
-    if made.run_id != run:
-        raise ConfigErrors(
-            f"sweep.json: run {run} must still resolve to what was planned; it resolves to "
-            f"{made.run_id} now: its base or its data changed; repeat the command that asked for it"
-        )
-    return Job(config, entry.label, made)
-
-
-def _stamp(found: record.Record | None) -> tuple[Any, ...]:
-    """What changes when somebody tries a run again."""
-    return (found.status, found.started, found.ended, found.error) if found else ()
