@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench.files import sync, sync_folder
+from lorabench.files import share, sync, sync_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +58,7 @@ def write(
     }
     content["checksum"] = _checksum(content)
     (part / "checkpoint.json").write_text(json.dumps(content, indent=2) + "\n")
+    share(part)
     sync_folder(part)
 
 

@@ -48,6 +48,17 @@ def sync_folder(folder: Path) -> None:
         sync(path)
 
 
+def share(folder: Path) -> None:
+    """Give every file of a folder the rights that new files have; safetensors writes for one user.
+
+    The rights of the folder itself, which was made as any other, say what they are.
+    """
+    rights = folder.stat().st_mode & 0o666
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(rights)
+
+
 def obstacle(folder: Path) -> tuple[Path, str] | None:
     """Return what keeps files from being written to a folder: the place, and what it is.
 

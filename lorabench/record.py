@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from lorabench import lease
+from lorabench import checkpoint, lease
 from lorabench.files import write_atomic
 
 SCHEMA_VERSION = 2
@@ -176,6 +176,7 @@ def read(folder: Path) -> Record | None:
         return None  # no file, no text, no JSON, or not this schema
     if record.status == "running" and not _is_held(folder, record):
         record.status = "interrupted"
+        record.steps_done = max([0, *checkpoint.steps(folder / "checkpoint")])
     return record
 
 

@@ -89,6 +89,18 @@ def test_the_files_of_a_run_agree_with_its_record(output):
         assert count == record["plan"]["trainable_parameters"]
 
 
+def test_who_may_read_a_runs_folder_may_read_its_files(output, tmp_path):
+    """safetensors gives its files to one user alone."""
+    exported = tmp_path / "exported"
+    run = next((output / "default").glob("*/record.json")).parent
+    assert say("export", run, "--to", "adapter", exported).code == 0
+    files = [path for place in (output, exported) for path in place.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".safetensors", ".json", ".jsonl", ".parquet"}
+    for path in files:
+        if path.parent.name != ".locks":
+            assert path.stat().st_mode & 0o777 == path.parent.stat().st_mode & 0o666, path
+
+
 def test_the_same_command_again_keeps_everything_and_takes_seconds(output, monkeypatch):
     """Nothing is loaded; composing and planning four runs takes about a second, 10 is generous."""
 

@@ -123,6 +123,7 @@ def test_a_killed_run_resumes_to_the_same_adapter(tmp_path: Path) -> None:
     assert found is not None and found.status == "interrupted"
     done = json.loads((path.parent / "checkpoint" / "checkpoint.json").read_text())["steps_done"]
     assert 0 < done < 20
+    assert found.steps_done == done, "as `runs` shows it"
     with running(tmp_path / "again.txt", *words) as again:
         assert again.wait() == 0, again.said
     assert cli.main(["train", *arguments, f"output_dir={tmp_path / 'whole'}"]) == 0

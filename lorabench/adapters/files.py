@@ -16,6 +16,7 @@ from peft.utils import get_peft_model_state_dict
 
 from lorabench import model as base_model
 from lorabench.adapters.inject import ADAPTER, trainable
+from lorabench.files import share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,4 +74,5 @@ def save(tensors: Mapping[str, Tensor], settings: LoraConfig, folder: Path) -> s
         if isinstance(content.get(name), list):
             content[name] = sorted(content[name])
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    share(folder)
     return state_hash(state)

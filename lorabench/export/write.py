@@ -26,6 +26,7 @@ from lorabench import model as base_model
 from lorabench.config import ConfigErrors
 from lorabench.export import agreement
 from lorabench.export.source import Run
+from lorabench.files import share, sync_folder
 
 # Of the largest logit. Merging rounds each weight once more, 6e-8 of its size: 4e-7 to 9e-7 were
 # seen where all else was float64. Float32's arithmetic adds 1e-6 to 1e-5 on each side: where
@@ -312,6 +313,8 @@ def _whole_or_nothing(path: Path) -> Iterator[Path]:
     try:
         part.mkdir(parents=True)
         yield part
+        share(part)
+        sync_folder(part)
         if place.is_dir():
             place.rmdir()  # empty, or this fails
         part.rename(place)
