@@ -14,7 +14,7 @@ import torch
 from conftest import recorded_runs, say, scores
 from processes import running, slowly, wait_for
 
-from lorabench import checkpoint
+from lorabench import checkpoint, provenance
 from lorabench.config import TrainerConfig
 from lorabench.progress import Display
 from lorabench.worker.training import is_due
@@ -158,6 +158,22 @@ def test_where_no_checkpoint_is_whole_the_pack_starts_again(
     lines = [line for line in said.lines if "damaged" in line]
     assert len(lines) == 4 and all(line.endswith("; starting again") for line in lines)
     assert outcome(tmp_path) == whole
+
+
+def test_another_commit_continues_and_the_record_lists_both(
+    whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = [{"commit": name * 40, "dirty": None} for name in "ab"]
+    monkeypatch.setattr(provenance, "git_state", lambda: commits[0])
+    interrupted(tmp_path)
+    monkeypatch.setattr(provenance, "git_state", lambda: commits[1])
+    resumed: list[int] = []
+    monkeypatch.setattr(Display, "resumed", lambda self, steps: resumed.append(steps))
+    assert say(*FAST, f"output_dir={tmp_path}").code == 0
+    assert resumed == [2 * 5] and outcome(tmp_path) == whole
+    for _, entry in recorded_runs(tmp_path):
+        assert entry["provenance"]["commits"] == commits
+        assert entry["provenance"]["git"] == commits[1]
 
 
 def test_damaged_rows_of_metrics_are_left_out_and_told(tmp_path: Path) -> None:
