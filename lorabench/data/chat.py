@@ -7,27 +7,18 @@ from datetime import datetime
 from typing import Any
 
 from lorabench.config import ConfigErrors, DataConfig
+from lorabench.data.rendering import render_all
 
 # What a template gets for today's date, so that the same run has the same tokens on every day and
 # in every time zone. Llama 3.1's template falls back to this date itself.
 TODAY = datetime(2024, 7, 26)
 
 
-def render(template: str, tokenizer: Any, prompt: str, completion: str) -> tuple[str, str]:
-    """Return the prompt with the opening of the assistant's turn, and the whole conversation."""
-    turns = [{"role": "user", "content": prompt}]
-    opened = tokenizer.apply_chat_template(
-        turns, chat_template=template, add_generation_prompt=True, tokenize=False
-    )
-    turns.append({"role": "assistant", "content": completion})
-    return opened, tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
-
-
 def template_of(tokenizer: Any) -> str:
     """Return the tokenizer's chat template, with a fixed date where it asks for today's.
 
     Raises:
-        ConfigErrors: The tokenizer has none.
+        ConfigErrors: The tokenizer has none, or several and no default.
     """
     if not tokenizer.chat_template:
         raise ConfigErrors(
@@ -35,7 +26,14 @@ def template_of(tokenizer: Any) -> str:
             f"true and '{tokenizer.name_or_path}'; set data.chat_template=false or use an "
             "instruction-tuned model"
         )
-    template = tokenizer.get_chat_template()
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise ConfigErrors(
+            f"data.chat_template: must have a template named 'default' where a tokenizer has "
+            f"several; '{tokenizer.name_or_path}' has {', '.join(sorted(tokenizer.chat_template))};"
+            f" name one so, or set data.chat_template=false"
+        ) from error
     return _FIXED_DATE + template if "strftime_now" in template else template
 
 
@@ -65,10 +63,12 @@ def chat(
     Tokenising the rendered text without special tokens is what apply_chat_template does itself.
 
     Raises:
-        ConfigErrors: No chat template, or one whose conversation does not begin with its prompt.
+        ConfigErrors: No chat template, or one that does not render, or whose conversation does
+            not begin with its prompt.
     """
     template = template_of(tokenizer)
-    rendered = [render(template, tokenizer, one.prompt, one.completion) for one in examples]
+    pairs = [(one.prompt, one.completion) for one in examples]
+    rendered = render_all(template, tokenizer, pairs)
     prompts = encode(tokenizer, [opened for opened, _ in rendered])
     conversations = encode(tokenizer, [whole for _, whole in rendered])
     eos, found = tokenizer.eos_token_id, []
