@@ -57,7 +57,8 @@ def stock_model(config: Any) -> Any:
     from lorabench import adapters
     from lorabench import model as base_model
 
-    base = AutoModelForCausalLM.from_pretrained(base_model.location(config.model))
+    where = base_model.location(config.model)
+    base = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=False)
     names = ["q_proj", "k_proj", "v_proj", "o_proj"]
     names += ["lm_head"] * (config.head.policy == "lora")
     with warnings.catch_warnings():

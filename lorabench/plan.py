@@ -323,7 +323,7 @@ def _warnings(config: Config, base: Any) -> list[str]:
         found.append(f"the checkpoint is a classifier itself ({was[0]}): its head is replaced")
     where = base_model.location(config.model)
     if Path(where).is_dir():
-        original = AutoConfig.from_pretrained(where)
+        original = AutoConfig.from_pretrained(where, trust_remote_code=False)
         for key, value in base_model.random_settings(original).items():
             found.append(f"the base's own {key}={value:g} is switched off: only lora_dropout acts")
     return found

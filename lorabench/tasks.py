@@ -40,10 +40,12 @@ def model_class(architecture: Any, classes: int, name: str) -> Any:
         known = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if type(architecture) not in known:
         task, other = ("seq_cls", "causal_lm") if classes else ("causal_lm", "seq_cls")
+        own = (getattr(architecture, "auto_map", None) or {}).get(AUTO_CLASSES[task])
+        brought = f" (config.json names {own}, code of its own, which never runs)" if own else ""
         raise ConfigErrors(
             f"task: must be one that transformers has a model class for; got {task}, which "
-            f"'{architecture.model_type}' of base model '{name}' has none for; use task={other} "
-            f"or another model"
+            f"'{architecture.model_type}' of base model '{name}' has none for{brought}; use "
+            f"task={other} or another model"
         )
     return loader
 

@@ -104,13 +104,14 @@ def unknown_architecture(content: dict[str, Any], known: Any) -> str | None:
         known: the model types of the installed transformers.
     """
     model_type, have = content.get("model_type"), installed("transformers")
-    if model_type is None or model_type in known:
+    auto_map = content.get("auto_map")
+    if model_type in known or (model_type is None and not auto_map):
         return None
     law = f"transformers {have} does not know model_type '{model_type}'"
-    if content.get("auto_map"):
+    if auto_map:
         return (
-            f"{law}, and lorabench runs no code that a checkpoint brings along; use a version of "
-            f"transformers that has it, or another base"
+            f"{law}, and lorabench runs no code that a checkpoint brings along (config.json has "
+            f"auto_map={auto_map}); use a version of transformers that has it, or another base"
         )
     saved = content.get("transformers_version")
     if saved and have and _newer(saved, have):

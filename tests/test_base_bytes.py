@@ -242,12 +242,14 @@ def test_an_adapter_beside_the_base_is_refused(base: Path) -> None:
 def test_a_base_of_the_hub_is_the_planned_commit_without_an_adapter(
     tiny_folder: Folder, tmp_path: Path
 ) -> None:
-    """From a cache, where `main` has moved to another commit; one of them has an adapter."""
+    """From a cache, where `main` has moved to another commit; one has an adapter, one pickles."""
     repo = tmp_path / "hub" / "models--org--base"
-    commits = ["a" * 40, "b" * 40, "c" * 40]
-    for kind, commit in zip(("llama", "qwen3", "llama"), commits, strict=True):
+    commits = ["a" * 40, "b" * 40, "c" * 40, "d" * 40]
+    for kind, commit in zip(("llama", "qwen3", "llama", "llama"), commits, strict=True):
         shutil.copytree(tiny_folder(kind), repo / "snapshots" / commit)
     with_adapter(repo / "snapshots" / commits[2])
+    pickled = repo / "snapshots" / commits[3]
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commits[1])
     code = (
@@ -270,6 +272,8 @@ def test_a_base_of_the_hub_is_the_planned_commit_without_an_adapter(
         said.append(done.stdout.strip())
     assert said[:2] == ["llama", "qwen3"]
     assert "'org/base' holds adapter_config.json" in said[2]
+    assert said[3].startswith("model.path: weights must be safetensors"), said[3]
+    assert "'org/base' has pytorch_model.bin" in said[3] and "save_pretrained('NEW')" in said[3]
 
 
 # --- the tokenizer's files -------------------------------------------------------------------

@@ -127,7 +127,9 @@ def test_several_templates_without_a_default_are_refused(
 ) -> None:
     monkeypatch.setattr(loaded, "chat_template", {"rag": TURNS, "tool_use": TURNS})
     settings = DataConfig(name="t", source="jsonl", max_length=99, chat_template=True)
-    with pytest.raises(ConfigErrors, match="must have a template named 'default'.* has rag, tool_"):
+    with pytest.raises(
+        ConfigErrors, match=r"must have a template named 'default'.* has rag, tool_"
+    ):
         data.tokenise([data.Example("a", "b", id="0")], loaded, settings)
 
 

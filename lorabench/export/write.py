@@ -100,7 +100,7 @@ def to_merged(run: Run, path: Path, dtype_name: str) -> dict[str, Any]:
         tokenizer.save_pretrained(part)
         del model, wrapped, embedding  # one model at a time
         again, found = run.auto_class.from_pretrained(
-            part, dtype=torch.float32, output_loading_info=True
+            part, dtype=torch.float32, output_loading_info=True, **base_model.NO_CODE
         )
         lacking = {kind: sorted(map(str, names)) for kind, names in found.items() if names}
         if lacking:

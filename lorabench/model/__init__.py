@@ -6,6 +6,7 @@ needed, so that run ids and checks of a sweep cost no import.
 
 from lorabench.model.hub import hub_commit, hub_failure
 from lorabench.model.loading import (
+    NO_CODE,
     architecture,
     dtype,
     load,
@@ -27,6 +28,7 @@ from lorabench.model.tensors import checksum, is_tied, num_parameters, output_he
 from lorabench.model.verified import load_verified, tokenizer_verified
 
 __all__ = [
+    "NO_CODE",
     "TOKENIZER_FILES",
     "WEIGHT_PATTERNS",
     "ZOO",

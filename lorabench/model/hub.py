@@ -7,8 +7,10 @@ import os
 import re
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from lorabench.config import ConfigErrors, ModelConfig, first_line
+from lorabench.model import foreign
 
 
 def hub_commit(model: ModelConfig) -> str:
@@ -30,6 +32,23 @@ def _hub_commit(path: str, revision: str | None) -> str:
         return str(HfApi().model_info(path, revision=wanted).sha)
     except Exception as error:
         raise ConfigErrors(hub_failure("model.path", path, error)) from error
+
+
+def pickled_on_hub(model: ModelConfig, content: dict[str, Any]) -> list[str]:
+    """Refuse a base that has pickled weights on the hub, and no others.
+
+    Args:
+        content: its config.json.
+    """
+    from transformers.utils.hub import has_file
+
+    def there(names: tuple[str, ...]) -> list[str]:
+        revision = model.revision or "main"
+        return [name for name in names if has_file(model.path, name, revision=revision)]
+
+    if there(foreign.WEIGHTS) or not (pickled := there(foreign.PICKLED)):
+        return []
+    return [foreign.no_safetensors(model, content, pickled)]
 
 
 def must_be_reachable(model: ModelConfig) -> None:

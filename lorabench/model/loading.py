@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench import tasks, versions
 from lorabench.config import ConfigErrors, ModelConfig, and_more, first_line, model_name
-from lorabench.model.hub import hub_failure, must_be_reachable
+from lorabench.model import foreign
+from lorabench.model.hub import hub_failure, must_be_reachable, pickled_on_hub
 from lorabench.model.place import adapter_beside, beside, local_folder, location
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+
+# Of every loader of weights: transformers would ask on the terminal, and unpickle.
+NO_CODE = {"trust_remote_code": False, "use_safetensors": True}
 
 
 def dtype(name: str) -> torch.dtype:
@@ -64,12 +69,19 @@ def architecture(model: ModelConfig, classes: int = 0) -> Any:
         classes: of a classification; 0: a language model.
     """
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     def load(where: str, **options: Any) -> Any:
         content, _ = PreTrainedConfig.get_config_dict(where, **options)
         if unknown := versions.unknown_architecture(content, CONFIG_MAPPING):
             raise ConfigErrors(f"model.path: '{model.path}' cannot be built: {unknown}")
-        return AutoConfig.from_pretrained(where, **options)
+        wrong = foreign.kernels(model, content)
+        wrong += foreign.code_of_tokenizer(model, get_tokenizer_config(where, **options))
+        if local_folder(model) is None:
+            wrong += pickled_on_hub(model, content)
+        if wrong:
+            raise ConfigErrors(wrong)
+        return AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
 
     config = _call(model, load)
     for part, key, _ in _random_settings(config):
@@ -89,7 +101,10 @@ def skeleton(model: ModelConfig, classes: int = 0) -> PreTrainedModel:
         # Quiet: transformers advises on an encoder that `tasks.check` refuses below.
         with torch.device("meta"), _quiet_loading(True):
             built = loader.from_config(
-                config, attn_implementation=model.attn_implementation, dtype=dtype(model.dtype)
+                config,
+                attn_implementation=model.attn_implementation,
+                dtype=dtype(model.dtype),
+                trust_remote_code=False,
             )
     except (ValueError, ImportError) as error:
         why = first_line(error)
@@ -117,6 +132,7 @@ def load(model: ModelConfig, device: str, classes: int = 0) -> PreTrainedModel:
             attn_implementation=model.attn_implementation,
             dtype=dtype(model.dtype),
             output_loading_info=True,
+            **NO_CODE,
             **options,
         )
     _must_be_alone(base, model)
@@ -148,7 +164,7 @@ def plain(model: ModelConfig, auto: Any, dtype_name: str, **options: Any) -> Any
     if "num_labels" in options:  # of a checkpoint that is a classifier itself
         options["ignore_mismatched_sizes"] = True
     with _quiet_loading("num_labels" in options):
-        base = _call(model, auto.from_pretrained, dtype=dtype(dtype_name), **options)
+        base = _call(model, auto.from_pretrained, dtype=dtype(dtype_name), **NO_CODE, **options)
     _must_be_alone(base, model)
     return base.eval()
 
@@ -157,7 +173,7 @@ def tokenizer(model: ModelConfig) -> Any:
     """The base's own tokenizer."""
     from transformers import AutoTokenizer
 
-    return _call(model, AutoTokenizer.from_pretrained)
+    return _call(model, AutoTokenizer.from_pretrained, trust_remote_code=False)
 
 
 def _call(model: ModelConfig, load: Callable[..., Any], **options: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lorabench.config import ConfigErrors, ModelConfig, nearest
 from lorabench.hashes import file_hash, files_hash
+from lorabench.model import foreign
 from lorabench.model.hub import hub_commit
 
 ZOO = Path(__file__).parent.parent / "zoo"
@@ -99,9 +100,11 @@ def check(model: ModelConfig) -> list[str]:
             f"model.path: a checkpoint folder must hold config.json; '{model.path}' has none; "
             f"save the model there with save_pretrained"
         )
-    elif not any(any(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS):
+    elif pickled := foreign.pickled_weights(model, folder):
+        errors += pickled
+    elif not any(folder.glob("*.safetensors")):
         errors.append(
-            f"model.path: a checkpoint folder must hold weights ({', '.join(WEIGHT_PATTERNS)}); "
+            f"model.path: a checkpoint folder must hold weights (*.safetensors); "
             f"'{model.path}' has none"
         )
     return errors
