@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from lorabench import checkpoint, lease
+from lorabench import checkpoint, lease, masking
 from lorabench.files import write_atomic
 
 SCHEMA_VERSION = 2
@@ -143,7 +143,7 @@ class Record(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Replace record.json in one step: a reader never sees half of it."""
-        content = self.model_dump(mode="json")
+        content = masking.mask(self.model_dump(mode="json"))
         content["checksum"] = checksum(content)
         write_atomic(folder / "record.json", json.dumps(content, indent=2) + "\n")
 

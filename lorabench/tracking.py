@@ -22,6 +22,7 @@ from pathlib import Path
 from queue import Full, Queue
 from typing import Any
 
+from lorabench import masking
 from lorabench.config import TrackerConfig, first_line
 
 INIT_SECONDS = 20.0  # for the server to answer when a run starts
@@ -356,6 +357,7 @@ def start(
         notify(f"wandb: cannot be imported ({first_line(error)}); the run goes on without it")
         return NoTracker()
     folder.mkdir(parents=True, exist_ok=True)
+    sys.argv = masking.mask(sys.argv)  # the client copies the command line
     mirrored = Mirrored(settings, run_id, sweep, name, tags, config, folder, notify)
     return WandbTracker(mirrored, CLIENT)
 

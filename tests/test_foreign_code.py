@@ -45,7 +45,7 @@ def base(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Path:
     folder = tmp_path / "base"
     shutil.copytree(tiny_folder("llama"), folder)
     plant(folder, tmp_path)
-    edit(folder / "generation_config.json", custom_generate="own", penalty_alpha=0.6, top_k=4)
+    edit(folder / "generation_config.json", custom_generate="own")
     return folder
 
 
@@ -223,7 +223,7 @@ def test_the_conversion_that_is_shown_makes_a_base_that_is_planned(
     tensors = load_file(base / "model.safetensors")
     (base / "model.safetensors").unlink()
     torch.save(tensors, base / "pytorch_model.bin")
-    edit(base / "generation_config.json", custom_generate=None, penalty_alpha=None, top_k=None)
+    edit(base / "generation_config.json", custom_generate=None)
     words = words_of(base, tmp_path)
     said = say("plan", *words)
     assert said.code == 2

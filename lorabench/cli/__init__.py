@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
+from lorabench import masking
 from lorabench.cli.composing import compose, register
 from lorabench.cli.exporting import export
 from lorabench.cli.mistakes import guarded
@@ -45,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     composes = verb in ("train", "plan")
     composed = [word for word in arguments[1:] if word not in PLAN_FLAGS] if composes else None
     as_json = "--json" in arguments
-    return guarded(lambda: handlers.get(verb, _refuse(verb))(arguments[1:]), composed, as_json)
+    with masking.applied(arguments[1:]):
+        return guarded(lambda: handlers.get(verb, _refuse(verb))(arguments[1:]), composed, as_json)
 
 
 def _refuse(verb: str) -> Callable[[list[str]], int]:

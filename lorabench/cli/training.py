@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorabench import masking
 from lorabench.cli.composing import compose, register, say_if_sweep
 from lorabench.cli.mistakes import fail
 from lorabench.cli.words import conf_folder, in_hydras_order, refuse_flags
@@ -68,8 +69,10 @@ def _run_hydra(function: Callable[[Any], Any], arguments: Sequence[str]) -> None
     sys.argv = ["lorabench", *in_hydras_order(arguments)]
     loud = logging.raiseExceptions
     logging.raiseExceptions = False  # a log to a full disk or a closed pipe is no traceback
+    main = hydra.main(config_path=conf_folder(), config_name="train", version_base="1.3")
     try:
-        hydra.main(config_path=conf_folder(), config_name="train", version_base="1.3")(function)()
+        with masking.hydras_files():
+            main(function)()
     finally:
         logging.raiseExceptions = loud
 

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
 
-from lorabench import lease, record
+from lorabench import lease, masking, record
 from lorabench.config import ConfigErrors
 from lorabench.files import replace
 from lorabench.record import Record
@@ -180,7 +180,8 @@ class SweepFolder:
         return FileLock(self.locks / "sweep.lock", timeout=LOCK_TIMEOUT)
 
     def _write(self, content: SweepFile) -> None:
-        replace(self.path / "sweep.json", content.model_dump_json(indent=1) + "\n")
+        masked = SweepFile.model_validate(masking.mask(content.model_dump()))
+        replace(self.path / "sweep.json", masked.model_dump_json(indent=1) + "\n")
 
     # --- how far it is -------------------------------------------------------------------
 

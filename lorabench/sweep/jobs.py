@@ -10,7 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from lorabench import config as configs
-from lorabench import plan, record
+from lorabench import masking, plan, record
 from lorabench.config import Config, ConfigErrors
 
 
@@ -49,7 +49,7 @@ def plan_jobs(
     if not composed:
         raise ConfigErrors("command line: must ask for at least one run; got none; correct a sweep")
     planner = planner or plan.Planner()
-    labels = distinct(labels)
+    labels = distinct(masking.mask(labels))
     mistakes = Mistakes(len(composed))
     jobs: list[Job] = []
     typed: list[tuple[Config, str]] = []

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from lorabench import checkpoint, provenance, record, tracking
+from lorabench import checkpoint, masking, provenance, record, tracking
 from lorabench.config import ConfigErrors, first_line, flatten
 from lorabench.files import sync, write_atomic
 from lorabench.lease import Lease, Lost
@@ -131,7 +131,7 @@ def begin(member: Member) -> None:
     """Write what is known of a run before anything is loaded."""
     member.folder.mkdir(parents=True, exist_ok=True)
     clear(member)
-    content = OmegaConf.to_yaml(OmegaConf.create(member.entry.config))
+    content = OmegaConf.to_yaml(OmegaConf.create(masking.mask(member.entry.config)))
     member.lease.check()
     write_atomic(member.folder / "config.yaml", content)
     member.write()
@@ -191,12 +191,12 @@ def logs_of(folders: Sequence[Path]) -> Iterator[None]:
 def start_tracker(member: Member, display: Display) -> None:
     config = member.job.config
     member.tracker = tracking.start(
-        config.tracker,
+        dataclasses.replace(config.tracker, tags=masking.mask(config.tracker.tags)),
         run_id=member.entry.run_id,
         sweep=config.sweep,
         name=member.job.label,
         tags=[member.job.plan.model, f"head={config.head.policy}"],
-        config=member.entry.config,
+        config=masking.mask(member.entry.config),
         folder=member.folder.parent,
         notify=display.say,
     )
