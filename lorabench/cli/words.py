@@ -7,6 +7,7 @@ these are refused before.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -176,7 +177,7 @@ def refuse_places(hydra: Any) -> None:
 
     from lorabench.config import ConfigErrors
 
-    own: Any = OmegaConf.to_container(OmegaConf.load(Path(conf_folder()) / "train.yaml").hydra)
+    own = _own_hydra()
     parts = ("run", "sweep", "job", "sweeper", "launcher")
     errors = [
         f"hydra.{part}: must be a mapping; got {hydra[part]}; leave it out, or set the keys in it"
@@ -198,6 +199,14 @@ def refuse_places(hydra: Any) -> None:
     ]
     if errors:
         raise ConfigErrors(errors)
+
+
+@functools.cache
+def _own_hydra() -> Any:
+    """Hydra's settings in conf/train.yaml."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.load(Path(conf_folder()) / "train.yaml").hydra)
 
 
 def _misplaced(key: str, law: Any, got: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -58,11 +59,14 @@ def typed(cfg: DictConfig) -> Config:
     return config
 
 
+_hints = functools.cache(get_type_hints)
+
+
 def _build(cls: type, values: Any, prefix: str = "") -> Any:
     """Nested dataclasses from plain containers (types were checked when Hydra composed them)."""
     if not is_dataclass(cls):
         return values
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     # `+lora.foo=1` gets past Hydra
     errors = [
         f"{prefix}{key}: no such key; got {did_you_mean(str(key), hints)}"
