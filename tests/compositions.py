@@ -2,12 +2,15 @@
 
 Hydra takes 0.2 s to compose one config, and every command line needs several. Here the composition
 of the chosen files is kept for the session, and the values are set by Hydra's own code, which is
-what Hydra itself does next. test_config_files.py holds the result to Hydra's own. What PEFT makes
-of a base and an adapter's settings on the meta device is kept too: it is read, never changed.
+what Hydra itself does next. test_config_files.py holds the result to Hydra's own. What the parsers
+make of a word and of an interpolation is kept too, and so is what PEFT makes of a base and an
+adapter's settings on the meta device: it is read, never changed.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import os
 import pickle
@@ -15,7 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import omegaconf._utils
+import omegaconf.base
+import omegaconf.grammar_parser
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
+from hydra._internal.config_repository import ConfigRepository
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
@@ -86,6 +93,33 @@ def is_group(override: Override) -> bool:
     return os.path.isdir(os.path.join(cli.conf_folder(), name)) or name.startswith("hydra/")
 
 
+load_config = ConfigRepository.load_config
+files: dict[str, bytes] = {}
+
+
+def read(self: ConfigRepository, config_path: str) -> Any:
+    """Stand in for `ConfigRepository.load_config`: each of our own and Hydra's files once."""
+    if not {one.path for one in self.sources} <= {"hydra.conf", cli.conf_folder(), ""}:
+        return load_config(self, config_path)
+    if config_path not in files:
+        files[config_path] = pickle.dumps(load_config(self, config_path))
+    return pickle.loads(files[config_path])
+
+
+parse_rule = OverridesParser.parse_rule
+words: dict[str, Override] = {}
+
+
+def parse(self: OverridesParser, s: str, rule_name: str) -> Any:
+    """Stand in for `OverridesParser.parse_rule`: a word that sets one value is parsed once."""
+    if rule_name == "override" and s in words:
+        return copy.copy(words[s])
+    found = parse_rule(self, s, rule_name)
+    if rule_name == "override" and isinstance(found._value, str | int | float | None):
+        words[s] = copy.copy(found)  # its config_loader is set by others
+    return found
+
+
 attached = inject._attach_skeleton
 skeletons: dict[str, Any] = {}
 
@@ -101,4 +135,8 @@ def attach(skeleton: Any, config: Config, modules: list[str]) -> Any:
 
 def install() -> None:
     ConfigLoaderImpl._load_configuration_impl = load  # type: ignore[method-assign]
+    ConfigRepository.load_config = read  # type: ignore[method-assign]
+    OverridesParser.parse_rule = parse  # type: ignore[method-assign]
+    grammar = functools.cache(omegaconf.grammar_parser.parse)
+    omegaconf.base.parse = omegaconf._utils.parse = grammar  # type: ignore[attr-defined]
     inject._attach_skeleton = attach
