@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 import torch
 from conftest import composed
 from peft import get_peft_model
+from processes import start_call
 from tiny import SMALL
 from transformers import LlamaConfig, Trainer, TrainingArguments
 
@@ -175,19 +174,10 @@ def test_resumed_with_another_rank(falls_in: Falls, tmp_path: Path) -> None:
 
 def test_resumed_with_as_many_parameters_of_other_shapes(falls_in: Falls, tmp_path: Path) -> None:
     """T2.17"""
-    script = """
-import sys; sys.path.insert(0, "tests")
-from functools import lru_cache
-from pathlib import Path
-from traps.test_traps_resume import resumed
-settings = [{"r": 256, "target_modules": ["q_proj", name]} for name in ("v_proj", "o_proj")]
-outcome, _ = resumed(*settings, Path(sys.argv[1]))
-print(f"{type(outcome).__name__}: {outcome}")
-"""
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    settings = [{"r": 256, "target_modules": ["q_proj", name]} for name in ("v_proj", "o_proj")]
+    done = start_call(tmp_path, lambda: print(resumed(*settings, tmp_path / "theirs")) or 0)
     # AdamW's fused kernel writes moments of 32 x 256 where v_proj left room for 16 x 256.
-    falls_in(done.returncode < 0, f"{done.returncode}: {done.stdout}{done.stderr[-200:]}")
+    falls_in(done.wait() < 0, f"{done.code}: {done.said}")
 
     is_not_taken(custom("q_proj", "v_proj"), custom("q_proj", "o_proj"), tmp_path)
 
