@@ -100,11 +100,23 @@ PLACES = {  # what is forbidden, below the output folder; the key that says wher
 }
 
 
+@pytest.fixture(scope="module")
+def run_id() -> str:
+    """The id of the run of SMOKE."""
+    return json.loads(say("plan", "--json", *SMOKE).out)["runs"][0]["run_id"]
+
+
 @pytest.mark.parametrize("verb", ["train", "plan"])
 @pytest.mark.parametrize(("place", "key"), PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("bits", [0o555, 0o000])
 def test_a_forbidden_folder_is_refused_before_the_base_loads(
-    place: str, key: str, verb: str, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str,
+    key: str,
+    verb: str,
+    bits: int,
+    run_id: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from lorabench import model as base_model
 
@@ -113,8 +125,7 @@ def test_a_forbidden_folder_is_refused_before_the_base_loads(
 
     monkeypatch.setattr(base_model, "load_verified", refuse)
     words = [*SMOKE, f"output_dir={tmp_path / 'out'}"]
-    run = json.loads(say("plan", "--json", *words).out)["runs"][0]["run_id"]
-    forbidden = tmp_path / "out" / place.replace("{run}", run)
+    forbidden = tmp_path / "out" / place.replace("{run}", run_id)
     forbidden.mkdir(parents=True)
     before = tree(tmp_path)
     with mode(forbidden, bits):

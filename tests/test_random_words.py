@@ -83,8 +83,8 @@ def test_what_was_once_a_defect(words: list[str]) -> None:
     assert what_is_wrong([*random_words.SMALL, *words]) is None
 
 
-def test_a_dozen_random_lines() -> None:
-    assert wrong(range(12)) == {}
+def test_six_random_lines() -> None:
+    assert wrong(range(6)) == {}
 
 
 def test_a_seed_is_the_same_line_for_ever() -> None:

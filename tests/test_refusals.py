@@ -25,9 +25,9 @@ def refused(*words: Any) -> list[dict[str, Any]]:
     assert name == "errors" and errors and not rest
     for one in errors:
         assert list(one) == PARTS and one["key"] and one["law"]
-    lines = say(*words).lines
-    assert len(lines) == len(errors) and say(*words).out == ""
-    for line, one in zip(lines, errors, strict=True):
+    said = say(*words)
+    assert len(said.lines) == len(errors) and said.out == ""
+    for line, one in zip(said.lines, errors, strict=True):
         assert line.startswith(f"{one['key']}: {one['law']}")
         assert (one["got"] or "") in line and (one["remedy"] or "") in line
     return errors

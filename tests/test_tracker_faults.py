@@ -282,6 +282,7 @@ def test_a_process_whose_tracker_is_stopped_exits_by_itself(tmp_path):
     assert len(sync_command(output.read_text())[3:]) == 2
 
 
+@pytest.mark.faults
 def test_rows_never_wait_for_a_stopped_service(tmp_path, monkeypatch, capsys):
     """More rows than its socket takes: the client blocks in `log`, the loop does not."""
     monkeypatch.setattr(tracking, "INTERRUPTED_SECONDS", 0.2)
