@@ -58,7 +58,7 @@ def test_nll_is_the_models_own_loss_example_by_example() -> None:
 
 @pytest.mark.parametrize("skills", [KNOWN, ["data.skills=[rot13]"]])
 def test_exact_match_is_greedy_decoding_writing_the_completion(skills: list[str]) -> None:
-    pack, tokens, table = scored(*skills)
+    pack, tokens, table = scored(*skills, "data.num_test=20")
     generated = []
     for i in range(len(tokens)):
         start = tokens.completion_start[i]

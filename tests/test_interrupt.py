@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +39,30 @@ def outcome(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[int, dict[str, Any]]]:
+    """The exit code and the outcome of a command that nothing happens to, made once."""
+
+    @cache
+    def of(*command: str) -> tuple[int, dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("whole")
+        return cli.main([*command, f"output_dir={folder}"]), outcome(folder)
+
+    return of
+
+
 @pytest.mark.parametrize("rates", ["1e30,1e-3", "1e-3,1e30"])
 @pytest.mark.parametrize("every", [0, 5])
 def test_a_mate_that_diverged_stays_stopped_and_the_others_go_on(
-    rates: str, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rates: str,
+    every: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: Callable[..., tuple[int, dict[str, Any]]],
 ) -> None:
     command = [*FAST, f"trainer.lr={rates}"]
-    assert cli.main([*command, f"output_dir={tmp_path / 'whole'}"]) == 1
-    expected = outcome(tmp_path / "whole")
+    code, expected = whole(*command)
+    assert code == 1
     assert sorted(one[0] for one in expected.values()) == ["finished", "stopped"]
 
     def kill(self: Any, step: int, *rest: Any) -> None:
@@ -64,10 +82,14 @@ def test_a_mate_that_diverged_stays_stopped_and_the_others_go_on(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_inside_a_step_waits_until_the_step_is_whole(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: Callable[..., tuple[int, dict[str, Any]]],
 ) -> None:
     command = [*FAST, "seed=0,1"]
-    assert cli.main([*command, f"output_dir={tmp_path / 'whole'}"]) == 0
+    code, expected = whole(*command)
+    assert code == 0
     update, calls = StackedPack.update, []
 
     def signalled(self: StackedPack, lr: list[float]) -> Any:
@@ -84,7 +106,7 @@ def test_a_signal_inside_a_step_waits_until_the_step_is_whole(
     kept = [*(tmp_path / "killed").glob("*/*/checkpoint/checkpoint.json")]
     assert [json.loads(path.read_text())["steps_done"] for path in kept] == [6, 6]
     assert cli.main(command) == 0
-    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "killed") == expected
 
 
 def begun(folder: Path) -> bool:
