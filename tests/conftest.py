@@ -31,6 +31,8 @@ if "LORABENCH_TESTS" not in os.environ:  # xdist's workers share the folder of t
     os.environ["LORABENCH_TESTS"] = tempfile.mkdtemp(prefix="lorabench-tests-")
     atexit.register(shutil.rmtree, os.environ["LORABENCH_TESTS"])
 
+gc.disable()  # over a million objects that stay; see pytest_collection_finish
+
 import pytest
 from processes import Elsewhere
 from tiny import tiny_config
@@ -86,6 +88,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 10, 10)
+    gc.enable()
 
 
 # --- the command line ------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +110,14 @@ def gradients(pack: StackedPack, run: int) -> dict[str, Tensor]:
     return {place.state_name: pack._view(run, place, "grad") for place in pack.places[run]}
 
 
+@cache
+def embedded_tokenizer() -> Any:
+    return base_model.tokenizer(ModelConfig(path="lorabench:tiny-gemma"))
+
+
 def tokens_of(config: Config) -> tuple[data.Tokens, int]:
     # The embedded tokenizer for every architecture: AutoTokenizer rebuilds some classes by type.
-    tokenizer = base_model.tokenizer(ModelConfig(path="lorabench:tiny-gemma"))
+    tokenizer = embedded_tokenizer()
     tokens = data.tokenise(data.load(config.data).train, tokenizer, config.data)
     return tokens, data.pad_id(tokenizer)
 
