@@ -3,8 +3,8 @@
 Hydra takes 0.2 s to compose one config, and every command line needs several. Here the composition
 of the chosen files is kept for the session, and the values are set by Hydra's own code, which is
 what Hydra itself does next. test_config_files.py holds the result to Hydra's own. What the parsers
-make of a word and of an interpolation is kept too, and so is what PEFT makes of a base and an
-adapter's settings on the meta device: it is read, never changed.
+make of a word and of an interpolation is kept too, and so are a base on the meta device and what
+PEFT makes of it and an adapter's settings: they are read, never changed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 
 from lorabench import cli
+from lorabench import model as base_model
 from lorabench.adapters import inject
-from lorabench.config import Config
+from lorabench.config import Config, ModelConfig
 
 inner = ConfigLoaderImpl._load_configuration_impl
 kept: dict[str, bytes] = {}
@@ -120,6 +121,19 @@ def parse(self: OverridesParser, s: str, rule_name: str) -> Any:
     return found
 
 
+built = base_model.skeleton
+bases: dict[str, Any] = {}
+
+
+def skeleton(model: ModelConfig, classes: int = 0) -> Any:
+    """Stand in for `model.skeleton`: one for each config of a base."""
+    architecture = base_model.architecture(model, classes).to_json_string(use_diff=False)
+    key = repr((architecture, model, classes))
+    if key not in bases:
+        bases[key] = built(model, classes)
+    return bases[key]
+
+
 attached = inject._attach_skeleton
 skeletons: dict[str, Any] = {}
 
@@ -139,4 +153,5 @@ def install() -> None:
     OverridesParser.parse_rule = parse  # type: ignore[method-assign]
     grammar = functools.cache(omegaconf.grammar_parser.parse)
     omegaconf.base.parse = omegaconf._utils.parse = grammar  # type: ignore[attr-defined]
+    base_model.skeleton = skeleton
     inject._attach_skeleton = attach

@@ -31,8 +31,6 @@ if "LORABENCH_TESTS" not in os.environ:  # xdist's workers share the folder of t
     os.environ["LORABENCH_TESTS"] = tempfile.mkdtemp(prefix="lorabench-tests-")
     atexit.register(shutil.rmtree, os.environ["LORABENCH_TESTS"])
 
-gc.disable()  # over a million objects that stay; see pytest_collection_finish
-
 import pytest
 from processes import Elsewhere
 from tiny import tiny_config
@@ -42,6 +40,7 @@ from lorabench import cli, config, interrupt
 if TYPE_CHECKING:
     import torch
 
+gc.disable()  # while a million objects are imported, until pytest_collection_finish
 # What fails in a helper is told in full, as in a test.
 pytest.register_assert_rewrite("stock", "stock_classifier")
 

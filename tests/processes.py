@@ -132,9 +132,13 @@ def slowly(seconds: float = 0.1) -> None:
 
 
 SERVER = """
-import json, os, sys, traceback
+import gc, json, os, sys, traceback
+
+gc.disable()
 import peft, torch, transformers
 
+gc.freeze()
+gc.enable()
 for line in sys.stdin:
     asked = json.loads(line)
     if child := os.fork():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ def words_of(model: Path | str, texts: Path) -> list[str]:
 # --- theirs ----------------------------------------------------------------------------------
 
 
+@cache
+def tokenizer_at(location: str) -> Any:
+    return t.AutoTokenizer.from_pretrained(location)
+
+
 def stock_model(config: Config) -> Any:
     """What a user of transformers loads: the head is random, another one in every process."""
     torch.manual_seed(random.randrange(10**6))
@@ -42,8 +48,7 @@ def stock_model(config: Config) -> Any:
         num_labels=len(LABELS),
         dtype=getattr(torch, config.model.dtype),
     )
-    tokenizer = t.AutoTokenizer.from_pretrained(base_model.location(config.model))
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer_at(base_model.location(config.model)).pad_token_id
     return model
 
 
@@ -68,7 +73,7 @@ class Stock:
         self.clock = adapters.Clock(config.seeds.dropout, training=True)
         adapters.key_dropout(self.wrapped, self.clock)
         self.parameters = [p for p in self.wrapped.parameters() if p.requires_grad]
-        self.tokenizer = t.AutoTokenizer.from_pretrained(base_model.location(config.model))
+        self.tokenizer = tokenizer_at(base_model.location(config.model))
         self.examples = data.load(config.data).train
 
     def state(self) -> dict[str, Tensor]:

@@ -202,7 +202,7 @@ def test_a_skeletons_adapters_are_kept_by_the_caller_alone(monkeypatch: pytest.M
         inject, "_attach_skeleton", compositions.attached
     )  # the one that keeps none
     config = composed()
-    skeleton = base_model.skeleton(config.model)
+    skeleton = compositions.built(config.model)
     known: dict[str, Any] = {}
     asked = skeleton, config, ["model.layers.0.mlp.up_proj"]
     kept = adapters.attach_skeleton(*asked, known)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import hydra_plugins.lorabench_launcher.packed_launcher as plugin
 from lorabench import cli
 
+FAST_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 FAST = ["tracker=none", "data.num_train=64", "data.num_validation=8", "data.num_test=8"]
 SWEEP = [
     *FAST,
@@ -103,7 +104,7 @@ def check_ids_and_weights(both: dict[str, Path]) -> None:
 def check_hydras_files(both: dict[str, Path]) -> None:
     def content(launcher: str, run_id: str, name: str) -> Any:
         text = (both[launcher] / run_id / ".hydra" / name).read_text()
-        loaded = yaml.safe_load(text.replace(str(both[launcher].parent), "OUT"))
+        loaded = yaml.load(text.replace(str(both[launcher].parent), "OUT"), FAST_YAML)
         if name == "hydra.yaml":
             node = loaded["hydra"]
             assert node["launcher"].pop("_target_").endswith(("PackedLauncher", "BasicLauncher"))

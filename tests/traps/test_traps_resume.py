@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lorabench.progress import Display
 from traps.halves import VOCAB, built, causal, config_of, lora, quiet, said
 
 Falls = Callable[..., None]
+Check = Callable[[list[str], list[str], Path], None]
 ROWS = [torch.tensor([3 + i, 4, 5, 6 + i]) for i in range(8)]
 Q = ["q_proj"]
 
@@ -72,8 +74,8 @@ def custom(*names: str) -> list[str]:
     return ["target_modules=custom", f"target_modules.names=[{','.join(names)}]"]
 
 
-def interrupted(words: list[str], output: str) -> Path:
-    """Train a run from the command line, stop it after two steps, return its checkpoint."""
+def interrupted(words: list[str], output: Path) -> None:
+    """Train a run from the command line, stop it after two steps."""
 
     def interrupt(self: Display, step: int, *rest: Any) -> None:
         if step == 2:
@@ -81,19 +83,30 @@ def interrupted(words: list[str], output: str) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Display, "step", interrupt)
-        assert cli.main(["train", *FAST, *words, output]) == 130
-    where = plan.folder(composed(*FAST, *words, output)) / "checkpoint"
-    assert list(checkpoint.steps(where)) == [2]
-    return where
+        assert cli.main(["train", *FAST, *words, f"output_dir={output}"]) == 130
 
 
-def is_not_taken(first: list[str], then: list[str], folder: Path) -> None:
-    """Lay a run's checkpoint in another run's folder: that one must train from its first step.
+@pytest.fixture(scope="module")
+def is_not_taken(tmp_path_factory: pytest.TempPathFactory) -> Check:
+    """Lays a run's checkpoint in another run's folder: that one must train from its first step.
 
     It then ends with the bits of the same run in a folder without a checkpoint.
     """
+
+    @cache
+    def stopped(*words: str) -> Path:
+        output = tmp_path_factory.mktemp("first")
+        interrupted([*words], output)
+        return output
+
+    return lambda first, then, folder: check(stopped(*first), then, folder)
+
+
+def check(stopped: Path, then: list[str], folder: Path) -> None:
+    shutil.copytree(stopped, folder / "here")
     here, there = (f"output_dir={folder / name}" for name in ("here", "there"))
-    found = interrupted(first, here)
+    (found,) = (folder / "here").glob("*/*/checkpoint")
+    assert list(checkpoint.steps(found)) == [2]
     mine = plan.folder(composed(*FAST, *then, here))
     assert mine != found.parent
     shutil.copytree(found, mine / "checkpoint")
@@ -116,7 +129,7 @@ def is_not_taken(first: list[str], then: list[str], folder: Path) -> None:
     ids=["added", "removed", "frozen"],
 )
 def test_resumed_with_other_parameters(
-    first: dict, then: dict, ours: Any, falls_in: Falls, tmp_path: Path
+    first: dict, then: dict, ours: Any, falls_in: Falls, is_not_taken: Check, tmp_path: Path
 ) -> None:
     """T2.13"""
     error, _ = resumed(first, then, tmp_path)
@@ -156,7 +169,7 @@ def test_resumed_with_another_task(
     assert ids[0] != ids[1]
 
 
-def test_resumed_with_a_trained_head(falls_in: Falls, tmp_path: Path) -> None:
+def test_resumed_with_a_trained_head(falls_in: Falls, is_not_taken: Check, tmp_path: Path) -> None:
     """T2.15"""
     error, _ = resumed({}, {"modules_to_save": ["lm_head"]}, tmp_path)
     falls_in(isinstance(error, KeyError) and "lm_head.weight" in str(error), error)
@@ -164,7 +177,7 @@ def test_resumed_with_a_trained_head(falls_in: Falls, tmp_path: Path) -> None:
     is_not_taken(["head=exclude"], ["head=full"], tmp_path)
 
 
-def test_resumed_with_another_rank(falls_in: Falls, tmp_path: Path) -> None:
+def test_resumed_with_another_rank(falls_in: Falls, is_not_taken: Check, tmp_path: Path) -> None:
     """T2.16"""
     error, _ = resumed({}, {"r": 8}, tmp_path)
     falls_in(isinstance(error, RuntimeError) and "size mismatch" in str(error), error)
@@ -172,7 +185,9 @@ def test_resumed_with_another_rank(falls_in: Falls, tmp_path: Path) -> None:
     is_not_taken(custom(*Q), [*custom(*Q), "lora.r=8"], tmp_path)
 
 
-def test_resumed_with_as_many_parameters_of_other_shapes(falls_in: Falls, tmp_path: Path) -> None:
+def test_resumed_with_as_many_parameters_of_other_shapes(
+    falls_in: Falls, is_not_taken: Check, tmp_path: Path
+) -> None:
     """T2.17"""
     settings = [{"r": 256, "target_modules": ["q_proj", name]} for name in ("v_proj", "o_proj")]
     done = start_call(tmp_path, lambda: print(resumed(*settings, tmp_path / "theirs")) or 0)
@@ -192,7 +207,7 @@ def test_resumed_with_as_many_parameters_of_other_shapes(falls_in: Falls, tmp_pa
     ids=["q_proj to o_proj", "alpha", "rslora"],
 )
 def test_resumed_with_the_same_shapes(
-    then: dict, ours: list[str], falls_in: Falls, tmp_path: Path
+    then: dict, ours: list[str], falls_in: Falls, is_not_taken: Check, tmp_path: Path
 ) -> None:
     """T2.18"""
     done, warned = resumed({}, then, tmp_path)
