@@ -45,22 +45,39 @@ gc.disable()  # while a million objects are imported, until pytest_collection_fi
 pytest.register_assert_rewrite("stock", "stock_classifier")
 
 
-# Tests of more than five seconds.
+# Tests of about three seconds of CPU and more.
 LONG = (
+    "test_a_classifier_is_tried_trained_and_exported_with_its_labels",
+    "test_a_failed_start_leaves_the_open_runs_of_the_process_alone",
+    "test_a_frozen_last_feed_forward_block_trains_in_bfloat16_autocast",
     "test_a_killed_pack_resumes_to_the_same_bits",
+    "test_a_killed_run_resumes_to_the_same_adapter",
     "test_a_killed_sweep_ends_with_the_same_bits_and_the_whole_history",
+    "test_a_mate_that_diverged_stays_stopped_and_the_others_go_on",
+    "test_a_mates_dropout_does_not_change_a_bit",
+    "test_a_packed_multirun_is_the_basic_one",
+    "test_adapters_reload_in_plain_peft_to_the_recorded_scores",
+    "test_after_memory_ran_out_in_mid_training",
+    "test_an_unreachable_server_leaves_the_runs_offline_and_says_so",
     "test_another_process_reads_the_same_from_disk",
     "test_any_mixture_equals_stock_peft",
+    "test_between_the_records_of_two_that_trained_together",
     "test_card_states_what_the_weights_do",
     "test_each_adapter_holds_its_own_keys_and_reloads_to_the_recorded_nll",
-    "test_every_rate_of_transformers_configs_is_known_by_its_name",
+    "test_fifty_float64_steps_equal_stock_peft",
+    "test_float32_gradients_equal_stock_peft",
+    "test_launches_at_once_train_each_run_once",
+    "test_mates_and_slots_do_not_change_a_bit",
     "test_members_a_step_apart_resume_at_the_step_they_share",
     "test_out_of_memory_at_the_first_step_halves_the_pack",
     "test_pretraining_does_not_depend_on_the_hash_seed",
     "test_recorded_nll_is_what_plain_peft_gives_without_lorabench",
     "test_resumed_across_a_change_is_bitwise_the_uninterrupted_run",
+    "test_run_id_follows_what_decides_the_result_and_nothing_else",
     "test_saved_folder_is_plain_peft_and_the_same_under_any_hash_seed",
     "test_shapes_from_the_command_line",
+    "test_staged_training_equals_stock_peft_frozen_by_hand",
+    "test_two_runs_of_a_process_are_two_wandb_runs_of_the_same_ids",
 )
 
 

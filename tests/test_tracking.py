@@ -7,7 +7,6 @@ import io
 import json
 import re
 import shlex
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import scores
-from processes import wait_for
+from processes import start_call, wait_for
 
 from lorabench import cli, record, tracking
 from lorabench.config import TrackerConfig
@@ -57,15 +56,17 @@ def train(*arguments: str, multirun: bool = False) -> tuple[int, str]:
 
 
 def inspect(file: Path) -> list[dict[str, Any]]:
-    """The transactions of an offline file, read by the wandb client itself."""
-    done = subprocess.run(
-        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    """The transactions of an offline file, read by the wandb client itself, in a fork."""
+    from wandb.cli.cli import cli as wandb_cli
+
+    def read() -> Any:
+        with pytest.raises(SystemExit) as end:
+            wandb_cli(["leet", "inspect", "--json", str(file)])
+        return end.value.code
+
+    process = start_call(file.with_suffix(".inspected"), read)
+    assert process.wait(60) == 0, process.said
+    return [json.loads(line) for line in process.said.splitlines()]
 
 
 def of_kind(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
