@@ -48,7 +48,6 @@ pytest.register_assert_rewrite("stock", "stock_classifier")
 # Tests of about three seconds of CPU and more.
 LONG = (
     "test_a_classifier_is_tried_trained_and_exported_with_its_labels",
-    "test_a_failed_start_leaves_the_open_runs_of_the_process_alone",
     "test_a_frozen_last_feed_forward_block_trains_in_bfloat16_autocast",
     "test_a_killed_pack_resumes_to_the_same_bits",
     "test_a_killed_run_resumes_to_the_same_adapter",
@@ -58,7 +57,6 @@ LONG = (
     "test_a_packed_multirun_is_the_basic_one",
     "test_adapters_reload_in_plain_peft_to_the_recorded_scores",
     "test_after_memory_ran_out_in_mid_training",
-    "test_an_unreachable_server_leaves_the_runs_offline_and_says_so",
     "test_another_process_reads_the_same_from_disk",
     "test_any_mixture_equals_stock_peft",
     "test_between_the_records_of_two_that_trained_together",
