@@ -113,6 +113,8 @@ def set_damaged_aside(folder: Path) -> list[str]:
                 raise Damaged("its tensors are not those it was written with")
         except (FileNotFoundError, NotADirectoryError) as error:
             why = f"{Path(error.filename).name} is missing"
+        except OSError as error:  # a bad sector, a folder in the place of a file
+            why = f"it cannot be read: {error.strerror}"
         except Damaged as error:
             why = str(error)
         else:
@@ -187,7 +189,7 @@ def load(folder: Path, step: int, fingerprint: dict[str, Any]) -> dict[str, Tens
 
 
 def check(folder: Path, pack: str, planned: dict[str, Any]) -> list[str]:
-    """What speaks against resuming from `folder`, known from a plan alone, one line a checkpoint.
+    """What speaks against resuming from `folder`, known from a plan alone, a line per checkpoint.
 
     Args:
         pack: checkpoints of another pack are not resumed from, so nothing is said of them.

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from lorabench import machine
+from lorabench import interrupt, machine
 
 FULL = 0.9  # of what was free at the start: a process that died beyond it died of that
 DEATHS = 2  # in a row, before a pack is thought too large
@@ -46,8 +46,16 @@ class Watch:
     def _write(self, file: IO[bytes], attempts: list[dict[str, int]]) -> None:
         os.pwrite(file.fileno(), json.dumps(attempts).ljust(LENGTH - 1).encode() + b"\n", 0)
 
+    def _settle(self) -> None:
+        """Leave what was there before: this process does not die without a message."""
+        self.over.set()
+        self.thread.join()
+        if not self.before:
+            forget(self.path)
+
     def __enter__(self) -> Watch:
         self.thread.start()
+        interrupt.BEFORE_EXIT.append(self._settle)
         return self
 
     def __exit__(
@@ -56,10 +64,8 @@ class Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.over.set()
-        self.thread.join()
-        if not self.before:
-            forget(self.path)
+        interrupt.BEFORE_EXIT.remove(self._settle)
+        self._settle()
 
 
 def of_memory(path: Path) -> str | None:

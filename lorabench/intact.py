@@ -68,14 +68,21 @@ def damage(
     return found
 
 
-def only_scores(found: dict[str, str]) -> bool:
-    """Whether all that is damaged can be had again from the adapter."""
-    return all(name.startswith("evaluations/") for name in found)
+def of_adapter(found: dict[str, str]) -> dict[str, str]:
+    """The part of what is damaged without which a run is worth nothing."""
+    return {name: how for name, how in found.items() if name.startswith("adapter/")}
 
 
-def told(folder: Path, entry: Record, found: dict[str, str]) -> str:
+def described_damage(folder: Path, entry: Record, found: dict[str, str]) -> str:
     """What is wrong with a run's files, in a line, and what to run."""
     what = ", ".join(f"{name} {how}" for name, how in found.items())
     command = shlex.join(entry.provenance.get("command") or ["lorabench", "train", "..."])
-    first = "" if only_scores(found) else f"remove '{folder}' and "
-    return f"{folder}: {what}; {first}repeat `{command}`"
+    if of_adapter(found):
+        remedy = f"remove '{folder}' and repeat `{command}`"
+    elif any(name.startswith("evaluations/") for name in found):
+        remedy = f"repeat `{command}`, which scores its adapter again"
+    else:
+        remedy = (
+            "its adapter and its scores are whole; restore the file from a copy, if you need it"
+        )
+    return f"{folder}: {what}; {remedy}"

@@ -155,7 +155,10 @@ def is_out_of_memory(error: BaseException) -> bool:
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
         or (
             isinstance(error, RuntimeError)
-            and ("out of memory" in text or "can't allocate memory" in text)
+            and any(
+                told in text
+                for told in ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
+            )
         )
     )
 
@@ -170,7 +173,7 @@ def release_memory() -> None:
 
 @functools.cache
 def matmul_flops() -> float:
-    """Matrix-multiplication FLOPs a second of the device that will train, measured once."""
+    """Matrix-multiplication FLOPs per second of the device that will train, measured once."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -35,9 +35,15 @@ def is_secret(name: str) -> bool:
 
 def mask(content: Any) -> Any:
     """Return text, or a container of texts, with every secret in it replaced by `***`."""
-    secrets = _typed | {value for name, value in os.environ.items() if is_secret(name)}
-    found = _pattern(frozenset(one for one in secrets if len(one) >= LEAST_CHARACTERS))
+    # Stripped: a line break at the end of a value is no part of what is shown of it.
+    ours = {value.strip() for name, value in os.environ.items() if is_secret(name)}
+    found = _pattern(frozenset(filter(_is_value, _typed | ours)))
     return _masked(content, found, under_secret=False)
+
+
+def why_other(content: Any) -> str:
+    """Why a config that is read back may mean something else than it did: values were masked."""
+    return f" ('{MASK}' in it stands for a secret)" if MASK in str(content) else ""
 
 
 def _masked(content: Any, found: re.Pattern[str], under_secret: bool) -> Any:
@@ -57,7 +63,7 @@ def _masked(content: Any, found: re.Pattern[str], under_secret: bool) -> Any:
 def _is_value(content: Any) -> bool:
     text = str(content)
     is_plain = isinstance(content, str | int) and not text.startswith("${")
-    return is_plain and len(text) >= LEAST_CHARACTERS
+    return is_plain and len(text) >= LEAST_CHARACTERS and text.lower() not in NAMES
 
 
 @functools.lru_cache(maxsize=8)

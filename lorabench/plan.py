@@ -50,7 +50,7 @@ class Plan(BaseModel):
     memory_bytes: int  # estimate: base, adapter, optimizer, activations of one micro-batch
     disk_bytes: int  # estimate: what the run folder will hold
     checkpoint_bytes: int  # estimate: what it holds beside that while the run trains
-    train_flops: float  # estimate: 4 x parameters FLOPs a token, for all steps
+    train_flops: float  # estimate: 4 x parameters FLOPs per token, for all steps
     tracker: str
     warnings: list[str]
     labels: list[str] = []  # of a classification: its classes, in the order of their numbers

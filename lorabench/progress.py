@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,11 +20,25 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+class Terminal(Console):
+    """stderr; once it is closed or full, nothing is shown any more, and the runs go on."""
+
+    def on_broken_pipe(self) -> None:  # rich's own ends the process
+        self.quiet = True
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+            self.file.flush()
+        except OSError:
+            self.quiet = True
+
+
 class Display:
     """Progress of the runs of one command; it goes to stderr, results to stdout."""
 
     def __init__(self, num_runs: int, steps_total: int):
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = Terminal(stderr=True, highlight=False, soft_wrap=True)
         self.num_runs, self.steps_total = num_runs, steps_total
         self.steps_done = 0  # of all runs that have ended, and of this pack
         self.counted = 0  # of them, those done by this command since `started`
@@ -53,7 +67,6 @@ class Display:
     def say(self, text: str) -> None:
         """One line that stays."""
         self.console.print(text, markup=False)
-        sys.stderr.flush()
 
     def resumed(self, steps: int) -> None:
         """Steps that an earlier command has done."""

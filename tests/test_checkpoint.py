@@ -65,6 +65,7 @@ DAMAGE = {
     "null": (TOLD, put(b"null")),
     "no checkpoint.json": (TOLD, Path.unlink),
     "a file in its place": (TOLD, a_file_in_its_place),
+    "a folder in its place": (TOLD, lambda file: (file.unlink(), file.mkdir())),
 }
 
 
@@ -185,6 +186,14 @@ def test_damaged_rows_of_metrics_are_left_out_and_told(tmp_path: Path) -> None:
     assert said.code == 0 and f"{file}: 4 damaged lines are left out" in said.err
     steps = [json.loads(row)["step"] for row in file.read_text().splitlines()]
     assert steps == [1, 3, 4, 5, 6, 7, 8]
+    assert f"{file}: 1 of 5 rows are lost" in said.err
+
+
+def test_rows_of_metrics_that_are_gone_are_told(tmp_path: Path) -> None:
+    file = interrupted(tmp_path)[0].parent / "metrics.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:2]))
+    said = say(*FAST, f"output_dir={tmp_path}")
+    assert said.code == 0 and f"{file}: 3 of 5 rows are lost" in said.err
 
 
 def test_one_is_due_by_steps_or_by_time_at_two_percent_of_the_time() -> None:

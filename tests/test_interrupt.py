@@ -156,6 +156,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
         process.send(signal.SIGINT)
         assert process.wait(5) == 128 + signal.SIGINT
     assert process.said.splitlines()[-1] == "ended at once, without another checkpoint"
+    assert not [*tmp_path.glob("*/.locks/*.memory.json")], "it did not die without a message"
     assert "Traceback" not in process.said
 
 

@@ -1,4 +1,4 @@
-"""The command line: one verb a function, heavy imports inside.
+"""The command line: one function per verb, heavy imports inside.
 
 Only this room and the launcher know Hydra.
 """

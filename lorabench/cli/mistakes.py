@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import os
@@ -31,8 +32,9 @@ REMEDIES = {
 
 
 def fail(lines: list[str], code: int = 2) -> int:
-    for line in lines:
-        print(line, file=sys.stderr)
+    with contextlib.suppress(OSError):  # a closed terminal, a full disk: the code tells
+        for line in lines:
+            print(line, file=sys.stderr)
     return code
 
 

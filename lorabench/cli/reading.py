@@ -39,7 +39,7 @@ def _records(folder: Path, hash_of: Callable[[Path], str] | None = None) -> list
         raise ConfigErrors(f"folder: must be the folder of a sweep; '{folder}' does not exist{has}")
     found = intact.checked(folder, hash_of)
     read = {one.folder.name for one in found}
-    lines = [intact.told(*one) for one in found if one.damaged]
+    lines = [intact.described_damage(*one) for one in found if one.damaged]
     fail([*lines[:MOST_LINES], *_and_more(lines[MOST_LINES:], folder)])
     bad = [p.parent.name for p in sorted(folder.glob("*/record.json")) if p.parent.name not in read]
     if bad:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorabench import masking
 from lorabench.cli.mistakes import Parser
 from lorabench.cli.verbs import VERBS
 
@@ -233,7 +234,8 @@ def _planned(
         raise ConfigErrors(
             f"sweep.json: run {run} must still resolve to what was planned; it resolves to "
             f"{made.run_id} now: its data, base or tokenizer changed, or lorabench computes "
-            f"otherwise; put them back, or repeat the command that asked for it"
+            f"otherwise{masking.why_other(content)}; put them back, or repeat the command that "
+            f"asked for it"
         )
     here = {"run_id": run, "folder": str(folder.path / run)}
     job = Job(config, label, made.model_copy(update=here))

@@ -64,7 +64,6 @@ class Session:
         self._greet()
         for note in notes:
             self.display.say(f"note: {note}")
-        self.told: set[str] = set()
 
     def worker(self, job: Job) -> Worker:
         return self.workers[job.folder.parent]

@@ -79,11 +79,9 @@ def open_run(folder: Path) -> Run:
             f"RUN: must have finished; '{folder}' is {entry.status}{why}{_finished_near(folder)}"
         )
     damaged = intact.damage(folder, entry, file_hash)
-    of_adapter = {name: how for name, how in damaged.items() if name.startswith("adapter/")}
-    if of_adapter:
-        raise ConfigErrors(
-            f"RUN: must hold the adapter that was trained; {intact.told(folder, entry, of_adapter)}"
-        )
+    if damaged := intact.of_adapter(damaged):
+        told = intact.described_damage(folder, entry, damaged)
+        raise ConfigErrors(f"RUN: must hold the adapter that was trained; {told}")
     return Run(folder, entry, typed(OmegaConf.create(entry.config)))
 
 

@@ -40,15 +40,28 @@ def pickled_on_hub(model: ModelConfig, content: dict[str, Any]) -> list[str]:
     Args:
         content: its config.json.
     """
+    from huggingface_hub import try_to_load_from_cache
     from transformers.utils.hub import has_file
 
-    def there(names: tuple[str, ...]) -> list[str]:
-        revision = model.revision or "main"
-        return [name for name in names if has_file(model.path, name, revision=revision)]
+    revision = model.revision or "main"
 
-    if there(foreign.WEIGHTS) or not (pickled := there(foreign.PICKLED)):
+    def is_cached(name: str) -> bool:
+        return isinstance(try_to_load_from_cache(model.path, name, revision=revision), str)
+
+    def is_there(name: str) -> bool:
+        return bool(has_file(model.path, name, revision=revision))
+
+    if any(map(is_cached, foreign.WEIGHTS)):
         return []
-    return [foreign.no_safetensors(model, content, pickled)]
+    try:
+        if any(map(is_there, foreign.WEIGHTS)):
+            return []
+        pickled = list(filter(is_there, foreign.PICKLED))
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of the client's own HTTP library, such as a proxy that refuses
+        raise ConfigErrors(hub_failure("model.path", model.path, error)) from error
+    return [foreign.no_safetensors(model, content, pickled)] if pickled else []
 
 
 def must_be_reachable(model: ModelConfig) -> None:

@@ -31,7 +31,7 @@ def check_room(packs: Sequence[Sequence[Job]]) -> None:
     errors = []
     for device, there in disks.items():
         left = sum(job.plan.disk_bytes for pack in there for job in pack)
-        most = max(sum(job.plan.checkpoint_bytes for job in pack) for pack in there)
+        most = max(sum(map(_checkpoint_bytes, pack)) for pack in there)
         free, count = shutil.disk_usage(places[device]).free, sum(map(len, there))
         if left + most > free:
             errors.append(
@@ -41,6 +41,13 @@ def check_room(packs: Sequence[Sequence[Job]]) -> None:
             )
     if errors:
         raise ConfigErrors(errors)
+
+
+def _checkpoint_bytes(job: Job) -> int:
+    """What checkpoints of a run will take beside those that are there."""
+    places = [job.folder / "checkpoint", job.folder / ".checkpoint.old"]
+    there = sum(path.stat().st_size for place in places for path in place.glob("*"))
+    return max(0, job.plan.checkpoint_bytes - there)
 
 
 def _mb(number: int) -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lorabench import hashes, plan
+from lorabench import hashes, masking, plan
 from lorabench.config import ConfigErrors, typed
 from lorabench.record import Record
 from lorabench.sweep import Job, PackEntry, RunEntry, SweepFolder, first_of_each
@@ -121,7 +121,8 @@ def mate_of(like: Job, run: str, entry: RunEntry, planner: plan.Planner) -> Job:
     if made.run_id != run:
         raise ConfigErrors(
             f"sweep.json: run {run} must still resolve to what was planned; it resolves to "
-            f"{made.run_id} now: its base or its data changed; repeat the command that asked for it"
+            f"{made.run_id} now: its base or its data changed{masking.why_other(entry.config)}; "
+            f"repeat the command that asked for it"
         )
     return Job(config, entry.label, made)
 

@@ -42,6 +42,7 @@ class Member:
     metrics_file: IO[str] | None = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
     tokens: int = 0
+    rows: int = 0  # of metrics.jsonl
     earlier_seconds: float = 0.0  # of training, by the commands that this one resumes
     failed: bool = False  # this run alone; its mates go on
 
@@ -75,6 +76,7 @@ class Member:
         """Write one row to metrics.jsonl and to the tracker."""
         assert self.metrics_file is not None
         record.append_line(self.metrics_file, {"step": step, **row, **more})
+        self.rows += 1
         self.tracker.log(row, step)
 
     def fail(self, error: BaseException) -> None:
@@ -131,6 +133,9 @@ def begin(member: Member) -> None:
     """Write what is known of a run before anything is loaded."""
     member.folder.mkdir(parents=True, exist_ok=True)
     clear(member)
+    place = member.folder / "record.json"
+    if place.exists() and record.read(member.folder) is None:
+        place.replace(place.with_suffix(".json.damaged"))
     content = OmegaConf.to_yaml(OmegaConf.create(masking.mask(member.entry.config)))
     member.lease.check()
     write_atomic(member.folder / "config.yaml", content)
@@ -209,6 +214,9 @@ def open_logs(members: list[Member], start_step: int, display: Display) -> None:
         rows, num_damaged = _kept_rows(path, start_step)
         if num_damaged:
             display.say(f"{path}: {num_damaged} damaged lines are left out")
+        if len(rows) < member.rows:
+            display.say(f"{path}: {member.rows - len(rows)} of {member.rows} rows are lost")
+        member.rows = len(rows)
         member.lease.check()
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
         member.metrics_file = open(path, "a", encoding="utf-8")  # noqa: SIM115
@@ -299,6 +307,7 @@ def resume(members: list[Member], pack: Any, step: int, display: Display) -> Non
         told = checkpoint.told(place, step)
         member.tokens = told["train_tokens"]
         member.earlier_seconds = told["train_seconds"]
+        member.rows = told["rows"]
         commits = [*told["commits"], *member.entry.provenance["commits"]]
         distinct = [one for i, one in enumerate(commits) if one not in commits[:i]]
         member.entry.provenance["commits"] = distinct
@@ -321,12 +330,14 @@ def keep_checkpoint(members: list[Member], pack: Any, step: int) -> None:
             "stopped": stop,  # before its mates: the steps it did, and why
             "train_seconds": entry.cost.train_seconds,
             "train_tokens": entry.cost.train_tokens,
+            "rows": member.rows,
             "commits": entry.provenance["commits"],
         }
         member.lease.check()
         place = member.folder / "checkpoint"
         state, token = pack.state(member.slot), member.lease.holder.token
         checkpoint.write(place, state, step, member.fingerprint, told, token)
+        sync(member.folder / "metrics.jsonl")  # a checkpoint has its rows behind it
     for member in members:
         member.lease.check()
         checkpoint.commit(member.folder / "checkpoint", member.lease.holder.token)

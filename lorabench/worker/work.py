@@ -57,17 +57,21 @@ class Worker:
         self.told: set[str] = set()  # runs whose end was shown
 
     def look_at_kept(self) -> None:
-        """Read the files of runs that have ended; those that are damaged have failed."""
+        """Read the files of runs that have ended; those without a whole adapter have failed."""
         for job in first_of_each(self.asked.jobs):
             found = self.asked.record(job)
+            if found is None and (job.folder / "record.json").exists():
+                self.display.say(f"{job.folder}: record.json is damaged; the run is trained again")
             if found is None or not found.has_trained():
                 continue
             damaged = intact.damage(job.folder, found, hashes.file_hash)
-            if damaged and not intact.only_scores(damaged):
-                self.asked.failed[job.plan.run_id] = intact.told(job.folder, found, damaged)
-            elif damaged:
-                who = "scored" if self.asked.is_left(job) else "`lorabench evaluate` scores"
-                self.display.say(f"{job.folder}: {', '.join(damaged)} is damaged; {who} again")
+            if not damaged:
+                continue
+            told = intact.described_damage(job.folder, found, damaged)
+            if intact.of_adapter(damaged):
+                self.asked.failed[job.plan.run_id] = told
+            else:
+                self.display.say(told)
 
     def finish(self, job: Job) -> Outcome:
         """Train and score until a run has ended, its own pack first."""
@@ -147,7 +151,11 @@ class Worker:
         self, pack: PackEntry, slots: list[Job], jobs: list[Job], held: Lease
     ) -> None:
         opened = [at_work.open_member(job, pack, slots, held) for job in jobs]
-        start_step, members = at_work.furthest(opened, pack, self.display)
+        try:
+            start_step, members = at_work.furthest(opened, pack, self.display)
+        except OSError as error:  # checkpoints that can be neither read nor set aside
+            self._fail(jobs, at_work.what_failed(error))
+            return
         begun = time.perf_counter()
         short_of_memory = False
         with at_work.logs_of([member.folder for member in members]):
@@ -247,21 +255,33 @@ class Worker:
         error: str | None = None,
     ) -> None:
         """Write the records' last state, then finish the trackers."""
-        for member in members:
-            entry = member.entry
-            if status is not None and not entry.has_trained():
-                entry.status, entry.error = status, error
-            if member.failed:
-                self.asked.failed[entry.run_id] = entry.error or "failed"
-            before = entry.cost.total_seconds or member.earlier_seconds
-            entry.cost.total_seconds = round(before + time.perf_counter() - begun, 3)
-            entry.ended = record.now()
-            try:
-                member.write()
-            except OSError as unwritable:
-                self.asked.failed[entry.run_id] = f"record cannot be written: {unwritable}"
+        try:
+            for member in members:
+                self._close_one(member, begun, status, error)
+        except Lost:
+            tracking.drop_all([member.tracker for member in members])
+            raise
         ended = [(m.tracker, summary(m), m.entry.status == "failed") for m in members]
         tracking.finish_all(ended, is_interrupted=status == "interrupted")
+
+    def _close_one(
+        self, member: Member, begun: float, status: record.Status | None, error: str | None
+    ) -> None:
+        entry = member.entry
+        if status is not None and not entry.has_trained() and not member.failed:
+            entry.status, entry.error = status, error
+        if member.failed:
+            self.asked.failed[entry.run_id] = entry.error or "failed"
+        before = entry.cost.total_seconds or member.earlier_seconds
+        entry.cost.total_seconds = round(before + time.perf_counter() - begun, 3)
+        entry.ended = record.now()
+        try:
+            member.write()
+        except OSError as unwritable:
+            self.asked.failed[entry.run_id] = f"record cannot be written: {unwritable}"
+            return
+        if entry.has_trained():  # kept so far if the record could not be written before
+            checkpoint.remove(member.folder / "checkpoint")
 
     def _fail(self, jobs: Sequence[Job], error: str) -> None:
         """Give up on runs of which nothing was written."""

@@ -67,8 +67,14 @@ def test_a_damaged_file_is_told_by_runs_and_compare(name: str, how: str, sweep: 
         said = say(verb, run.parent)
         assert said.code == 0
         (line,) = said.lines
-        assert line.startswith(f"{run}: {name} ") and "repeat `lorabench train -m" in line
-        assert (f"remove '{run}' and " in line) == (not name.startswith("evaluations/"))
+        assert line.startswith(f"{run}: {name} ")
+        remedy = {
+            "adapter": f"; remove '{run}' and repeat `lorabench train -m ",
+            "evaluations": "; repeat `lorabench train -m ",
+        }.get(
+            name.partition("/")[0], "; its adapter and its scores are whole; restore the file from "
+        )
+        assert remedy in line
     said = say("runs", "--verify", "--json", run.parent)
     assert said.code == 1
     found = {one["run_id"]: one["damaged"] for one in json.loads(said.out)}
@@ -129,6 +135,9 @@ def test_a_repeat_of_the_command_mends_or_names_it(
     DAMAGE[how](run / (scores_of(run) if name == "scores" else name))
     command = [*PACK, f"output_dir={sweep}"]
     said = say(*command)
+    if name == "record.json" and how != "deleted":
+        assert f"{run}: record.json is damaged; the run is trained again" in said.lines
+        assert (run / "record.json.damaged").exists()
     if name in ADAPTER:
         assert said.code == 1 and f"{run}: {name} " in said.lines[-1]
         assert f"remove '{run}' and repeat `lorabench train -m" in said.lines[-1]

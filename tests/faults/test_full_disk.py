@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,26 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("weights were loaded before the refusal")
 
     monkeypatch.setattr(base_model, "load_verified", refuse)
+
+
+def closed_pipe() -> None:
+    """In the child: whoever read what it says is gone."""
+    readable, writable = os.pipe()
+    os.close(readable)
+    os.dup2(writable, 2)
+
+
+def full_file() -> None:
+    """In the child: what it says goes to a full disk."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+
+
+@pytest.mark.parametrize("before", [closed_pipe, full_file])
+def test_what_is_said_reaches_nobody(before: Callable[[], None], tmp_path: Path) -> None:
+    process = start(tmp_path / "said.txt", *PACK, f"output_dir={tmp_path / 'out'}", before=before)
+    assert process.wait() == 0, process.said
+    assert {one[0] for one in outcome(tmp_path / "out").values()} == {"finished"}
+    assert not leftovers(tmp_path / "out")
 
 
 @pytest.fixture(scope="module")
