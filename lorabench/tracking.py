@@ -395,5 +395,6 @@ def of_command() -> Iterator[None]:
             client.settle(INTERRUPTED_SECONDS)
         if client.is_used:
             client.end_service()
-        for line in client.told():
-            print(line, file=sys.stderr)
+        with contextlib.suppress(OSError):  # a closed terminal
+            for line in client.told():
+                print(line, file=sys.stderr)

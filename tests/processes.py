@@ -96,8 +96,9 @@ def start_call(
             if before is not None:
                 before()
             code = function()
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):  # of tests that close them
+                sys.stdout.flush()
+                sys.stderr.flush()
     except BaseException:
         traceback.print_exc()
     finally:

@@ -32,6 +32,7 @@ REMEDIES = {
 
 
 def fail(lines: list[str], code: int = 2) -> int:
+    """Print lines on stderr, if anybody is there to read them; return the exit code."""
     with contextlib.suppress(OSError):  # a closed terminal, a full disk: the code tells
         for line in lines:
             print(line, file=sys.stderr)

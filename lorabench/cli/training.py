@@ -116,12 +116,11 @@ def closing(outcomes: Sequence[Any]) -> int:
         if any(outcome.status == "trained" for outcome in bad):
             lines.append("trained runs keep their adapter; the same command only scores them")
         return fail(lines, 1)
-    for folder, runs in sorted(folders.items()):
-        print(
-            f"{folder}: {len(runs)} of {len(runs)} runs done; lorabench compare {folder}",
-            file=sys.stderr,
-        )
-    return 0
+    lines = [
+        f"{folder}: {len(runs)} of {len(runs)} runs done; lorabench compare {folder}"
+        for folder, runs in sorted(folders.items())
+    ]
+    return fail(lines, 0)
 
 
 def _is_new(job: Job) -> bool:

@@ -90,6 +90,7 @@ def full_file() -> None:
     os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("before", [closed_pipe, full_file])
 def test_what_is_said_reaches_nobody(before: Callable[[], None], tmp_path: Path) -> None:
     process = start(tmp_path / "said.txt", *PACK, f"output_dir={tmp_path / 'out'}", before=before)

@@ -42,6 +42,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.faults
 def test_between_the_records_of_two_that_trained_together(tmp_path: Path) -> None:
     assert say(*COMMANDS["pack"], f"output_dir={tmp_path / 'whole'}").code == 0
     folder = tmp_path / "killed"
