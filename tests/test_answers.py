@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -77,8 +78,13 @@ def asked() -> tuple[Config, Any, data.Tokens, list[str]]:
     return config, tokenizer, tokens, texts
 
 
-@pytest.mark.parametrize("setting", HOSTILE)
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(
+    ("setting", "stacked"),
+    [
+        pytest.param(one, stacked, marks=[] if n % 5 == 0 else [pytest.mark.slow])
+        for n, (one, stacked) in enumerate(itertools.product(HOSTILE, (False, True)))
+    ],
+)
 def test_generation_is_greedy_whatever_the_base_says(
     setting: str,
     stacked: bool,

@@ -1,5 +1,6 @@
 """Chat templates: the reference is transformers' own apply_chat_template."""
 
+import itertools
 import time
 from datetime import datetime
 
@@ -128,8 +129,17 @@ def zones():
 FORMATS = ["%d %b %Y", "%Y-%m-%d", "%A, %B %-d, %Y %H:%M:%S", "%y%m%d %j %p %I", "%e %F %x %X"]
 
 
-@pytest.mark.parametrize("template", [DATED, *FORMATS])
-@pytest.mark.parametrize("padding", ["", "\n", "  {% if true %}{% endif %}\n"])
+PADDINGS = ["", "\n", "  {% if true %}{% endif %}\n"]
+QUICK = [(DATED, PADDINGS[1]), (FORMATS[2], PADDINGS[0]), (FORMATS[4], PADDINGS[2])]
+
+
+@pytest.mark.parametrize(
+    ("template", "padding"),
+    [
+        one if one in QUICK else pytest.param(*one, marks=pytest.mark.slow)
+        for one in itertools.product([DATED, *FORMATS], PADDINGS)
+    ],
+)
 def test_a_dated_template_gets_26_july_2024(tokenizer, zones, monkeypatch, template, padding):
     """Without it one run id stands for other tokens every day, and in every time zone."""
     from transformers.utils import chat_template_utils

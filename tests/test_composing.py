@@ -69,6 +69,7 @@ def test_plan_names_the_runs_that_train_trains(form: str, configs: Path, tmp_pat
         assert packs == {tuple(pack) for pack in plan["packs"]}
 
 
+@pytest.mark.slow
 def test_a_typo_beside_a_folder_of_configs_is_told_alone(configs: Path) -> None:
     for verb in ("plan", "train"):
         said = say(verb, "--config-dir", configs, "-m", "experiment=mine", *TINY, "lorar=3")

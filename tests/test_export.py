@@ -83,6 +83,7 @@ def test_plain_merge_and_unload_on_a_tied_head_is_off_by_far(kind, trained):
     assert not torch.allclose(plain.get_input_embeddings().weight, kept, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_another_process_reads_the_same_from_disk(elsewhere, trained, tmp_path):
     run = trained("gemma", "head=lora")
     place = tmp_path / "merged"

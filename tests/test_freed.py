@@ -92,6 +92,7 @@ def test_packs_of_one_under_hydras_basic_launcher(watch: Watch, tmp_path: Path) 
     assert watch.nothing_is_alive()
 
 
+@pytest.mark.slow
 def test_after_memory_ran_out_in_mid_training(
     watch: Watch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -160,6 +160,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     assert "Traceback" not in process.said
 
 
+@pytest.mark.faults
 def test_under_nohup_a_closed_terminal_ends_nothing(tmp_path: Path) -> None:
     command = [*FAST, f"output_dir={tmp_path}"]
 

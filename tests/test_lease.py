@@ -61,6 +61,7 @@ def test_a_pack_has_one_holder_until_it_lets_go(place: Path) -> None:
     assert sorted(path.name for path in place.parent.iterdir()) == ["pack.json", "pack.lock"]
 
 
+@pytest.mark.slow
 def test_a_holder_that_beats_is_kept_beyond_the_stale_time(place: Path, other: int) -> None:
     time.sleep(2 * STALE)
     held = lease.take(place, STALE)

@@ -169,7 +169,7 @@ class AutocastStock(Stock):
 ATTENTION = ["target_modules=attention"]  # the last feed-forward block is frozen
 
 
-@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("alone", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("kind", "dtype", "words"),
     [
@@ -207,6 +207,7 @@ def test_bfloat16_losses_equal_stock_pefts_under_autocast(
             assert losses[run] == pytest.approx(expected, rel=5e-4), run
 
 
+@pytest.mark.slow
 def test_a_frozen_last_feed_forward_block_trains_in_bfloat16_autocast(tmp_path: Path) -> None:
     """From the command line, alone and in a pack."""
     words = [*SMOKE, *ATTENTION, "trainer.dtype=bfloat16", "model.dtype=float32"]

@@ -90,7 +90,8 @@ def folder_with(place: Path, source: Path, seed: int | None) -> Path:
     return place
 
 
-@pytest.mark.parametrize("changed", ["weights", pytest.param("tokenizer", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("changed", ["weights", "tokenizer"])
 def test_a_base_replaced_in_mid_sweep_fails_its_pack_alone(
     changed: str, tmp_path: Path, tiny_folder: Callable[[str], Path]
 ) -> None:

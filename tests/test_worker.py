@@ -58,7 +58,8 @@ def check_each_was_trained_once(out: Path, expected: dict[str, Any]) -> None:
     assert not list(out.glob("**/*.part")) and not list(out.glob("**/*.alive"))
 
 
-@pytest.mark.parametrize(("launches", "size"), [(2, 4), pytest.param(4, 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("launches", "size"), [(2, 4), (4, 1)])
 def test_launches_at_once_train_each_run_once(
     launches: int, size: int, tmp_path: Path, whole: Callable[[int], dict[str, Any]]
 ) -> None:
