@@ -144,6 +144,7 @@ def take(path: Path, stale_seconds: float = STALE_SECONDS) -> Taken | Holder:
         host, pid = socket.gethostname(), os.getpid()
         holder = Holder(token, host, boot_id(), pid, stale_seconds, secrets.token_hex(8))
         replace(path, json.dumps(asdict(holder)) + "\n")
+        _remove_old_clocks(path)
     return Taken(Lease(path, holder, process_lock), ended)
 
 
@@ -202,6 +203,19 @@ def _age(path: Path) -> float:
     finally:
         with contextlib.suppress(OSError):  # a share that is mounted for reading
             probe.unlink(missing_ok=True)
+
+
+def _remove_old_clocks(path: Path) -> None:
+    """Remove what processes that were killed while they read the clock have left.
+
+    Args:
+        path: a file written just now: its time is the file system's.
+    """
+    with contextlib.suppress(OSError):
+        now = path.stat().st_mtime
+        for clock in path.parent.glob(".clock.*"):
+            if now - clock.stat().st_mtime > GUARD_TIMEOUT:
+                clock.unlink(missing_ok=True)
 
 
 def _guard(path: Path) -> FileLock:

@@ -139,6 +139,18 @@ def test_a_holder_on_another_host_is_replaced_by_its_age_alone(place: Path) -> N
     found.lease.release()
 
 
+def test_a_clock_that_a_killed_process_left_is_removed(place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    old, young = place.parent / ".clock.1.1", place.parent / ".clock.2.2"
+    old.touch()
+    young.touch()
+    os.utime(old, (time.time() - lease.GUARD_TIMEOUT - 5,) * 2)
+    taken = lease.take(place, 60)
+    assert isinstance(taken, lease.Taken)
+    taken.lease.release()
+    assert not old.exists() and young.exists()
+
+
 def test_age_is_told_by_the_file_systems_clock(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

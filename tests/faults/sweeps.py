@@ -41,7 +41,9 @@ def leftovers(folder: Path) -> list[Path]:
         path
         for pattern in ("*/*/checkpoint", "*/*/.*", "*/*/*/.*", "*/.locks/*.alive")
         for path in folder.glob(pattern)
-        if path.name != ".hydra" and path.parent.name != ".hydra"
+        if path.name != ".hydra"
+        and path.parent.name != ".hydra"
+        and not path.name.startswith(".clock.")  # of a moment; removed after a minute
     ]
 
 
