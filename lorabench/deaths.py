@@ -10,62 +10,68 @@ import contextlib
 import json
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from lorabench import interrupt, machine
+from lorabench.lease import Lease, Lost
 
 FULL = 0.9  # of what was free at the start: a process that died beyond it died of that
 DEATHS = 2  # in a row, before a pack is thought too large
 LOOK_SECONDS = 0.1
 STEP = 0.02  # of what was free: smaller changes are not written
+JOIN_SECONDS = 1.0  # for the last look; a share that hangs must hold nobody up
 LENGTH = 256  # bytes of the file, which is written in place: a kill leaves the last look
 
 
-class Watch:
-    """Notes how much memory this process holds until it is left; what stays is of a dead one."""
+@contextlib.contextmanager
+def watched(path: Path, held: Lease) -> Iterator[None]:
+    """Note how much memory this process holds until the block is left.
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.before = _read(path)[1 - DEATHS :]
-        self.free = max(1, machine.available_memory() + machine.resident_memory())
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self._look, daemon=True, name="memory")
+    Args:
+        path: what stays there afterwards is of processes that died in such a block.
+        held: of the pack; whoever has lost it writes nothing more.
+    """
+    before, over = _read(path)[1 - DEATHS :], threading.Event()
+    free = max(1, machine.available_memory() + machine.resident_memory())
+    thread = threading.Thread(target=_look, args=(path, held, before, free, over), daemon=True)
 
-    def _look(self) -> None:
-        written = None
-        with contextlib.suppress(OSError), open(self.path, "wb", buffering=0) as file:
-            while not self.over.wait(LOOK_SECONDS if written else 0):
-                resident = machine.resident_memory()
-                if written is None or abs(resident - written) > STEP * self.free:
-                    written = resident
-                    self._write(file, [*self.before, {"free": self.free, "resident": resident}])
-            self._write(file, self.before)
+    def settle() -> None:
+        over.set()
+        thread.join(JOIN_SECONDS)
+        if not before:
+            with contextlib.suppress(Lost):
+                held.check()
+                forget(path)
 
-    def _write(self, file: IO[bytes], attempts: list[dict[str, int]]) -> None:
-        os.pwrite(file.fileno(), json.dumps(attempts).ljust(LENGTH - 1).encode() + b"\n", 0)
+    thread.start()
+    interrupt.BEFORE_EXIT.append(settle)
+    try:
+        yield
+    finally:
+        interrupt.BEFORE_EXIT.remove(settle)
+        settle()
 
-    def _settle(self) -> None:
-        """Leave what was there before: this process does not die without a message."""
-        self.over.set()
-        self.thread.join()
-        if not self.before:
-            forget(self.path)
 
-    def __enter__(self) -> Watch:
-        self.thread.start()
-        interrupt.BEFORE_EXIT.append(self._settle)
-        return self
+def _look(
+    path: Path, held: Lease, before: list[dict[str, int]], free: int, over: threading.Event
+) -> None:
+    """Write what this process holds whenever it has changed; in the end, what was there before."""
+    written = None
+    with contextlib.suppress(OSError, Lost), open(path, "wb", buffering=0) as file:
+        while not over.wait(LOOK_SECONDS if written else 0):
+            resident = machine.resident_memory()
+            if written is None or abs(resident - written) > STEP * free:
+                written = resident
+                held.check()
+                _write(file, [*before, {"free": free, "resident": resident}])
+        held.check()
+        _write(file, before)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        interrupt.BEFORE_EXIT.remove(self._settle)
-        self._settle()
+
+def _write(file: IO[bytes], attempts: list[dict[str, int]]) -> None:
+    os.pwrite(file.fileno(), json.dumps(attempts).ljust(LENGTH - 1).encode() + b"\n", 0)
 
 
 def of_memory(path: Path) -> str | None:

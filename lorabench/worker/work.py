@@ -140,7 +140,7 @@ class Worker:
             elif to_train:
                 if died:
                     self.display.say(f"{to_train[0].label}: {died}; {SMALLER}")
-                with deaths.Watch(memory):
+                with deaths.watched(memory, held):
                     self._train_and_score(pack, slots, to_train, held)
             else:
                 self._score_saved(pack, slots, left, held)
