@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER (capabilities(7))
 OVER_MODES = 1 << 1 | 1 << 2 | 1 << 3
@@ -56,6 +58,20 @@ def mode(path: Path, bits: int) -> Iterator[None]:
             yield
     finally:
         path.chmod(before)
+
+
+def forbid_writing(place: Path) -> None:
+    """In the child: what would make a file or a folder below fails as on a read-only file system.
+
+    For machines that let their user mount nothing. What libraries write natively is not seen.
+    """
+
+    def heard(event: str, arguments: tuple[Any, ...]) -> None:
+        makes = event == "os.mkdir" or (event == "open" and arguments[2] & os.O_CREAT)
+        if makes and str(arguments[0]).startswith(str(place)):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(arguments[0]))
+
+    sys.addaudithook(heard)
 
 
 def mount_read_only(place: Path) -> None:

@@ -22,6 +22,11 @@ FAST = [
 ]  # fmt: skip
 PACK = ["train", "-m", *FAST, "seed=0,1"]
 ALONE = ["train", *FAST]
+EVERY = 5  # steps between checkpoints
+CHECKPOINTED = {
+    kind: [*words, f"trainer.checkpoint_every={EVERY}"]
+    for kind, words in {"pack": PACK, "alone": ALONE}.items()
+}
 
 
 def outcome(folder: Path) -> dict[str, Any]:

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import say
 from processes import slowly, start
 
 from faults.sweeps import (
-    ALONE,
-    PACK,
-    STEPS,
+    CHECKPOINTED,
+    EVERY,
     killed_at,
     leftovers,
     operations,
@@ -23,32 +21,24 @@ from faults.sweeps import (
     repeated,
 )
 
-EVERY = 5
-COMMANDS = {
-    "pack": [*PACK, f"trainer.checkpoint_every={EVERY}"],
-    "alone": [*ALONE, f"trainer.checkpoint_every={EVERY}"],
-}
-
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """By kind of command: its operations on files, and what it ends with."""
-    found = {}
-    for kind, words in COMMANDS.items():
-        place = tmp_path_factory.mktemp(kind)
-        # In this process, so that the forks find everything imported.
-        assert say(*words, f"output_dir={place / 'whole'}").code == 0
-        found[kind] = operations(words, place), outcome(place / "whole")
-    return found
+def listed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The operations on files of each kind of command."""
+    return {
+        kind: operations(words, tmp_path_factory.mktemp(kind))
+        for kind, words in CHECKPOINTED.items()
+    }
 
 
 @pytest.mark.faults
-def test_between_the_records_of_two_that_trained_together(tmp_path: Path) -> None:
-    assert say(*COMMANDS["pack"], f"output_dir={tmp_path / 'whole'}").code == 0
+def test_between_the_records_of_two_that_trained_together(
+    undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
     folder = tmp_path / "killed"
-    killed_at(8, COMMANDS["pack"], folder, of=".record.json")
-    assert repeated(COMMANDS["pack"], folder) == [10]
-    assert outcome(folder) == outcome(tmp_path / "whole")
+    killed_at(8, CHECKPOINTED["pack"], folder, of=".record.json")
+    assert repeated(CHECKPOINTED["pack"], folder) == [10]
+    assert outcome(folder) == undisturbed["pack"]
     assert not leftovers(folder)
 
 
@@ -57,18 +47,22 @@ PARTS = 4  # of a window, so that several processes can share it
 
 @pytest.mark.faults
 @pytest.mark.parametrize("part", range(PARTS))
-@pytest.mark.parametrize("kind", COMMANDS)
+@pytest.mark.parametrize("kind", CHECKPOINTED)
 def test_at_every_file_operation_from_the_second_checkpoint_to_the_last_record(
-    kind: str, part: int, undisturbed: dict[str, Any], tmp_path: Path
+    kind: str,
+    part: int,
+    undisturbed: dict[str, Any],
+    listed: dict[str, list[str]],
+    tmp_path: Path,
 ) -> None:
-    done, expected = undisturbed[kind]
+    done, expected = listed[kind], undisturbed[kind]
     second = [n for n, what in enumerate(done, 1) if "os.mkdir" in what and ".checkpoint." in what]
     begin = second[len(expected)]  # of the second checkpoint
     assert len(done) - begin > 15, done
     for number in range(begin + part, len(done) + 1, PARTS):
         folder = tmp_path / str(number)
-        killed_at(number, COMMANDS[kind], folder)
-        steps = repeated(COMMANDS[kind], folder)
+        killed_at(number, CHECKPOINTED[kind], folder)
+        steps = repeated(CHECKPOINTED[kind], folder)
         told = f"killed before {done[number - 1]}"
         assert outcome(folder) == expected, told
         assert not leftovers(folder), told
@@ -76,11 +70,11 @@ def test_at_every_file_operation_from_the_second_checkpoint_to_the_last_record(
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("kind", COMMANDS)
+@pytest.mark.parametrize("kind", CHECKPOINTED)
 def test_twenty_times_at_random(kind: str, undisturbed: dict[str, Any], tmp_path: Path) -> None:
-    _, expected = undisturbed[kind]
+    expected = undisturbed[kind]
     rng, folder = random.Random(kind), tmp_path / "runs"
-    words = [*COMMANDS[kind], "trainer.checkpoint_every=2", f"output_dir={folder}"]
+    words = [*CHECKPOINTED[kind], "trainer.checkpoint_every=2", f"output_dir={folder}"]
     kills = 0
     while kills < 20:
         process = start(tmp_path / "said.txt", *words, before=lambda: slowly(0.3))
@@ -97,4 +91,3 @@ def test_twenty_times_at_random(kind: str, undisturbed: dict[str, Any], tmp_path
     repeated(words[:-1], folder)
     assert outcome(folder) == expected
     assert not leftovers(folder)
-    assert STEPS == 12

@@ -8,6 +8,8 @@ import os
 import re
 import resource
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,35 +177,60 @@ TOO_LARGE = re.compile(
 
 
 @contextlib.contextmanager
-def group(most: int) -> Iterator[Path]:
-    """A control group with a limit; skips the test where none can be made."""
+def group(most: int) -> Iterator[Callable[[], None] | None]:
+    """What puts a child into a control group with a limit; None where no group can be made."""
     kinds = {machine.CGROUPS / "memory": "memory.limit_in_bytes", machine.CGROUPS: "memory.max"}
-    root = next((root for root, name in kinds.items() if (root / "cgroup.procs").exists()), None)
-    place = root and root / f"lorabench-test-{os.getpid()}"
+    root = next((root for root in kinds if (root / "cgroup.procs").exists()), machine.CGROUPS)
+    place = root / f"lorabench-test-{os.getpid()}"
+    procs = place / "cgroup.procs"
     try:
-        assert root is not None and place is not None
         place.mkdir()
         (place / kinds[root]).write_text(str(most))
-    except (AssertionError, OSError):
-        pytest.skip("no control group can be made here: needs root and a writable /sys/fs/cgroup")
+    except OSError:  # not root, or /sys/fs/cgroup is not writable
+        yield None
+        return
+
+    def enter() -> None:
+        procs.write_text(str(os.getpid()))
+
     try:
-        yield place
+        yield enter
     finally:
-        procs = place / "cgroup.procs"
         wait_for(lambda: not procs.read_text().strip(), 10)
         place.rmdir()
 
 
+def kill_beyond(most: int) -> None:
+    """In the child: a thread does what the kernel does in a control group with that limit."""
+    before, left = machine.resident_memory(), machine.available_memory
+
+    def look() -> None:
+        while machine.resident_memory() - before < most:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def available() -> int:
+        return min(left(), before + most - machine.resident_memory())
+
+    machine.available_memory = available
+    threading.Thread(target=look, daemon=True).start()
+
+
 @pytest.mark.faults
-def test_a_pack_that_the_kernel_killed_twice_for_memory_is_halved(
-    room: Room, tmp_path: Path
+@pytest.mark.parametrize("kernel", [True, False], ids=["by the kernel", "by a thread"])
+def test_a_pack_that_was_killed_twice_for_memory_is_halved(
+    kernel: bool, room: Room, tmp_path: Path
 ) -> None:
-    words = [*LARGE, f"output_dir={tmp_path / 'out'}"]
-    with group(room.bytes + COPIED) as place:
+    """The kernel kills where a control group can be made, else a thread that watches as it does."""
+    words, most = [*LARGE, f"output_dir={tmp_path / 'out'}"], room.bytes + COPIED
+    with group(most) if kernel else contextlib.nullcontext() as enter:
 
         def inside() -> None:
-            (place / "cgroup.procs").write_text(str(os.getpid()))
             larger_than_planned()
+            if enter is None:
+                kill_beyond(most)
+            else:
+                enter()
 
         told = killed_twice(lambda said: start(said, *words, before=inside), tmp_path)
     (found,) = map(TOO_LARGE.fullmatch, told)
