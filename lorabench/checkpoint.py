@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorabench import files
 from lorabench.files import share, sync, sync_folder
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def set_damaged_aside(folder: Path) -> list[str]:
         else:
             continue
         aside = _aside(place)
-        _delete(aside)
+        files.remove(aside)
         place.rename(aside)
         told.append(f"checkpoint {place} is damaged ({why}) and was set aside as {aside.name}")
     return told
@@ -230,12 +231,4 @@ def remove(folder: Path) -> None:
         *map(_aside, _places(folder)),
         *folder.parent.glob(f".{folder.name}.*.part"),
     ):
-        _delete(place)
-
-
-def _delete(place: Path) -> None:
-    """Whatever lies there, as far as it can be deleted."""
-    if place.is_dir() and not place.is_symlink():
-        shutil.rmtree(place, ignore_errors=True)
-    else:
-        place.unlink(missing_ok=True)
+        files.remove(place)

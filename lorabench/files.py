@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import shutil
 import tempfile
 import threading
 from pathlib import Path
@@ -29,7 +31,7 @@ def write_atomic(path: Path, text: str) -> None:
 def replace(path: Path, text: str) -> None:
     """As `write_atomic`, by the only writer: what killed ones before it left is removed."""
     for left in path.parent.glob(f".{path.name}.*.part"):
-        left.unlink(missing_ok=True)
+        remove(left)
     write_atomic(path, text)
 
 
@@ -46,6 +48,15 @@ def sync_folder(folder: Path) -> None:
     """Bring every file of a folder, and the folder itself, to the disk."""
     for path in (*folder.iterdir(), folder):
         sync(path)
+
+
+def remove(place: Path) -> None:
+    """Remove whatever lies there, as far as it can be removed."""
+    with contextlib.suppress(OSError):
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            place.unlink()
 
 
 def share(folder: Path) -> None:

@@ -169,8 +169,8 @@ def read(folder: Path) -> Record | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or content.get("schema_version", 1) > SCHEMA_VERSION:
             return None
-        if content.get("checksum", checksum(content)) != checksum(content):  # older ones have none
-            return None
+        if "checksum" in content and content["checksum"] != checksum(content):
+            return None  # not what was written; older ones have none
         record = Record.model_validate(_upgraded(content))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None  # no file, no text, no JSON, or not this schema

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMOKE, say, untouched
+from conftest import SMOKE, recorded_runs, say, untouched
 from processes import start
-from rights import forbid_writing, mode, mount_read_only
+from rights import forbid_writing, mode, mount_read_only, none_over_modes
 
 from lorabench.files import obstacle
 
@@ -274,3 +275,40 @@ def test_a_folder_that_can_be_written_to_has_no_obstacle(tmp_path: Path) -> None
     (tmp_path / "link").symlink_to(tmp_path / "real")
     assert obstacle(tmp_path / "link" / "c") is None
     assert obstacle(Path(os.devnull)) is not None
+
+
+def test_a_folder_that_is_closed_in_mid_command_fails_its_run_alone(tmp_path: Path) -> None:
+    """Nobody could refuse it before; its mates train in the same pack."""
+
+    def before() -> None:
+        from lorabench.worker import members
+
+        begin, seen = members.begin, []
+        drop = contextlib.ExitStack()
+
+        def closed(member: Any) -> None:
+            seen.append(member)
+            if len(seen) == 2:
+                member.folder.chmod(0o555)
+                drop.enter_context(none_over_modes())
+            begin(member)
+
+        members.begin = closed
+
+    words = ["train", "-m", *SMOKE, "seed=0,1,2", f"output_dir={tmp_path / 'out'}"]
+    done = start(tmp_path / "said", *words, before=before)
+    assert done.wait() == 1, done.said
+    assert "Traceback" not in done.said and "defect" not in done.said
+    assert "1 of 3 runs did not finish:" in done.said and "Permission denied" in done.said
+    found = [entry["status"] for _, entry in recorded_runs(tmp_path / "out")]
+    assert found == ["finished"] * 2
+
+
+def test_a_record_of_a_newer_lorabench_is_left_alone_by_work(output: Path, tmp_path: Path) -> None:
+    shutil.copytree(output, tmp_path / "out")
+    path = next((tmp_path / "out").glob("*/*/record.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
+    before = tree(tmp_path)
+    said = say("work", tmp_path / "out" / "default")
+    assert said.code == 2 and said.err.startswith("record.json: must have a schema version of at ")
+    assert tree(tmp_path) == before

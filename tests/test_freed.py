@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import weakref
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import records, say
 
+from lorabench import machine
 from lorabench import model as base_model
 from lorabench.pack import ModulePack, StackedPack
 from lorabench.sweep import SweepFolder
@@ -137,3 +139,24 @@ def test_a_run_alone_that_does_not_fit_fails_with_a_remedy(
     assert said.code == 1
     assert "use a smaller trainer.micro_batch_size or data.max_length" in said.err
     assert watch.nothing_is_alive()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_short"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            True,
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublas"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (MemoryError(), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_says_that_memory_is_short(error: Exception, is_short: bool) -> None:
+    assert machine.is_out_of_memory(error) is is_short

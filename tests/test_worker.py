@@ -15,8 +15,10 @@ import pytest
 from conftest import records, say, scores
 from processes import running, slowly, wait_for
 
+from lorabench import lease, tracking
 from lorabench.progress import Display
 from lorabench.sweep import SweepFolder
+from lorabench.worker.members import Member
 
 GRID = ["head=exclude,lora", "seed=0,1"]
 FAST = [
@@ -313,3 +315,22 @@ def test_a_mate_that_was_last_scored_on_a_file_that_is_gone_does_not_matter(
     assert say(*words, "seed=0", "data.metric=[nll_per_token]").code == 0
     counts = {r["config"]["seed"]: len(r["evaluations"]) for r in records(out).values()}
     assert counts == {0: 2, 1: 2}
+
+
+def test_trackers_are_dropped_where_a_pack_is_lost_at_its_last_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would end their W&B runs; whoever has the pack now ends it too."""
+    write, lost, dropped = Member.write, iter([True]), []
+
+    def last(self: Member) -> None:
+        if self.entry.status == "finished" and next(lost, False):
+            raise lease.Lost("taken over by another process")
+        write(self)
+
+    monkeypatch.setattr(Member, "write", last)
+    monkeypatch.setattr(tracking, "drop_all", lambda trackers: dropped.append(list(trackers)))
+    said = say(*command(tmp_path / "out", "hydra.launcher.pack_size=2"))
+    assert said.code == 0 and "taken over by another process" in said.err
+    assert [len(trackers) for trackers in dropped] == [2]
+    assert {entry["status"] for entry in records(tmp_path / "out").values()} == {"finished"}

@@ -64,9 +64,16 @@ def _result(session: Any, index: int, _: DictConfig) -> Any:
 
 
 def _keep_files(job: DictConfig, folder: Path) -> None:
-    """Have Hydra write no config files where the command that ran this job has left its own."""
+    """Have Hydra write no config files where the command that ran this job has left its own.
+
+    Nor where the job has failed because nothing can be written there: that must end no other job.
+    """
     name = job.hydra.output_subdir
-    if name is not None and (folder / name).is_dir():
+    if name is None:
+        return
+    try:
+        (folder / name).mkdir(parents=True)
+    except OSError:  # it is there, or cannot be
         job.hydra.output_subdir = None
 
 

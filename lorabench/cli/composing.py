@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lorabench.cli.mistakes import fail
+from lorabench.cli.mistakes import tell
 from lorabench.cli.words import conf_folder, parse, refuse_places, refuse_values
 
 if TYPE_CHECKING:
@@ -169,4 +169,4 @@ def _swept(loader: Any, whole: Any) -> tuple[list[Any], list[str]]:
 def say_if_sweep(hydra: Any) -> None:
     """Warn that only one run will train although the experiment defines a sweep; suggest -m."""
     if params := hydra.sweeper.get("params"):
-        fail([f"one run of a sweep over {', '.join(params)}; -m runs them all"])
+        tell([f"one run of a sweep over {', '.join(params)}; -m runs them all"])

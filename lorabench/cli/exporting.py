@@ -83,9 +83,10 @@ def _lines(report: dict[str, Any]) -> list[str]:
     for name in ("merged", "reloaded"):
         if name in checks:
             off = [f"{value:.1e} ({arithmetic})" for arithmetic, value in checks[name].items()]
+            decides = " in float64" if "float64" in checks[name] else ""
             lines.append(
                 f"{name:12}off by {', '.join(off)} of the largest logit "
-                f"(at most {checks['max_difference']:g})"
+                f"(at most {checks['max_difference']:g}{decides})"
             )
     if checks["untied"]:
         lines.append("head        untied: a weight of its own, tie_word_embeddings=false")

@@ -31,7 +31,7 @@ REMEDIES = {
 }
 
 
-def fail(lines: list[str], code: int = 2) -> int:
+def tell(lines: list[str], code: int = 2) -> int:
     """Print lines on stderr, if anybody is there to read them; return the exit code."""
     with contextlib.suppress(OSError):  # a closed terminal, a full disk: the code tells
         for line in lines:
@@ -68,7 +68,7 @@ def guarded(
         from lorabench import interrupt
 
         told = f"interrupted by {interrupt.name()}; the same command continues where it stopped"
-        return fail([told], 128 + interrupt.number())
+        return tell([told], 128 + interrupt.number())
     except BrokenPipeError:
         sys.stderr.close()
         return 1
@@ -86,7 +86,7 @@ def guarded(
     if as_json:
         print(json.dumps(refused.content(), indent=2))
         return 2
-    return fail(refused.lines())
+    return tell(refused.lines())
 
 
 def _refusal(failure: Exception, overrides: list[str]) -> ConfigErrors:

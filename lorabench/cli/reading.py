@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorabench.cli.mistakes import Parser, fail
+from lorabench.cli.mistakes import Parser, tell
 from lorabench.cli.verbs import VERBS
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ def _records(folder: Path, hash_of: Callable[[Path], str] | None = None) -> list
     found = intact.checked(folder, hash_of)
     read = {one.folder.name for one in found}
     lines = [intact.described_damage(*one) for one in found if one.damaged]
-    fail([*lines[:MOST_LINES], *_and_more(lines[MOST_LINES:], folder)])
+    tell([*lines[:MOST_LINES], *_and_more(lines[MOST_LINES:], folder)])
     bad = [p.parent.name for p in sorted(folder.glob("*/record.json")) if p.parent.name not in read]
     if bad:
-        fail(
+        tell(
             [
                 f"left out, record.json is damaged or of a newer version: {', '.join(bad)}; "
                 "the command that made them trains them again"
@@ -80,7 +80,7 @@ def runs(arguments: list[str]) -> int:
         return 0
     recorded = [one for one in found if one.entry.files]
     damaged = [one for one in recorded if one.damaged]
-    fail([f"{len(recorded) - len(damaged)} of {len(recorded)} runs are as they were recorded"])
+    tell([f"{len(recorded) - len(damaged)} of {len(recorded)} runs are as they were recorded"])
     return 1 if damaged else 0
 
 

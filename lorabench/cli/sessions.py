@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench import machine, record, sweep
-from lorabench.config import ConfigErrors, and_more
+from lorabench.config import ConfigErrors
 from lorabench.plan import Planner
 from lorabench.progress import Display
 from lorabench.sweep import Job, SweepFolder
@@ -48,13 +48,6 @@ class Session:
             place: Worker(SweepFolder(place), mine, shared, self.display)
             for place, mine in by_folder.items()
         }
-        newer = [str(job.folder) for job in jobs if record.is_newer(job.folder)]
-        if newer:
-            raise ConfigErrors(
-                f"record.json: must have a schema version of at most {record.SCHEMA_VERSION}; "
-                f"{and_more(newer)} was written by a newer lorabench; update this one, or give "
-                f"another sweep=NAME"
-            )
         for worker in self.workers.values():
             worker.look_at_kept()
         self.left = [job for job in jobs if self.worker(job).asked.is_left(job)]

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench import masking
 from lorabench.cli.composing import compose, register, say_if_sweep
-from lorabench.cli.mistakes import fail
+from lorabench.cli.mistakes import tell
 from lorabench.cli.words import conf_folder, in_hydras_order, refuse_flags
 
 if TYPE_CHECKING:
     from lorabench.cli.sessions import Command, Session
-    from lorabench.sweep import Job
 
 SHOWS = {"--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help", "--version"}  # and no more
 PLAN_FLAGS = ("--json", "--smoke")
@@ -115,20 +114,12 @@ def closing(outcomes: Sequence[Any]) -> int:
             lines.append(f"  {one.label or 'run'} ({one.folder}): {why}")
         if any(outcome.status == "trained" for outcome in bad):
             lines.append("trained runs keep their adapter; the same command only scores them")
-        return fail(lines, 1)
+        return tell(lines, 1)
     lines = [
         f"{folder}: {len(runs)} of {len(runs)} runs done; lorabench compare {folder}"
         for folder, runs in sorted(folders.items())
     ]
-    return fail(lines, 0)
-
-
-def _is_new(job: Job) -> bool:
-    """Whether a run has no adapter yet."""
-    from lorabench import record
-
-    found = record.read(job.folder)
-    return found is None or not found.has_trained()
+    return tell(lines, 0)
 
 
 def plan(arguments: list[str]) -> int:
@@ -156,7 +147,8 @@ def plan(arguments: list[str]) -> int:
 
     memory = machine.free_memory(machine.choose_device(jobs[0].config.trainer.device))
     packs = sweep.form_packs(jobs, composed.pack_size, memory)
-    sweep.check_room([[jobs[i] for i in members if _is_new(jobs[i])] for members in packs])
+    trained = {i for i, job in enumerate(jobs) if (found := job.record()) and found.has_trained()}
+    sweep.check_room([[jobs[i] for i in members if i not in trained] for members in packs])
     shared = Shared(planner)
     attempts: list[Any] = []
 

@@ -57,9 +57,7 @@ def pickled_on_hub(model: ModelConfig, content: dict[str, Any]) -> list[str]:
         if any(map(is_there, foreign.WEIGHTS)):
             return []
         pickled = list(filter(is_there, foreign.PICKLED))
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # of the client's own HTTP library, such as a proxy that refuses
+    except Exception as error:  # also of the client's own HTTP library: a proxy that refuses
         raise ConfigErrors(hub_failure("model.path", model.path, error)) from error
     return [foreign.no_safetensors(model, content, pickled)] if pickled else []
 

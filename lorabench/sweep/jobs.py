@@ -26,6 +26,10 @@ class Job:
     def folder(self) -> Path:
         return Path(self.plan.folder)
 
+    def record(self) -> record.Record | None:
+        """What is recorded of the run; None while it is only planned."""
+        return record.read(self.folder)
+
     def check_folder(self) -> None:
         """Refuse a folder that cannot be written to, unless the run has ended in it.
 
@@ -33,7 +37,7 @@ class Job:
             ConfigErrors: the folder, and what is wrong with it.
         """
         if refused := plan.check_folder(self.folder, "output_dir"):
-            found = record.read(self.folder)
+            found = self.record()
             if found is None or found.evaluation(self.plan.evaluation_id) is None:
                 raise ConfigErrors(refused)
 

@@ -20,20 +20,17 @@ class Asked:
     def __init__(self, folder: SweepFolder, jobs: Sequence[Job]):
         self.folder, self.jobs = folder, list(jobs)
         self.failed: dict[str, str] = {}  # by this process, which tries once: run id -> error
-        self._before = {job.plan.run_id: _stamp(self.record(job)) for job in jobs}
+        self._before = {job.plan.run_id: _stamp(job.record()) for job in jobs}
         self._ended: set[str] = set()  # evaluations of runs that need no further look
-
-    def record(self, job: Job) -> Record | None:
-        return self.folder.record(job.plan.run_id)
 
     def must_train(self, job: Job) -> bool:
         """Whether a run has no adapter yet, and nobody has tried and failed since we began."""
-        found = self.record(job)
+        found = job.record()
         return not (found and found.has_trained()) and not self._has_failed(job, found)
 
     def must_score(self, job: Job) -> bool:
         """Whether a run has an adapter and lacks the scores that this command asks for."""
-        found = self.record(job)
+        found = job.record()
         if found is None or not found.has_trained() or self._has_failed(job, found):
             return False
         return not self.is_scored(found, job)
@@ -72,7 +69,7 @@ class Asked:
     def outcome(self, job: Job) -> Outcome:
         """Say how a run has ended."""
         run_id = job.plan.run_id
-        found = self.record(job)
+        found = job.record()
         status, error = (found.status, found.error) if found else ("failed", None)
         has_failed = run_id in self.failed
         if has_failed:

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from lorabench import checkpoint, masking, provenance, record, tracking
+from lorabench import checkpoint, files, masking, provenance, record, tracking
 from lorabench.config import ConfigErrors, first_line, flatten
 from lorabench.files import sync, write_atomic
 from lorabench.lease import Lease, Lost
@@ -145,8 +145,8 @@ def begin(member: Member) -> None:
 def clear(member: Member) -> None:
     """Remove what a holder that was killed or replaced was about to put in place."""
     member.lease.check()
-    for left in member.folder.rglob(".*.part"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    for left in list(member.folder.rglob(".*.part")):
+        files.remove(left)
 
 
 @contextlib.contextmanager
@@ -307,7 +307,7 @@ def resume(members: list[Member], pack: Any, step: int, display: Display) -> Non
         told = checkpoint.told(place, step)
         member.tokens = told["train_tokens"]
         member.earlier_seconds = told["train_seconds"]
-        member.rows = told["rows"]
+        member.rows = told.get("rows", 0)  # checkpoints before this key have none
         commits = [*told["commits"], *member.entry.provenance["commits"]]
         distinct = [one for i, one in enumerate(commits) if one not in commits[:i]]
         member.entry.provenance["commits"] = distinct

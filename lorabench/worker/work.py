@@ -26,7 +26,7 @@ from lorabench import (
     record,
     tracking,
 )
-from lorabench.config import ConfigErrors
+from lorabench.config import ConfigErrors, and_more
 from lorabench.lease import Holder, Lease, Lost
 from lorabench.progress import Display
 from lorabench.sweep import Job, PackEntry, SweepFolder, first_of_each
@@ -57,9 +57,20 @@ class Worker:
         self.told: set[str] = set()  # runs whose end was shown
 
     def look_at_kept(self) -> None:
-        """Read the files of runs that have ended; those without a whole adapter have failed."""
+        """Read the files of runs that have ended; those without a whole adapter have failed.
+
+        Raises:
+            ConfigErrors: a newer lorabench has written some of them.
+        """
+        newer = [str(job.folder) for job in self.asked.jobs if record.is_newer(job.folder)]
+        if newer:
+            raise ConfigErrors(
+                f"record.json: must have a schema version of at most {record.SCHEMA_VERSION}; got "
+                f"{and_more(newer)} of a newer lorabench; update this one, or give another "
+                f"sweep=NAME"
+            )
         for job in first_of_each(self.asked.jobs):
-            found = self.asked.record(job)
+            found = job.record()
             if found is None and (job.folder / "record.json").exists():
                 self.display.say(f"{job.folder}: record.json is damaged; the run is trained again")
             if found is None or not found.has_trained():
@@ -80,7 +91,7 @@ class Worker:
             if not self._take_one(first=job.plan.run_id):
                 self._wait(job)
         if was_left and job.plan.run_id not in self.told:
-            found = self.asked.record(job)
+            found = job.record()
             assert found is not None, "a run that nobody here has tried was tried by another"
             self._tell_one(job, f"{last_line(found)}, by another process")
         return self.asked.outcome(job)
@@ -161,10 +172,13 @@ class Worker:
         with at_work.logs_of([member.folder for member in members]):
             try:
                 for member in members:
-                    at_work.begin(member)
-                trained = train_pack(members, slots, pack, start_step, self.shared, self.display)
-                self._score([member for member in members if not member.failed], trained)
-                del trained
+                    with at_work.own_failure(member):
+                        at_work.begin(member)
+                able = [member for member in members if not member.failed]
+                if able:
+                    trained = train_pack(able, slots, pack, start_step, self.shared, self.display)
+                    self._score([member for member in able if not member.failed], trained)
+                    del trained
             except KeyboardInterrupt:
                 with contextlib.suppress(Lost):
                     self._close(members, begun, "interrupted", f"interrupted by {interrupt.name()}")
@@ -204,7 +218,7 @@ class Worker:
         begun = time.perf_counter()
         members = []
         for job in first_of_each(jobs):
-            found = self.asked.record(job)
+            found = job.record()
             assert found is not None
             members.append(Member(job, pack.runs.index(job.plan.run_id), found, held))
             at_work.clear(members[-1])
