@@ -115,7 +115,7 @@ def begun(folder: Path) -> bool:
 
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGUSR1, *(pytest.param(n, marks=pytest.mark.slow) for n in interrupt.HEARD)],
+    [signal.SIGUSR1, *(pytest.param(n, marks=pytest.mark.faults) for n in interrupt.HEARD)],
     ids=lambda number: signal.Signals(number).name,
 )
 def test_what_schedulers_and_terminals_send_is_heard(number: int, tmp_path: Path) -> None:
