@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lorabench.cli.mistakes import tell
+from lorabench.cli.telling import tell
 from lorabench.cli.words import conf_folder, parse, refuse_places, refuse_values
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lorabench.cli.mistakes import Parser
+from lorabench.cli.telling import Parser
 from lorabench.cli.verbs import VERBS
 
 

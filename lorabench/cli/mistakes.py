@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import errno
 import json
 import os
@@ -11,7 +9,9 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from lorabench.cli.telling import tell
 
 if TYPE_CHECKING:
     from lorabench.config import ConfigErrors
@@ -29,26 +29,6 @@ REMEDIES = {
     errno.ENAMETOOLONG: "give a shorter name",
     errno.ELOOP: "correct the link, or choose another",
 }
-
-
-def tell(lines: list[str], code: int = 2) -> int:
-    """Print lines on stderr, if anybody is there to read them; return the exit code."""
-    with contextlib.suppress(OSError):  # a closed terminal, a full disk: the code tells
-        for line in lines:
-            print(line, file=sys.stderr)
-    return code
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses words as lorabench refuses everything else."""
-
-    def error(self, message: str) -> NoReturn:
-        from lorabench.config import ConfigErrors
-
-        usage = " ".join(self.format_usage().removeprefix("usage: ").split())
-        raise ConfigErrors(
-            f"{self.prog}: must be used as '{usage}'; got {message}; `{self.prog} --help` explains"
-        )
 
 
 def guarded(

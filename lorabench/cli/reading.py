@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorabench.cli.mistakes import Parser, tell
+from lorabench.cli.telling import Parser, tell
 from lorabench.cli.verbs import VERBS
 
 if TYPE_CHECKING:

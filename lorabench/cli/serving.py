@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench import masking
-from lorabench.cli.mistakes import Parser
+from lorabench.cli.telling import Parser
 from lorabench.cli.verbs import VERBS
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench import masking
 from lorabench.cli.composing import compose, register, say_if_sweep
-from lorabench.cli.mistakes import tell
+from lorabench.cli.telling import tell
 from lorabench.cli.words import conf_folder, in_hydras_order, refuse_flags
 
 if TYPE_CHECKING:

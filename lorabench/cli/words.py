@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorabench.cli.mistakes import Parser
+from lorabench.cli.telling import Parser
 
 NAME_MAX = 255  # bytes in the name of a file, on every file system in use
 # Flags of Hydra that do nothing here, or read a pickle.

@@ -1,0 +1,28 @@
+"""Lines on stderr, and a parser whose refusals are told as all others."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from typing import NoReturn
+
+
+def tell(lines: list[str], code: int = 2) -> int:
+    """Print lines on stderr, if anybody is there to read them; return the exit code."""
+    with contextlib.suppress(OSError):  # a closed terminal, a full disk: the code tells
+        for line in lines:
+            print(line, file=sys.stderr)
+    return code
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses words as lorabench refuses everything else."""
+
+    def error(self, message: str) -> NoReturn:
+        from lorabench.config import ConfigErrors
+
+        usage = " ".join(self.format_usage().removeprefix("usage: ").split())
+        raise ConfigErrors(
+            f"{self.prog}: must be used as '{usage}'; got {message}; `{self.prog} --help` explains"
+        )
