@@ -83,9 +83,8 @@ def batches(tokens: Any, config: Any, pad_id: int, device: str) -> Iterator[dict
     from lorabench import data
 
     trainer = config.trainer
-    length = data.padded_length(tokens, config.data.max_length)
     for chosen in data.order(len(tokens), trainer.batch_size, config.seeds.data, trainer.steps):
-        ids, labels = (torch.from_numpy(x) for x in data.batch(tokens, chosen, length, pad_id))
+        ids, labels = (torch.from_numpy(x) for x in data.batch(tokens, chosen, None, pad_id))
         yield {"input_ids": ids.to(device), "labels": labels.to(device)}
 
 
@@ -100,10 +99,9 @@ def stock_nll(model: Any, splits: Any, pad_id: int, config: Any) -> dict[str, fl
     found = {}
     for split in ("validation", "test"):
         tokens, means = splits[split], []
-        length = data.padded_length(tokens, config.data.max_length)
         for start in range(0, len(tokens), config.trainer.eval_batch_size):
             chosen = range(start, min(start + config.trainer.eval_batch_size, len(tokens)))
-            ids, labels = map(torch.from_numpy, data.batch(tokens, chosen, length, pad_id))
+            ids, labels = map(torch.from_numpy, data.batch(tokens, chosen, None, pad_id))
             with torch.inference_mode():
                 logits = model(input_ids=ids).logits[:, :-1].transpose(1, 2)
                 nll = F.cross_entropy(logits, labels[:, 1:], reduction="none")

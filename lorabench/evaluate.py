@@ -72,24 +72,23 @@ def evaluate(
     num_tokens = np.zeros(count, dtype=np.int64)
     exact = np.zeros((pack.size, count), dtype=np.int8)
     texts = [[""] * count for _ in range(pack.size)]
-    # Examples of similar length together: a batch is as wide as its longest.
+    # Examples of similar length together: a model that pads computes less.
     by_length = np.argsort([len(ids) for ids in tokens.input_ids], kind="stable")
     for start in range(0, count, size):
         indices = by_length[start : start + size]
-        length = max(len(tokens.input_ids[i]) for i in indices)
-        width = data.longest_completion(tokens, indices)
-        input_ids, labels = data.batch(tokens, indices, length, pad_id)
-        batch = Batch.make([input_ids], [labels], width, pack.device)
+        input_ids, labels_BT = data.batch(tokens, indices, None, pad_id)
+        batch = Batch.make([input_ids], [labels_BT], [pack.size], is_classes)
         nll_RN, argmax_RN = (part.cpu().numpy() for part in pack.score(batch))
-        targets_BW = batch.targets_SN[0].cpu().numpy().reshape(len(indices), -1)
-        there_BW = targets_BW != data.IGNORED
-        num_tokens[indices] = there_BW.sum(1)
+        there_BT = labels_BT != data.IGNORED
+        num_tokens[indices] = there_BT.sum(1)
+        first = np.cumsum(num_tokens[indices])[:-1]  # row of each example but the first
+        targets = np.split(labels_BT[there_BT], first)
         for run in range(pack.size):
-            nll_BW = np.where(there_BW, nll_RN[run].reshape(there_BW.shape).astype(np.float64), 0)
-            argmax_BW = argmax_RN[run].reshape(there_BW.shape)
-            nll[run, indices] = nll_BW.sum(1) / num_tokens[indices]
-            exact[run, indices] = ((argmax_BW == targets_BW) | ~there_BW).all(1)
-            rows = [ids[there] for ids, there in zip(argmax_BW, there_BW, strict=True)]
+            nll_B = [one.sum() for one in np.split(nll_RN[run].astype(np.float64), first)]
+            nll[run, indices] = nll_B / num_tokens[indices]
+            rows = np.split(argmax_RN[run], first)
+            pairs = zip(rows, targets, strict=True)
+            exact[run, indices] = [np.array_equal(row, target) for row, target in pairs]
             if is_classes:
                 written = [tokens.labels[int(ids[0])] for ids in rows]
             else:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -104,10 +105,12 @@ def _there_and_back(jobs: list[Job], shared: Shared) -> float:
             raise RuntimeError(
                 f"{jobs[run].label}: loss or gradient is not finite at step {step.step}"
             )
-    length = data.padded_length(tokens, config.data.max_length)
-    input_ids, targets = data.batch(tokens, range(len(tokens)), length, pad_id)
-    batch = Batch.make([input_ids], [targets], None if labels else ROWS, device)
-    logits_RNV = pack.logits(batch)
+    padded = data.batch(tokens, range(len(tokens)), None, pad_id)
+    if not labels:
+        _first_rows(padded[1])
+    logits_RNV = pack.logits(
+        Batch.make([padded[0]], [padded[1]], [pack.size], classes=bool(labels))
+    )
 
     differences = []
     with tempfile.TemporaryDirectory(prefix="lorabench-smoke-") as place:
@@ -118,7 +121,7 @@ def _there_and_back(jobs: list[Job], shared: Shared) -> float:
             adapters.save(tensors, pack.settings(run), folder)
             wrapped = adapters.reload(base, folder)
             _must_be_equal(job.label, adapters.adapter_state(wrapped), tensors)
-            difference = _difference(wrapped, batch, logits_RNV[run], job, pad_id)
+            difference = _difference(wrapped, padded, logits_RNV[run], job, pad_id)
             if not difference <= BOUNDS[config.trainer.dtype]:
                 raise RuntimeError(
                     f"{job.label}: logits of the reloaded adapter are off by {difference:.1e}, "
@@ -140,15 +143,26 @@ def _must_be_equal(label: str, read: dict[str, Tensor], written: dict[str, Tenso
             raise RuntimeError(f"{label}: {name} comes back with other values")
 
 
+def _first_rows(labels_BT: np.ndarray) -> None:
+    """Leave each example its first labels."""
+    labels_BT[(labels_BT != data.IGNORED).cumsum(1) > ROWS] = data.IGNORED
+
+
 @torch.no_grad()
 def _difference(
-    wrapped: PeftModel, batch: Batch, logits_NV: Tensor, job: Job, pad_id: int
+    wrapped: PeftModel,
+    padded: tuple[np.ndarray, np.ndarray],
+    logits_NV: Tensor,
+    job: Job,
+    pad_id: int,
 ) -> float:
     """|logits - PEFT's| / |PEFT's| over the rows that carry a loss."""
     device = str(logits_NV.device)
-    inputs = {"input_ids": batch.input_ids_SBT[0]}
-    if batch.there_SNT is not None:  # a classification: one row an example
-        inputs["attention_mask"] = batch.there_SNT[0].long()
+    ids_BT, labels_BT = (torch.from_numpy(one).to(device) for one in padded)
+    inputs = {"input_ids": ids_BT}
+    if job.plan.labels:  # a classification: one row an example, whose label is at its last token
+        last_B1 = (labels_BT != data.IGNORED).int().argmax(1)[:, None]
+        inputs["attention_mask"] = (torch.arange(ids_BT.shape[1], device=device) <= last_B1).long()
         inner: Any = wrapped.get_base_model()
         inner.config.get_text_config().pad_token_id = pad_id
         with autocast(job.config, device):
@@ -156,6 +170,6 @@ def _difference(
         return float((logits_NV.double() - theirs).norm() / theirs.norm())
     with autocast(job.config, device):
         theirs_BTV = wrapped(**inputs, use_cache=False).logits
-    there_N = batch.targets_SN[0] != data.IGNORED
-    theirs = theirs_BTV.flatten(0, 1)[batch.rows_SN[0][there_N]].double()
-    return float((logits_NV[there_N].double() - theirs).norm() / theirs.norm())
+    # Position t predicts the token at t + 1.
+    theirs = theirs_BTV[:, :-1][labels_BT[:, 1:] != data.IGNORED].double()
+    return float((logits_NV.double() - theirs).norm() / theirs.norm())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,13 +56,13 @@ def train(
     trainers = [config.trainer for config in pack.configs]
     trainer = trainers[0]  # what runs of a pack share: steps, batch sizes
     seeds = [config.seeds.data for config in pack.configs]
-    shared = len(set(seeds)) == 1
+    # Neighbours with the same seed see the same batch: one slab.
+    slabs = [(seed, len(list(alike))) for seed, alike in itertools.groupby(seeds)]
+    sizes = [size for _, size in slabs]
     orders = [
         data.order(len(tokens), trainer.batch_size, seed, trainer.steps, start_step)
-        for seed in (seeds[:1] if shared else seeds)
+        for seed, _ in slabs
     ]
-    length = data.padded_length(tokens, pack.configs[0].data.max_length)
-    width = data.longest_completion(tokens)
     micro = trainer.micro_batch_size or trainer.batch_size
     running = {run for run in range(pack.size) if pack.alive[run]}
     if not running:
@@ -74,7 +75,7 @@ def train(
         if step in (start_step, stage.step):
             _enter(pack, stage)
         chosen = [next(order) for order in orders]
-        batches = [data.batch(tokens, indices, length, pad_id) for indices in chosen]
+        batches = [data.batch(tokens, indices, None, pad_id) for indices in chosen]
         num_targets = [int((labels != data.IGNORED).sum()) for _, labels in batches]
         num_tokens = [sum(len(tokens.input_ids[i]) for i in indices) for indices in chosen]
         losses = []
@@ -83,11 +84,11 @@ def train(
             batch = Batch.make(
                 [input_ids[part] for input_ids, _ in batches],
                 [labels[part] for _, labels in batches],
-                width,
-                pack.device,
+                sizes,
+                classes=bool(tokens.labels),
             )
-            repeats = pack.size if shared else 1
-            losses.append(pack.forward_backward(step, micro_step, batch, num_targets * repeats))
+            of_runs = each(num_targets, sizes)
+            losses.append(pack.forward_backward(step, micro_step, batch, of_runs))
         rates = [learning_rate(t, step) for t in trainers]
         norm_R = pack.update(rates)
         loss_R = torch.stack(losses).sum(0)
@@ -102,12 +103,17 @@ def train(
             lr=rates,
             loss=loss,
             grad_norm=norm,
-            tokens=num_tokens * (pack.size if shared else 1),
+            tokens=each(num_tokens, sizes),
             ended=ended,
             stage=stage if stage.step == step else None,
         )
         if not running:
             return
+
+
+def each(values: list[int], sizes: list[int]) -> list[int]:
+    """The value of each slab, once for every run that sees it."""
+    return [value for value, size in zip(values, sizes, strict=True) for _ in range(size)]
 
 
 def _enter(pack: ModulePack | StackedPack, stage: Stage) -> None:

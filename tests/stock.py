@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,30 @@ def decay_groups(wrapped: nn.Module, weight_decay: float) -> list[dict[str, Any]
     ]
 
 
+class OnRows(nn.Module):
+    """A keyed dropout that draws for the rows lorabench computes, and leaves the others alone.
+
+    lorabench draws nothing for padding, and hands the head only rows that predict a completion
+    token; stock PEFT computes them all, and the others carry no loss.
+
+    Args:
+        rows: called for the rows drawn for, (B, T).
+    """
+
+    def __init__(self, keyed: adapters.KeyedDropout, rows: Callable[[], Tensor]):
+        super().__init__()
+        self.keyed, self.rows = keyed, rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        there_BT = self.rows()
+        if x.shape[:-1] != there_BT.shape:  # behind a pooler: a row an example
+            return x * self.keyed.mask(x.shape, x.device).to(x.dtype)
+        mask_ND = self.keyed.mask(torch.Size((int(there_BT.sum()), x.shape[-1])), x.device)
+        spread_BTD = torch.ones_like(x)
+        spread_BTD[there_BT] = mask_ND.to(x.dtype)
+        return x * spread_BTD
+
+
 class Stock:
     """One run as a user of PEFT writes it by hand."""
 
@@ -188,7 +212,7 @@ class Stock:
         self.wrapped.eval()  # the base's own dropouts (GPT-2) are off, as in lorabench
         self.clock = adapters.Clock(config.seeds.dropout, training=True)
         adapters.key_dropout(self.wrapped, self.clock)
-        self._key_head_dropout()
+        self._key_dropout()
         self.parameters = {
             name.replace(".modules_to_save.default", "").replace(".default", ""): p
             for name, p in self.wrapped.named_parameters()
@@ -196,37 +220,25 @@ class Stock:
         }
         tokens, self.pad_id = tokens_of(config)
         self.tokens = tokens
-        self.length = data.padded_length(tokens, config.data.max_length)
+        self.length = max(map(len, tokens.input_ids))
         trainer = config.trainer
         self.order = list(
             data.order(len(tokens), trainer.batch_size, config.seeds.data, trainer.steps)
         )
 
-    def _key_head_dropout(self) -> None:
-        """Lay the head's mask on the rows it is drawn for: those that predict a completion token.
+    def _key_dropout(self) -> None:
+        """Lay each mask on the rows it is drawn for."""
+        head, _ = base_model.output_head(self.wrapped.get_base_model()) or ("", None)
+        for name, layer in adapters.lora_layers(self.wrapped).items():
+            keyed: Any = layer.lora_dropout["default"]
+            if isinstance(keyed, adapters.KeyedDropout):
+                rows = self._predicting if name == head else lambda: self.real
+                layer.lora_dropout["default"] = OnRows(keyed, rows)
 
-        lorabench hands the head no other rows; stock PEFT does, and they carry no loss.
-        """
-        name, _ = base_model.output_head(self.wrapped.get_base_model()) or ("", None)
-        head: Any = adapters.lora_layers(self.wrapped).get(name)
-        keyed = head and head.lora_dropout["default"]
-        if not isinstance(keyed, adapters.KeyedDropout):
-            return
-        stock = self
-
-        class OnRows(nn.Module):
-            def forward(self, x_BTD: Tensor) -> Tensor:
-                size, _, inputs = x_BTD.shape
-                width = data.longest_completion(stock.tokens)
-                mask_BWD = keyed.mask(torch.Size((size * width, inputs)), x_BTD.device)
-                mask_BWD = mask_BWD.reshape(size, width, inputs).to(x_BTD.dtype)
-                spread_BTD = torch.ones_like(x_BTD)
-                for row, there in enumerate(stock.labels != data.IGNORED):
-                    places = there.nonzero().flatten()
-                    spread_BTD[row, places - 1] = mask_BWD[row, : len(places)]
-                return x_BTD * spread_BTD
-
-        head.lora_dropout["default"] = OnRows()
+    def _predicting(self) -> Tensor:
+        found = torch.zeros_like(self.real)
+        found[:, :-1] = self.labels[:, 1:] != data.IGNORED
+        return found
 
     def load(self, state: dict[str, Tensor]) -> None:
         with warnings.catch_warnings():
@@ -241,6 +253,8 @@ class Stock:
         """Mean nll of the step's batch; its gradient is left in the parameters."""
         ids, labels = data.batch(self.tokens, self.order[step], self.length, self.pad_id)
         input_ids, targets = (torch.from_numpy(x).to(self.device) for x in (ids, labels))
+        lengths = torch.tensor([len(self.tokens.input_ids[i]) for i in self.order[step]])
+        real = (torch.arange(self.length) < lengths[:, None]).to(self.device)
         for parameter in self.parameters.values():
             parameter.grad = None
         micro = self.config.trainer.micro_batch_size or len(ids)
@@ -248,7 +262,7 @@ class Stock:
         self.clock.step = step
         for self.clock.micro_step, first in enumerate(range(0, len(ids), micro)):
             rows = slice(first, first + micro)
-            self.labels = targets[rows]
+            self.labels, self.real = targets[rows], real[rows]
             # The model's own loss upcasts to float32: spelt out, in the dtype of the model.
             logits = self.wrapped(input_ids=input_ids[rows]).logits[:, :-1]
             logits = logits if logits.dtype == torch.float64 else logits.to(torch.float32)

@@ -11,7 +11,7 @@ import torch
 import transformers as t
 from conftest import stock_state
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from stock import copy_of, decay_groups, differences
+from stock import OnRows, copy_of, decay_groups, differences
 from torch import Tensor, nn
 
 from lorabench import adapters, data, plan
@@ -72,6 +72,10 @@ class Stock:
         self.wrapped.eval()  # the base's own dropouts are off, as in lorabench
         self.clock = adapters.Clock(config.seeds.dropout, training=True)
         adapters.key_dropout(self.wrapped, self.clock)
+        for layer in adapters.lora_layers(self.wrapped).values():
+            keyed: Any = layer.lora_dropout["default"]
+            if isinstance(keyed, adapters.KeyedDropout):
+                layer.lora_dropout["default"] = OnRows(keyed, lambda: self.real)
         self.parameters = [p for p in self.wrapped.parameters() if p.requires_grad]
         self.tokenizer = tokenizer_at(base_model.location(config.model))
         self.examples = data.load(config.data).train
@@ -99,7 +103,8 @@ class Stock:
                     [example.prompt for example in chosen],
                     padding="max_length", max_length=length, return_tensors="pt",
                 )  # fmt: skip
-                assert not batch["attention_mask"].all(), "there is padding to get wrong"
+                self.real = batch["attention_mask"].bool()
+                assert not self.real.all(), "there is padding to get wrong"
                 labels = torch.tensor([LABELS.index(example.completion) for example in chosen])
                 loss = nn.functional.cross_entropy(
                     self.wrapped(**batch).logits, labels, reduction="sum"
@@ -139,7 +144,7 @@ def compare_training(configs: list[Config], solo: bool = False) -> None:
     initial = [copy_of(pack.adapter_state(run)) for run in range(pack.size)]
     tokenizer = base_model.tokenizer(configs[0].model)
     tokens = data.classify(data.load(configs[0].data).train, tokenizer, configs[0].data, LABELS)
-    length = data.padded_length(tokens, configs[0].data.max_length)
+    length = max(map(len, tokens.input_ids)) + 3
     steps = train(pack, tokens, data.pad_id(tokenizer))
     losses = list(zip(*(step.loss for step in steps), strict=True))
     stocks = (Stock(*pair, planner) for pair in zip(configs, initial, strict=True))

@@ -3,7 +3,6 @@
 import hashlib
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,13 +17,6 @@ def made(lengths):
     )
 
 
-@pytest.mark.parametrize(
-    ("longest", "max_length", "T"), [(5, 64, 8), (8, 64, 8), (9, 64, 16), (9, 11, 11)]
-)
-def test_padded_length(longest, max_length, T):
-    assert data.padded_length(made([(1, 1), (longest - 2, 2)]), max_length) == T
-
-
 @settings(deadline=None, max_examples=50)  # shared cores
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=9),
@@ -33,8 +25,9 @@ def test_padded_length(longest, max_length, T):
 def test_batch(lengths, draw):
     tokens = made(lengths)
     indices = draw.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=5))
-    T = data.padded_length(tokens, 100)
+    T = draw.draw(st.sampled_from([None, max(map(len, tokens.input_ids))]))
     input_ids_BT, labels_BT = data.batch(tokens, np.array(indices), T, pad_id=0)
+    T = T or max(sum(lengths[index]) for index in indices)
     assert input_ids_BT.shape == labels_BT.shape == (len(indices), T)
     assert input_ids_BT.dtype == labels_BT.dtype == np.int64
     for index, ids, labels in zip(indices, input_ids_BT.tolist(), labels_BT.tolist(), strict=True):

@@ -78,14 +78,14 @@ def test_layers_below_the_first_adapted_one_run_once(
     configs = [composed(*words, f"lora.r={r}", f"seeds.init={r}") for r in (2, 5)]
     pack = make_pack(configs)
     assert isinstance(pack, StackedPack)
-    sequences = []
+    rows = []
     for layer in (m for m in pack.tree.modules() if type(m).__name__.endswith("Layer")):
-        layer.register_forward_hook(lambda _, args, out: sequences.append(len(args[0])))
+        layer.register_forward_hook(lambda _, args, out: rows.append(args[0][..., 0].numel()))
     tokens = base_model.tokenizer(configs[0].model)(["ab", "ba", "abc"], padding=True)["input_ids"]
     labels = np.full((3, len(tokens[0])), data.IGNORED)
     labels[:, 2] = 0
-    pack.score(Batch.make([np.array(tokens)], [labels], None, "cpu"))
-    assert sequences == [3, 2 * 3]  # the layer below the first adapted one, once for both runs
+    pack.score(Batch.make([np.array(tokens)], [labels], [2], classes=True))
+    assert rows == [3 * 3, 2 * 3 * 3]  # the layer below the first adapted one, once for both runs
     compare_training(configs)
 
 

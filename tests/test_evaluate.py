@@ -102,7 +102,7 @@ def test_batch_size_is_an_argument_and_changes_no_score(
     score = pack.score
 
     def counted(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        sizes.append(len(batch.input_ids_SBT[0]))
+        sizes.append(len(batch.input_ids[0]))
         return score(batch)
 
     monkeypatch.setattr(pack, "score", counted)
@@ -130,7 +130,7 @@ def test_recorded_nll_is_what_plain_peft_gives_without_lorabench(
     config = composed(*SMALL, "trainer.steps=20", "head=lora")
     tokenizer = base_model.tokenizer(config.model)
     tokens = data.tokenise(data.load(config.data).test, tokenizer, config.data)
-    length = data.padded_length(tokens, config.data.max_length)
+    length = max(map(len, tokens.input_ids))
     ids, labels = data.batch(tokens, range(len(tokens)), length, data.pad_id(tokenizer))
     np.savez(tmp_path / "batches.npz", ids=ids, labels=labels)
     script = textwrap.dedent("""

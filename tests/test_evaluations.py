@@ -137,7 +137,7 @@ def scores_at_most(examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
         score = kind.score
 
         def short(self: Any, batch: Any, score: Any = score) -> Any:
-            if batch.input_ids_SBT.shape[1] > examples:
+            if len(batch.input_ids[0]) > examples:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             return score(self, batch)
 

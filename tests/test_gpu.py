@@ -52,8 +52,8 @@ def test_bfloat16_losses_are_stock_pefts(tiny_folder: Callable[[str], Path]) -> 
     train_pack(pack)
     stocks = [Stock(one, copy_of(pack.adapter_state(i)), DEVICE) for i, one in enumerate(configs)]
     pairs = [data.batch(s.tokens, s.order[11], s.length, s.pad_id) for s in stocks]
-    width = data.longest_completion(stocks[0].tokens)
-    batch = Batch.make([ids for ids, _ in pairs], [labels for _, labels in pairs], width, DEVICE)
+    slabs = [1] * len(pairs)
+    batch = Batch.make([ids for ids, _ in pairs], [labels for _, labels in pairs], slabs)
     counts = [int((labels != data.IGNORED).sum()) for _, labels in pairs]
     losses = pack.forward_backward(11, 0, batch, counts).tolist()
     for loss, stock in zip(losses, stocks, strict=True):

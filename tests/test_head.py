@@ -11,8 +11,9 @@ import transformers
 from tiny import SMALL
 
 from lorabench import adapters
-from lorabench.pack import head, target_rows
-from lorabench.pack.batch import Batch
+from lorabench.pack import attention, head
+from lorabench.pack.batch import Batch, Laid
+from lorabench.pack.rows import Spans
 
 
 def models() -> dict[str, Any]:
@@ -45,6 +46,15 @@ def examples() -> tuple[np.ndarray, np.ndarray]:
     return ids, labels
 
 
+def layouts(model: Any) -> list[bool]:
+    """Padded, and end to end where the model takes it so."""
+    return [False, True] if attention.why_padded(model) is None else [False]
+
+
+def row_head(model: Any) -> head.RowHead:
+    return head.RowHead(model, [adapters.Clock(0)], Spans(1))
+
+
 @pytest.mark.parametrize("chunk_rows", [1000, 7, 1])
 @pytest.mark.parametrize("name", models())
 def test_nll_and_gradients_are_the_models_own(
@@ -63,24 +73,24 @@ def test_nll_and_gradients_are_the_models_own(
     model.zero_grad()
 
     monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 61 * chunk_rows)
-    rows = head.RowHead(model, [adapters.Clock(0)])
-    batch = Batch.make([ids], [labels], 15, "cpu")
-    nll = rows.nll(rows.hidden(batch.input_ids_SBT[0], batch), batch.targets_SN)
-    nll.sum().backward()
-    # Float64; the models cast to float32 inside norms, on both sides alike.
-    assert nll.sum().item() == pytest.approx(expected.sum().item(), rel=1e-12)
-    by_example = nll.detach().reshape(4, 15).sum(1)
-    torch.testing.assert_close(by_example, expected.detach().sum(1), rtol=1e-12, atol=0)
-    for parameter, gradient in gradients.items():
-        mine = model.get_parameter(parameter).grad
-        assert float((mine - gradient).norm()) <= 1e-6 * float(gradient.norm()) + 1e-12, parameter
-    with torch.no_grad():
-        hidden = rows.hidden(batch.input_ids_SBT[0], batch)
-        again, best = rows.scored(hidden, batch.targets_SN)
-    torch.testing.assert_close(again, nll.detach(), rtol=1e-12, atol=1e-12)
-    there = (batch.targets_SN[0] != -100).numpy()
-    chosen = logits.detach().argmax(-1)[target != -100]
-    assert best[0][there].tolist() == chosen.tolist()
+    rows = row_head(model)
+    there = target != -100
+    for end_to_end in layouts(model):
+        laid = Laid(Batch.make([ids], [labels], [1]), end_to_end, "input", "cpu")
+        with laid.attention(model):
+            (nll,) = rows.nll(rows.hidden(laid), laid)
+            nll.sum().backward()
+        # Float64; the models cast to float32 inside norms, on both sides alike.
+        torch.testing.assert_close(nll[0], expected[there], rtol=1e-11, atol=0)
+        for parameter, gradient in gradients.items():
+            mine = model.get_parameter(parameter).grad
+            gap = float((mine - gradient).norm())
+            assert gap <= 1e-6 * float(gradient.norm()) + 1e-12, parameter
+        model.zero_grad()
+        with torch.no_grad(), laid.attention(model):
+            (again,), (best,) = rows.scored(rows.hidden(laid), laid)
+        torch.testing.assert_close(again, nll.detach(), rtol=1e-12, atol=1e-12)
+        assert best[0].tolist() == logits.detach().argmax(-1)[there].tolist()
 
 
 WITHOUT_MLP = {  # no block of that name, or one that needs more than its input
@@ -108,31 +118,43 @@ def test_rows_nobody_reads_skip_the_last_feed_forward_block(name: str) -> None:
     expected = torch.nn.functional.cross_entropy(logits, target, ignore_index=-100, reduction="sum")
     expected.backward()
     theirs = gradients()
-    rows = head.RowHead(model, [adapters.Clock(0)])
+    rows = row_head(model)
     assert (rows.last is None) == (name in WITHOUT_MLP)
     seen: list[int] = []
     if rows.last is not None:
         rows.last.block.register_forward_hook(lambda m, args, out: seen.append(args[0].numel()))
-    batch = Batch.make([ids], [labels], 4, "cpu")
-    nll = rows.nll(rows.hidden(batch.input_ids_SBT[0], batch), batch.targets_SN).sum()
-    nll.backward()
     width = model.config.get_text_config().hidden_size
-    assert seen == ([] if rows.last is None else [4 * 4 * width]), "16 of 64 rows"
-    assert nll.item() == pytest.approx(expected.item(), rel=1e-12)
-    for parameter_name, mine in gradients().items():
-        parameter_name = parameter_name.replace("mlp.block.", "mlp.")
-        gap = float((mine - theirs[parameter_name]).norm())
-        assert gap <= 1e-6 * float(theirs[parameter_name].norm()) + 1e-12, parameter_name
+    for end_to_end in layouts(model):
+        seen.clear()
+        laid = Laid(Batch.make([ids], [labels], [1]), end_to_end, "input", "cpu")
+        with laid.attention(model):
+            (nll,) = rows.nll(rows.hidden(laid), laid)
+            nll.sum().backward()
+        read = int((target != -100).sum())
+        assert seen == ([] if rows.last is None else [read * width]), "of 64 rows"
+        assert nll.sum().item() == pytest.approx(expected.item(), rel=1e-12)
+        for parameter_name, mine in gradients().items():
+            parameter_name = parameter_name.replace("mlp.block.", "mlp.")
+            gap = float((mine - theirs[parameter_name]).norm())
+            assert gap <= 1e-6 * float(theirs[parameter_name].norm()) + 1e-12, parameter_name
     # Outside of a batch every row is read.
     whole = model(input_ids=torch.from_numpy(ids)).logits[:, :-1].transpose(1, 2)
     torch.testing.assert_close(whole, logits, rtol=1e-12, atol=1e-12)
 
 
-def test_rows_are_those_that_predict_a_label() -> None:
+@pytest.mark.parametrize("end_to_end", [False, True])
+@pytest.mark.parametrize("spread", ["input", "inside", "head"])
+def test_rows_are_those_that_predict_a_label(end_to_end: bool, spread: str) -> None:
+    """Whatever the model gives out, row by row: here the ids themselves, of a run and its mates."""
     ids, labels = examples()
-    rows, targets = target_rows(labels, 15)
-    kept = targets != -100
-    assert kept.sum() == (labels != -100).sum()
-    # The token after each row, in the flattened ids, is the row's target.
-    assert (ids.reshape(-1)[rows[kept] + 1] == targets[kept]).all()
-    assert len(rows) == 4 * 15 and rows.min() >= 0 and rows.max() < ids.size
+    batch = Batch.make([ids, ids[:2]], [labels, labels[:2]], [2, 1])
+    laid = Laid(batch, end_to_end, spread, "cpu")
+    flat = laid.input_ids.flatten()
+    if spread == "inside":
+        flat = laid.rows.spread(list(flat.split(laid.at_input.counts)))
+    kept = labels != -100
+    predicted = [ids[kept], ids[:2][kept[:2]]]
+    slabs = predicted if spread == "head" else [predicted[0], *predicted]
+    # The token behind each row is what the row predicts.
+    assert flat[laid.chosen_N + 1].tolist() == np.concatenate(slabs).tolist()
+    assert [one.tolist() for one in laid.targets] == [one.tolist() for one in predicted]

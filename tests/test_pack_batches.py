@@ -91,20 +91,22 @@ def test_layers_below_the_first_adapted_one_run_once(
         )
         for r in (2, 5, 3)
     ]
-    sizes: dict[str, set[int]] = {}
+    rows: dict[str, list[int]] = {"first": [], "last": []}
     pack = packed(configs)
     layers = pack.tree.transformer.h if kind == "gpt2" else pack.tree.model.layers
     for name, layer in (("first", layers[0]), ("last", layers[1])):
         # The module inside the layer sees what the layer's own hooks made of its input.
         inside = next(m for m in layer.children())
         inside.register_forward_hook(
-            lambda m, args, out, name=name: sizes.setdefault(name, set()).add(
-                (out[0] if isinstance(out, tuple) else out).shape[0]
+            lambda m, args, out, name=name: rows[name].append(
+                (out[0] if isinstance(out, tuple) else out)[..., 0].numel()
             )
         )
     train_pack(pack)
-    batch = configs[0].trainer.batch_size
-    assert sizes == {"first": {batch}, "last": {3 * batch if repeated else batch}}
+    tokens, _ = tokens_of(configs[0])
+    orders = data.order(len(tokens), configs[0].trainer.batch_size, 0, 6)
+    once = [sum(len(tokens.input_ids[i]) for i in indices) for indices in orders]
+    assert rows == {"first": once, "last": [3 * n if repeated else n for n in once]}
     loss, (weights, name) = compare_training(configs)
     assert loss < 1e-12 and weights < 1e-11, name  # float64 sums in another order
 
@@ -140,8 +142,7 @@ def test_bfloat16_autocast_equals_stock_peft_under_autocast(
     stocks = [Stock(config, copy_of(pack.adapter_state(i))) for i, config in enumerate(configs)]
     pairs = [data.batch(tokens, stock.order[11], stock.length, pad_id) for stock in stocks]
     batch = Batch.make(
-        [ids for ids, _ in pairs], [labels for _, labels in pairs],
-        data.longest_completion(tokens), "cpu",
+        [ids for ids, _ in pairs], [labels for _, labels in pairs], [1] * len(pairs)
     )  # fmt: skip
     counts = [int((labels != data.IGNORED).sum()) for _, labels in pairs]
     losses = pack.forward_backward(11, 0, batch, counts).tolist()

@@ -78,17 +78,16 @@ def test_a_pack_dies_by_reference_counting(
         tokenizer = base_model.tokenizer(model)
         examples = data.load(configs[0].data).train
         tokens = data.classify(examples, tokenizer, configs[0].data, LABELS)
-        pad_id, width = data.pad_id(tokenizer), None
+        pad_id = data.pad_id(tokenizer)
     else:
         tokens, pad_id = tokens_of(configs[0])
-        width = data.longest_completion(tokens)
     assert len(list(train(pack, tokens, pad_id))) == 3
-    ids, labels = data.batch(tokens, [0, 1, 2], data.padded_length(tokens, 64), pad_id)
-    batch = Batch.make([ids], [labels], width, "cpu")
+    ids, labels = data.batch(tokens, [0, 1, 2], None, pad_id)
+    batch = Batch.make([ids], [labels], [pack.size], bool(classes))
     pack.score(batch)
     pack.logits(batch)
     if not classes:
-        prompts = batch.input_ids_SBT[0][:, :5]
+        prompts = torch.from_numpy(ids[:, :5])
         pack.generate(prompts, torch.ones_like(prompts), max_new_tokens=2, do_sample=False)
     trained = (
         next(iter(pack.parameters.values())) if alone else next(iter(pack.stacked.values())).value

@@ -64,8 +64,8 @@ def test_the_optimizer_is_adamw_with_clipping_run_by_run(dtype: torch.dtype, bou
         for group in groups:
             group.grad.fill_(float("nan"))  # what an earlier step left must not be seen
             whole = scale * torch.randn(group.grad.shape, generator=generator)
-            group.add((0.25 * whole).to(dtype))
-            group.add((0.75 * whole).to(dtype))
+            group.add([(slice(None), (0.25 * whole).to(dtype))])
+            group.add([(slice(None), (0.75 * whole).to(dtype))])
         expected = []
         for run, (parameters, reference, t) in enumerate(
             zip(theirs, references, trainers, strict=True)
@@ -106,7 +106,7 @@ def test_a_neighbours_settings_do_not_change_a_bit(shape: tuple[int, ...]) -> No
         optimizer = StackedAdamW([one], [TrainerConfig(max_grad_norm=None)] * 2)
         generator = torch.Generator().manual_seed(0)
         for _ in range(20):
-            one.add(torch.randn(one.grad.shape, generator=generator))
+            one.add([(slice(None), torch.randn(one.grad.shape, generator=generator))])
             optimizer.step(lr, alive)
         return one.value[1]
 

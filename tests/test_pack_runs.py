@@ -36,7 +36,7 @@ def test_each_adapter_holds_its_own_keys_and_reloads_to_the_recorded_nll(tmp_pat
     config = composed(*FAST, "data.num_test=40")
     tokenizer = base_model.tokenizer(config.model)
     tokens = data.tokenise(data.load(config.data).test, tokenizer, config.data)
-    length = data.padded_length(tokens, config.data.max_length)
+    length = max(map(len, tokens.input_ids))
     ids, labels = map(
         torch.from_numpy, data.batch(tokens, range(40), length, data.pad_id(tokenizer))
     )

@@ -64,7 +64,7 @@ def plain(config: Config, initial: dict[str, torch.Tensor]) -> tuple[nn.Module, 
 
     scheduler = get_scheduler(trainer.schedule, optimizer, trainer.warmup_steps, trainer.steps)
     tokens, pad_id = tokens_of(config)
-    length = data.padded_length(tokens, config.data.max_length)
+    length = max(map(len, tokens.input_ids))
     losses = []
     for indices in data.order(len(tokens), trainer.batch_size, config.seeds.data, trainer.steps):
         input_ids, labels = (
@@ -179,7 +179,7 @@ def test_dropout_masks_survive_an_extra_evaluation_and_follow_their_seed() -> No
         disturbed.append(step.loss[0])
         torch.rand(17)  # a stray draw from the global stream
         ids, labels = data.batch(tokens, [0, 1], 24, pad_id)
-        pack.score(Batch.make([ids], [labels], 9, "cpu"))
+        pack.score(Batch.make([ids], [labels], [1]))
     assert disturbed == losses
     other = composed(*TINY, "trainer.steps=6", "lora.lora_dropout=0.3", "seeds.dropout=5")
     assert ours(other)[2][1:] != losses[1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,12 +25,14 @@ class Clock:
     micro_step: int = 0
     training: bool = False
     window: tuple[slice, int] | None = None  # while the head sees some of its rows: which, of all
+    there: Tensor | None = None  # of a padded batch: which of the run's rows are tokens
 
 
 class KeyedDropout(nn.Module):
     """Dropout whose mask depends only on (seeds.dropout, step, micro-step, module).
 
-    An extra evaluation, another run or a resume therefore leaves every mask as it was.
+    An extra evaluation, another run or a resume therefore leaves every mask as it was. Nothing is
+    drawn for padding: the mask of a batch is the same however far it is padded.
     """
 
     def __init__(self, p: float, clock: Clock, name: str):
@@ -37,15 +40,26 @@ class KeyedDropout(nn.Module):
         self.p, self.clock, self.name = p, clock, name
 
     def mask(self, shape: torch.Size, device: torch.device) -> Tensor:
-        """The kept positions, scaled by 1 / (1 - p); float32."""
+        """The kept positions, scaled by 1 / (1 - p); float32.
+
+        Args:
+            shape: of rows and their width, (..., D).
+        """
+        rows, there = math.prod(shape[:-1]), self.clock.there
+        if self.clock.window is not None:
+            chunk, total = self.clock.window
+            return self._draw(total, shape[-1], device)[chunk].reshape(shape)
+        if there is not None and len(there) == rows:
+            drawn = self._draw(int(there.sum()), shape[-1], device)
+            mask = drawn.new_ones(rows, shape[-1])
+            mask[there] = drawn
+            return mask.reshape(shape)
+        return self._draw(rows, shape[-1], device).reshape(shape)
+
+    def _draw(self, rows: int, width: int, device: torch.device) -> Tensor:
         seed = key("dropout", self.clock.seed, self.clock.step, self.clock.micro_step, self.name)
         generator = torch.Generator(device).manual_seed(seed)
-        if self.clock.window is not None:
-            chunk, rows = self.clock.window
-            whole = torch.Size((*shape[:-2], rows, shape[-1]))
-            kept = torch.rand(whole, generator=generator, device=device)[..., chunk, :] >= self.p
-        else:
-            kept = torch.rand(shape, generator=generator, device=device) >= self.p
+        kept = torch.rand(rows, width, generator=generator, device=device) >= self.p
         return kept.float() / (1 - self.p)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,11 +16,9 @@ batches   padding, labels, and the order of the training examples
 from lorabench.data.batches import (
     IGNORED,
     batch,
-    longest_completion,
     order,
     order_hash,
     pad_id,
-    padded_length,
 )
 from lorabench.data.hashes import content_hash, content_hashes
 from lorabench.data.labels import classify, labels_of
@@ -40,11 +38,9 @@ __all__ = [
     "content_hashes",
     "labels_of",
     "load",
-    "longest_completion",
     "opens_with_bos",
     "order",
     "order_hash",
     "pad_id",
-    "padded_length",
     "tokenise",
 ]

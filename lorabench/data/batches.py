@@ -6,7 +6,7 @@ Shapes: B batch, T tokens.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,28 +16,6 @@ from lorabench.data.tokens import Tokens
 IGNORED = -100  # label of tokens that carry no loss
 
 
-def padded_length(tokens: Tokens, max_length: int, multiple: int = 8) -> int:
-    """T of a set: its longest example, rounded up to a multiple, at most `max_length`.
-
-    Depends on the run's own data and config alone, so that a run's numbers do not depend on the
-    runs it is packed with. Training and each evaluation set have their own.
-    """
-    longest = max(len(ids) for ids in tokens.input_ids)
-    return min(-(-longest // multiple) * multiple, max_length)
-
-
-def longest_completion(tokens: Tokens, indices: Iterable[int] | None = None) -> int | None:
-    """Tokens of the longest completion of a set, EOS included; None where labels take its place.
-
-    Args:
-        indices: of the examples meant; None: all.
-    """
-    if tokens.labels:
-        return None
-    chosen = range(len(tokens)) if indices is None else indices
-    return max(len(tokens.input_ids[i]) - tokens.completion_start[i] for i in chosen)
-
-
 def pad_id(tokenizer: Any) -> int:
     """What fills a row: the pad token, or EOS, or 0. Never seen: it is on the right, unlabelled."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
@@ -45,14 +23,19 @@ def pad_id(tokenizer: Any) -> int:
 
 
 def batch(
-    tokens: Tokens, indices: Sequence[int] | np.ndarray, length: int, pad_id: int
+    tokens: Tokens, indices: Sequence[int] | np.ndarray, length: int | None, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of `tokens` as input ids and labels, int64 of shape (B, T), padded on the right.
 
     Labels are the completion's ids at their own places, `IGNORED` on prompt and padding. They are
     not shifted (Hugging Face's convention): the loss compares logits at t with labels at t + 1.
     Of a classification, the number of the example's class stands at its last token.
+
+    Args:
+        length: T; None: that of the longest of these examples.
     """
+    if length is None:
+        length = max(len(tokens.input_ids[index]) for index in indices)
     input_ids_BT = np.full((len(indices), length), pad_id, dtype=np.int64)
     labels_BT = np.full((len(indices), length), IGNORED, dtype=np.int64)
     for row, index in enumerate(indices):

@@ -4,16 +4,18 @@ solo      the pack of one on PEFT's own modules
 stacked   several runs, their adapters stacked
 places    what PEFT trains of one run, and why some runs train alone
 storage   the dense blocks those tensors lie in
+rows      whose row is whose, and which of them anybody reads
+attention examples that lie end to end, in buckets of similar lengths
 layers    the layers that serve all runs at once
 norms     frozen norms with a backward written by hand
 optimizer AdamW over stacked storage
 head      hidden states -> nll, on chosen rows, in chunks
-batch     one micro-batch, and which rows of it carry a loss
+batch     one micro-batch, and how it is laid out
 """
 
-from lorabench.pack.batch import Batch, target_rows
+from lorabench.pack.batch import Batch
 from lorabench.pack.places import why_alone
 from lorabench.pack.solo import ModulePack
 from lorabench.pack.stacked import StackedPack
 
-__all__ = ["Batch", "ModulePack", "StackedPack", "target_rows", "why_alone"]
+__all__ = ["Batch", "ModulePack", "StackedPack", "why_alone"]

@@ -1,73 +1,149 @@
-"""One micro-batch as a pack takes it: inputs, and the rows of hidden states that carry its loss."""
+"""One micro-batch: examples as they come, and laid out as tensors for a pack.
+
+Letters: R runs in the pack, S slabs (batches that differ), B examples of a slab, T tokens of the
+longest, P tokens of all examples, N rows of hidden states that carry a loss.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lorabench.data import IGNORED
+from lorabench.pack.attention import EndToEnd
+from lorabench.pack.rows import Rows
 
 
 @dataclass
 class Batch:
-    """Inputs of every run of a pack; one slab for all where the runs see the same examples.
+    """The examples that each run of a pack sees; one slab for neighbours that see the same.
 
-    Shapes: S = 1 where shared, else R; N = B in a classification, whose rows are its examples.
+    Shapes: lists of S slabs, of B examples each.
     """
 
-    input_ids_SBT: Tensor
-    rows_SN: Tensor  # rows of the flattened (B, T) that predict a completion token
-    targets_SN: Tensor  # that token, IGNORED where the example has fewer than the widest
-    there_SNT: Tensor | None = None  # of a classification: which places hold a token
-
-    @property
-    def shared(self) -> bool:
-        return self.input_ids_SBT.shape[0] == 1
+    input_ids: list[list[np.ndarray]]  # (tokens of the example,), to its last labelled one
+    labels: list[list[np.ndarray]]  # the same shape, IGNORED where a token carries no loss
+    sizes: tuple[int, ...]  # runs that see each slab
+    classes: bool  # a classification: an example's label stands at its last token
 
     @classmethod
     def make(
-        cls, input_ids: list[np.ndarray], labels: list[np.ndarray], width: int | None, device: str
+        cls,
+        input_ids: Sequence[np.ndarray],
+        labels: Sequence[np.ndarray],
+        sizes: Sequence[int],
+        classes: bool = False,
     ) -> Batch:
-        """From one (B, T) array a run, or a single one for all.
+        """From padded arrays, (B, T) of each slab, as `data.batch` makes them.
 
-        Args:
-            width: completion tokens of the longest example there can be, so that shapes do not
-                depend on which examples a batch holds; None: a classification, whose labels stand
-                at each example's last token.
+        What comes after an example's last label is read by nobody, and left out.
         """
-        if width is None:
-            return cls._classification(np.stack(input_ids), np.stack(labels), device)
-        chosen = [target_rows(one, width) for one in labels]
-        return cls(
-            torch.from_numpy(np.stack(input_ids)).to(device),
-            torch.from_numpy(np.stack([rows for rows, _ in chosen])).to(device),
-            torch.from_numpy(np.stack([targets for _, targets in chosen])).to(device),
-        )
+        ends = [(slab.shape[1] - (slab[:, ::-1] != IGNORED).argmax(1)).tolist() for slab in labels]
+        cut = [
+            [[row[:end] for row, end in zip(slab, ends[i], strict=True)] for i, slab in pairs]
+            for pairs in (enumerate(input_ids), enumerate(labels))
+        ]
+        return cls(cut[0], cut[1], tuple(sizes), classes)
 
-    @classmethod
-    def _classification(cls, ids_SBT: np.ndarray, labels_SBT: np.ndarray, device: str) -> Batch:
-        last_SB1 = (labels_SBT != IGNORED).argmax(-1)[..., None]
-        targets_SB = np.take_along_axis(labels_SBT, last_SB1, -1)[..., 0]
-        slabs, size, length = ids_SBT.shape
-        rows_SB = np.tile(np.arange(size), (slabs, 1))
-        there_SBT = np.arange(length) <= last_SB1
-        arrays = (ids_SBT, rows_SB, targets_SB, there_SBT)
-        return cls(*(torch.from_numpy(array).to(device) for array in arrays))
+    def lengths(self) -> list[list[int]]:
+        """Tokens of every example, slab by slab."""
+        return [[len(ids) for ids in slab] for slab in self.input_ids]
 
 
-def target_rows(labels_BT: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the flattened (B, T) hidden states that predict the labels, and the labels.
+class Laid:
+    """A batch as a model takes it: examples end to end, or padded to the longest of all slabs.
 
-    Position t predicts the token at t + 1, so the row of label (b, t) is b T + t - 1.
+    Args:
+        end_to_end: whether the model takes it so; see `attention.suits`.
+        spread: where a slab is repeated for each of its runs: at the "input", "inside" the model
+            or at the "head".
     """
-    size, length = labels_BT.shape
-    first_B1 = (labels_BT != IGNORED).argmax(1)[:, None]
-    place_BW = first_B1 + np.arange(width)
-    inside = place_BW < length
-    place_BW = np.minimum(place_BW, length - 1)
-    targets = np.where(inside, np.take_along_axis(labels_BT, place_BW, 1), IGNORED)
-    rows = np.arange(size)[:, None] * length + np.maximum(place_BW - 1, 0)
-    return rows.reshape(-1), targets.reshape(-1)
+
+    def __init__(self, batch: Batch, end_to_end: bool, spread: str, device: str):
+        lengths = batch.lengths()
+        width = max(itertools.chain(*lengths))
+        once = Rows((1,) * len(lengths), tuple(map(sum, lengths)))
+        if not end_to_end:
+            once = Rows(once.sizes, tuple(len(slab) * width for slab in lengths))
+        self.sizes, self.classes, self.end_to_end = batch.sizes, batch.classes, end_to_end
+        self.examples = Rows(batch.sizes, tuple(map(len, lengths)))
+        self.rows = Rows(batch.sizes, once.counts)  # above the place where slabs are repeated
+        self.at_input = self.rows if spread == "input" else once
+        self.at_output = once if spread == "head" else self.rows
+        self.width = width
+        self._device, self._lengths = device, lengths
+        # What is repeated at the input is laid out for every run of its slab.
+        slabs = [i for i, n in enumerate(self.at_input.sizes) for _ in range(n)]
+        self.input_ids = self._ids([batch.input_ids[i] for i in slabs])
+        self.position_ids = self._positions([lengths[i] for i in slabs])
+        self.mask = self._mask([lengths[i] for i in slabs])
+        self.chosen_N, self.targets, self.chosen = self._chosen(batch)
+
+    def _tensor(self, array: Any) -> Tensor:
+        return torch.from_numpy(np.asarray(array, dtype=np.int64)).to(self._device)
+
+    def _ids(self, slabs: list[list[np.ndarray]]) -> Tensor:
+        """(1, P), or (S B, T) filled with zeros."""
+        examples = list(itertools.chain(*slabs))
+        if self.end_to_end:
+            return self._tensor(np.concatenate(examples))[None]
+        padded = np.zeros((len(examples), self.width), np.int64)
+        for row, ids in zip(padded, examples, strict=True):
+            row[: len(ids)] = ids
+        return self._tensor(padded)
+
+    def _positions(self, lengths: list[list[int]]) -> Tensor | None:
+        """(1, P), from zero in each example; None where the model counts them itself."""
+        if not self.end_to_end:
+            return None
+        return self._tensor(np.concatenate([np.arange(n) for n in itertools.chain(*lengths)]))[None]
+
+    def there(self, slab: int) -> Tensor | None:
+        """Which of a run's rows are tokens, (B T,); None where all are."""
+        if self.end_to_end:
+            return None
+        ends = np.array(self._lengths[slab])[:, None]
+        return torch.from_numpy(np.arange(self.width) < ends).flatten().to(self._device)
+
+    def _mask(self, lengths: list[list[int]]) -> Tensor | None:
+        """Which places hold a token, (S B, T); None where no place is empty."""
+        if self.end_to_end:
+            return None
+        ends = np.fromiter(itertools.chain(*lengths), np.int64)[:, None]
+        return torch.from_numpy(np.arange(self.width) < ends).to(self._device)
+
+    def _chosen(self, batch: Batch) -> tuple[Tensor, list[Tensor], Rows]:
+        """Rows of the output that carry a loss, each slab's targets, and how many a run has."""
+        of_slabs, targets = [], []
+        for slab, lengths in zip(batch.labels, self._lengths, strict=True):
+            step = lengths if self.end_to_end else [self.width] * len(lengths)
+            first = np.cumsum([0, *step[:-1]])
+            places = [np.flatnonzero(labels != IGNORED) for labels in slab]
+            targets.append(np.concatenate([o[p] for o, p in zip(slab, places, strict=True)]))
+            # Position t predicts the token at t + 1; a class is read where its label stands.
+            back = 0 if batch.classes else 1
+            pairs = zip(first, places, strict=True)
+            of_slabs.append(np.concatenate([start + place - back for start, place in pairs]))
+        index = [
+            block.first_row + run * block.count + rows
+            for block, rows in zip(self.at_output.blocks, of_slabs, strict=True)
+            for run in range(block.size)
+        ]
+        chosen = Rows(self.sizes, tuple(map(len, of_slabs)))
+        return self._tensor(np.concatenate(index)), [self._tensor(one) for one in targets], chosen
+
+    def attention(self, tree: Any) -> AbstractContextManager[None]:
+        """While the batch goes through the model, forward and backward."""
+        if not self.end_to_end:
+            return nullcontext()
+        levels = [list(itertools.chain(*self._lengths))]
+        pairs = zip(self._lengths, self.sizes, strict=True)
+        levels.append([n for slab, size in pairs for _ in range(size) for n in slab])
+        return EndToEnd(levels, self._device).on(tree)

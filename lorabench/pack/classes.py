@@ -1,6 +1,6 @@
 """From texts to nll of their labels: a model's own classification head, one row an example.
 
-Letters: R runs, N examples of a run's batch, T tokens, C classes, S slabs (1 or R).
+Letters: R runs, B examples of a run's batch, T tokens, D model width, C classes.
 """
 
 from __future__ import annotations
@@ -12,54 +12,52 @@ from torch import Tensor
 
 from lorabench import tasks
 from lorabench.adapters import Clock
-from lorabench.pack.batch import Batch
+from lorabench.pack.attention import inputs
+from lorabench.pack.batch import Laid
 from lorabench.pack.head import Result, cross_entropy
+from lorabench.pack.rows import Spans, pick
 
 
 class ClassHead:
     """The head of a sequence classifier, for the examples of R runs; called as RowHead is."""
 
-    tells_apart = True  # the body's output has a slab a run: some layer of it has adapters
-
-    def __init__(self, tree: Any, clocks: list[Clock]):
-        self.tree, self.size = tree, len(clocks)
+    def __init__(self, tree: Any, clocks: list[Clock], spans: Spans):
+        self.tree, self.size, self.spans = tree, len(clocks), spans
         self.body = tree.get_submodule(tree.base_model_prefix)
         self.needs_mask = tasks.needs_mask(tree)
-        # Decoders pool the last token that is not padding. `logits` gives them the mask for ids:
-        # where a text ends is known from its length, whatever the tokenizer pads with.
+        # Decoders pool the last token that is not padding: `logits` gives them no padding.
         tree.config.get_text_config().pad_token_id = 0
 
-    def hidden(self, input_ids: Tensor, batch: Batch) -> Any:
-        """The body's whole output, and which places hold a token, (R N, T).
+    def hidden(self, laid: Laid) -> Any:
+        """The body's output; of a decoder the last token's alone, which is what it pools."""
+        assert laid.at_output == laid.rows, "a classifier has adapters below its head"
+        options = inputs(laid.input_ids, laid.position_ids)
+        if self.needs_mask:
+            return self.body(input_ids=laid.input_ids, attention_mask=laid.mask)
+        output = self.body(**options)
+        states = output.last_hidden_state
+        last_ND = pick(states.reshape(-1, states.shape[-1]), laid.chosen_N)
+        return type(output)(last_hidden_state=last_ND[:, None])
 
-        Args:
-            input_ids: (S N, T).
-        """
-        assert self.tells_apart, "a classifier has adapters below its head"
-        assert batch.there_SNT is not None
-        there_SNT = batch.there_SNT
-        mask = there_SNT.expand(len(input_ids) // there_SNT.shape[1], -1, -1).flatten(0, 1)
-        options = {"attention_mask": mask} if self.needs_mask else {}
-        output = self.body(input_ids=input_ids, **options)
-        return output, there_SNT.expand(self.size, -1, -1).flatten(0, 1)
-
-    def logits(self, hidden: Any) -> Tensor:
-        """Logits, (R, N, C), at least float32; pooling and head are the model's own."""
-        output, there = hidden
+    def logits(self, hidden: Any, laid: Laid) -> list[Tensor]:
+        """Logits, (size, B, C) of each block of runs, at least float32; the model's own pooling."""
         name = self.tree.base_model_prefix
-        setattr(self.tree, name, Result(output))
+        setattr(self.tree, name, Result(hidden))
+        # Ids of one token an example, none of them padding: encoders do not look at them here.
+        ids = torch.ones(laid.examples.total, 1, dtype=torch.long, device=laid.chosen_N.device)
         try:
-            logits = self.tree(input_ids=there.long()).logits
+            with self.spans.at(None):  # an example has one row
+                logits = self.tree(input_ids=ids).logits
         finally:
             setattr(self.tree, name, self.body)
-        logits = logits.reshape(self.size, -1, logits.shape[-1])
-        return logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return [block.of(logits) for block in laid.examples.blocks]
 
-    def nll(self, hidden: Any, targets_RN: Tensor) -> Tensor:
-        """Negative log-likelihood of every label, (R, N)."""
-        return cross_entropy(self.logits(hidden), targets_RN)
+    def nll(self, hidden: Any, laid: Laid) -> list[Tensor]:
+        """Negative log-likelihood of every label, (size, B) of each block of runs."""
+        return cross_entropy(self.logits(hidden, laid), laid.targets)
 
-    def scored(self, hidden: Any, targets_RN: Tensor) -> tuple[Tensor, Tensor]:
-        """nll and likeliest class of every example, (R, N) each."""
-        logits = self.logits(hidden)
-        return cross_entropy(logits, targets_RN), logits.argmax(-1)
+    def scored(self, hidden: Any, laid: Laid) -> tuple[list[Tensor], list[Tensor]]:
+        """nll and likeliest class of every example, (size, B) each of each block of runs."""
+        logits = self.logits(hidden, laid)
+        return cross_entropy(logits, laid.targets), [block.argmax(-1) for block in logits]

@@ -3,12 +3,14 @@
 The body of the model runs once; then the model's own forward runs with the body replaced by its
 result, so that whatever an architecture does after its head (soft-capping, scaling) stays its own.
 
-Letters: R runs, N rows that carry a loss, D model width, V vocabulary, S slabs (1 or R).
+Letters: R runs, N rows that carry a loss, of all runs end to end; n of one run; D model width, V
+vocabulary.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorabench.adapters import Clock
-from lorabench.data import IGNORED
-from lorabench.pack.batch import Batch
-from lorabench.pack.rows import choose_rows
+from lorabench.pack.attention import body_of, inputs
+from lorabench.pack.batch import Laid
+from lorabench.pack.rows import Rows, Spans, choose_rows, pick
 
 CHUNK_BYTES = 1 << 28  # of float32 logits that exist at a time
 
@@ -38,98 +40,116 @@ class Result(nn.Module):
 class RowHead:
     """The output layer of a causal language model, for the rows of R runs."""
 
-    def __init__(self, tree: Any, clocks: list[Clock], recomputed: bool = False):
-        self.tree, self.clocks, self.size = tree, clocks, len(clocks)
+    def __init__(self, tree: Any, clocks: list[Clock], spans: Spans, recomputed: bool = False):
+        self.tree, self.clocks, self.size, self.spans = tree, clocks, len(clocks), spans
         self.recomputed = recomputed  # layers run again in the backward pass
         self.vocabulary = tree.config.get_text_config().vocab_size
-        path = tree.base_model_prefix
-        body = tree.get_submodule(path)
-        if hasattr(body, "decoder"):  # OPT calls it past its body
-            path, body = f"{path}.decoder", body.decoder
+        path, self.body = body_of(tree)
         parent, _, self.name = path.rpartition(".")
-        self.parent, self.body = tree.get_submodule(parent), body
-        self.last = choose_rows(body)
+        self.parent = tree.get_submodule(parent)
+        self.last = choose_rows(self.body)
 
-    def hidden(self, input_ids: Tensor, batch: Batch) -> Tensor:
-        """Last hidden states of the chosen rows, (R, N, D).
-
-        Args:
-            input_ids: (S B, T), or fewer slabs where no layer before the head tells runs apart.
-        """
-        rows_SN = batch.rows_SN
-        with self._last_block_on(batch):
-            output = self.body(input_ids=input_ids, use_cache=False)
+    def hidden(self, laid: Laid) -> Tensor:
+        """Last hidden states of the chosen rows, (N, D)."""
+        with self._last_block_on(laid):
+            output = self.body(**inputs(laid.input_ids, laid.position_ids))
         self.output_class = type(output)
         states = output.last_hidden_state
-        width = states.shape[-1]
-        index_RND = rows_SN.expand(self.size, -1)[..., None].expand(-1, -1, width)
-        slabs = self.size if self.tells_apart else 1
-        flat = states.reshape(slabs, -1, width).expand(self.size, -1, -1)
-        return torch.gather(flat, 1, index_RND)
+        chosen_ND = pick(states.reshape(-1, states.shape[-1]), laid.chosen_N)
+        if laid.at_output == laid.rows:
+            return chosen_ND
+        return laid.chosen.spread(list(chosen_ND.split(laid.chosen.counts)))
 
-    def _last_block_on(self, batch: Batch) -> AbstractContextManager[Any]:
+    def _last_block_on(self, laid: Laid) -> AbstractContextManager[Any]:
         if self.last is None or (torch.is_grad_enabled() and self.recomputed):
             return nullcontext()
-        there_SN = batch.targets_SN != IGNORED
-        return self.last.on(batch.rows_SN, there_SN, batch.input_ids_SBT.shape[1])
+        return self.last.on(laid.chosen_N)
 
-    tells_apart = True  # whether the body's output has a slab a run
-
-    def logits(self, hidden_RND: Tensor) -> Tensor:
-        """Logits, (R, N, V), at least float32."""
+    def _logits(self, hidden_ND: Tensor, rows: Rows) -> Tensor:
+        """Logits of these rows, (N, V), at least float32."""
         body = self.parent._modules[self.name]
-        self.parent._modules[self.name] = Result(self.output_class(last_hidden_state=hidden_RND))
+        output = self.output_class(last_hidden_state=hidden_ND[None])
+        self.parent._modules[self.name] = Result(output)
         try:
-            ids = torch.zeros(1, 1, dtype=torch.long, device=hidden_RND.device)
-            logits = self.tree(input_ids=ids, use_cache=False).logits
+            ids = torch.zeros(1, 1, dtype=torch.long, device=hidden_ND.device)
+            with self.spans.at(rows):
+                logits = self.tree(input_ids=ids, use_cache=False).logits[0]
         finally:
             self.parent._modules[self.name] = body
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def nll(self, hidden_RND: Tensor, targets_RN: Tensor) -> Tensor:
-        """Negative log-likelihood of every target, (R, N), zero where it is ignored.
+    def logits(self, hidden_ND: Tensor, laid: Laid) -> list[Tensor]:
+        """Logits of each block of runs, (size, n, V), at least float32."""
+        logits_NV = self._logits(hidden_ND, laid.chosen)
+        return [block.of(logits_NV) for block in laid.chosen.blocks]
+
+    def nll(self, hidden_ND: Tensor, laid: Laid) -> list[Tensor]:
+        """Negative log-likelihood of the targets, (size, n) of each block of runs.
 
         Chunks of rows are recomputed in the backward pass: their logits never exist together.
         """
-        chunks = self._chunks(hidden_RND.shape[1])
+        chunks = self._chunks(laid.chosen)
         if len(chunks) == 1:
-            return cross_entropy(self.logits(hidden_RND), targets_RN)
+            return cross_entropy(self.logits(hidden_ND, laid), laid.targets)
         parts = [
-            checkpoint(self._nll_of, hidden_RND, targets_RN, chunk, use_reentrant=False)
+            checkpoint(self._nll_of, hidden_ND, laid, chunk, use_reentrant=False)
             for chunk in chunks
         ]
-        return torch.cat(parts, 1)
+        return [torch.cat(blocks, 1) for blocks in zip(*parts, strict=True)]
 
-    def scored(self, hidden_RND: Tensor, targets_RN: Tensor) -> tuple[Tensor, Tensor]:
-        """nll and argmax of every row, (R, N) each."""
+    def scored(self, hidden_ND: Tensor, laid: Laid) -> tuple[list[Tensor], list[Tensor]]:
+        """nll and argmax of every row, (size, n) each of each block of runs."""
         nll, best = [], []
-        for chunk in self._chunks(hidden_RND.shape[1]):
-            logits = self.logits(hidden_RND[:, chunk])
-            nll.append(cross_entropy(logits, targets_RN[:, chunk]))
-            best.append(logits.argmax(-1))
-        return torch.cat(nll, 1), torch.cat(best, 1)
+        for chunk in self._chunks(laid.chosen):
+            logits = self._logits_of(hidden_ND, laid, chunk)
+            nll.append(cross_entropy(logits, [one[chunk] for one in laid.targets]))
+            best.append([block.argmax(-1) for block in logits])
+        found = [[torch.cat(one, 1) for one in zip(*parts, strict=True)] for parts in (nll, best)]
+        return found[0], found[1]
 
-    def _chunks(self, rows: int) -> list[slice]:
+    def _chunks(self, rows: Rows) -> list[slice]:
+        """Parts of each run's rows."""
         at_once = max(1, CHUNK_BYTES // (4 * self.size * self.vocabulary))
-        return [slice(first, first + at_once) for first in range(0, rows, at_once)]
+        return [slice(first, first + at_once) for first in range(0, max(rows.counts), at_once)]
 
-    def _nll_of(self, hidden_RND: Tensor, targets_RN: Tensor, chunk: slice) -> Tensor:
+    def _logits_of(self, hidden_ND: Tensor, laid: Laid, chunk: slice) -> list[Tensor]:
+        rows = laid.chosen.chunk(chunk)
+        parts = [block.of(hidden_ND)[:, chunk].flatten(0, 1) for block in laid.chosen.blocks]
+        logits_NV = self._logits(torch.cat(parts), rows)
+        return [block.of(logits_NV) for block in rows.blocks]
+
+    def _nll_of(self, hidden_ND: Tensor, laid: Laid, chunk: slice) -> list[Tensor]:
         """One chunk's nll; a dropout on the head draws its mask for all rows and uses its part."""
-        for clock in self.clocks:
-            clock.window = (chunk, hidden_RND.shape[1])
-        try:
-            return cross_entropy(self.logits(hidden_RND[:, chunk]), targets_RN[:, chunk])
-        finally:
-            for clock in self.clocks:
-                clock.window = None
+        with windows(self.clocks, laid.chosen, chunk):
+            logits = self._logits_of(hidden_ND, laid, chunk)
+            return cross_entropy(logits, [one[chunk] for one in laid.targets])
 
 
-def cross_entropy(logits_RNV: Tensor, targets_RN: Tensor) -> Tensor:
-    """nll of every row, (R, N), zero where the target is ignored."""
-    nll = F.cross_entropy(
-        logits_RNV.flatten(0, 1),
-        targets_RN.reshape(-1),
-        reduction="none",
-        ignore_index=IGNORED,
-    )
-    return nll.reshape(targets_RN.shape)
+@contextmanager
+def windows(clocks: list[Clock], rows: Rows, chunk: slice) -> Iterator[None]:
+    """While the head sees these rows of each run only."""
+    for block in rows.blocks:
+        for clock in clocks[block.first_run : block.first_run + block.size]:
+            clock.window = (chunk, block.count)
+    try:
+        yield
+    finally:
+        for clock in clocks:
+            clock.window = None
+
+
+def cross_entropy(logits: list[Tensor], targets: list[Tensor]) -> list[Tensor]:
+    """nll of every row.
+
+    Args:
+        logits: (size, n, V) of each block of runs.
+        targets: (n,) of each.
+    Returns:
+        (size, n) of each.
+    """
+    return [
+        F.cross_entropy(one.flatten(0, 1), target.repeat(len(one)), reduction="none").reshape(
+            len(one), -1
+        )
+        for one, target in zip(logits, targets, strict=True)
+    ]

@@ -1,18 +1,127 @@
-"""The last feed-forward block on the rows that are read: the others end in nobody's loss.
+"""Rows of hidden states: whose they are, and which of them anybody reads.
 
-Letters: S slabs (1 or R runs), B batch, T tokens, N rows that carry a loss, D model width.
+The rows of all runs lie end to end, run by run; neighbours in a pack that see the same batch have
+the same number of rows each and form a block, whose products are taken together.
+
+Letters: P rows of all runs, D width, N rows that carry a loss.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True)
+class Block:
+    """Neighbouring runs of as many rows each."""
+
+    first_run: int
+    size: int  # runs
+    first_row: int
+    count: int  # rows of one run
+
+    def of(self, x_PD: Tensor) -> Tensor:
+        """The block's rows run by run, (size, count, D): a view."""
+        rows = x_PD[self.first_row : self.first_row + self.size * self.count]
+        return rows.view(self.size, self.count, *x_PD.shape[1:])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How many rows each run has.
+
+    Args:
+        sizes: runs of each block.
+        counts: rows of one run of each block.
+    """
+
+    sizes: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """Rows of all runs."""
+        return sum(size * count for size, count in self._pairs())
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks, in order."""
+        runs = itertools.accumulate(self.sizes, initial=0)
+        rows = itertools.accumulate((size * count for size, count in self._pairs()), initial=0)
+        return [Block(*one) for one in zip(runs, self.sizes, rows, self.counts, strict=False)]
+
+    def _pairs(self) -> Iterator[tuple[int, int]]:
+        return zip(self.sizes, self.counts, strict=True)
+
+    def chunk(self, part: slice) -> Rows:
+        """The same, of each run these rows only."""
+        return Rows(self.sizes, tuple(len(range(*part.indices(count))) for count in self.counts))
+
+    def spread(self, parts: list[Tensor]) -> Tensor:
+        """Rows of each block, (count, ...), once for every run of it, end to end."""
+        pairs = zip(parts, self.sizes, strict=True)
+        return torch.cat([part.repeat(size, *[1] * (part.dim() - 1)) for part, size in pairs])
+
+
+class Spans:
+    """Tells the layers of a pack whose rows they are given.
+
+    Args:
+        size: runs of the pack.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self.rows: Rows | None = None  # None: every run has as many, such as in a padded batch
+
+    def of(self, x: Tensor) -> tuple[Tensor, Rows]:
+        """A layer's input or output row by row, (P, D), and whose they are."""
+        x_PD = x.reshape(-1, x.shape[-1])
+        rows = self.rows or Rows((self.size,), (len(x_PD) // self.size,))
+        assert len(x_PD) == rows.total, "every row belongs to one run"
+        return x_PD, rows
+
+    @contextmanager
+    def at(self, rows: Rows | None) -> Iterator[None]:
+        """While these are the rows that go through the model."""
+        before, self.rows = self.rows, rows
+        try:
+            yield
+        finally:
+            self.rows = before
+
+
+class _Pick(torch.autograd.Function):
+    """Rows at an index in which none comes twice: the backward writes, and adds nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x_PD: Tensor, index_N: Tensor) -> Tensor:
+        ctx.save_for_backward(index_N)
+        ctx.rows = len(x_PD)
+        return x_PD.index_select(0, index_N)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return put(grads[0], ctx.saved_tensors[0], ctx.rows), None
+
+
+def pick(x_PD: Tensor, index_N: Tensor) -> Tensor:
+    """Rows of x at an index in which none comes twice, (N, D)."""
+    return _Pick.apply(x_PD, index_N)
+
+
+def put(y_ND: Tensor, index_N: Tensor, rows: int) -> Tensor:
+    """The inverse of `pick`: zero in the rows that are not in the index, (P, D)."""
+    return y_ND.new_zeros(rows, *y_ND.shape[1:]).index_copy(0, index_N, y_ND)
 
 
 class ChosenRows(nn.Module):
@@ -24,36 +133,29 @@ class ChosenRows(nn.Module):
     def __init__(self, block: nn.Module):
         super().__init__()
         self.block = block
-        self.chosen: tuple[Tensor, Tensor, int] | None = None  # None: every row is read
+        self.index_N: Tensor | None = None  # None: every row is read
 
     @contextmanager
-    def on(self, rows_SN: Tensor, there_SN: Tensor, batch_size: int) -> Iterator[None]:
+    def on(self, index_N: Tensor) -> Iterator[None]:
         """While a batch goes through the model.
 
         Args:
-            rows_SN: of the flattened (B, T).
-            there_SN: False where a row only fills the shape.
+            index_N: the chosen rows, each once.
         """
-        self.chosen = rows_SN, there_SN, batch_size
+        self.index_N = index_N
         try:
             yield
         finally:
-            self.chosen = None
+            self.index_N = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.chosen is None:
+        if self.index_N is None:
             return self.block(x)
-        rows_SN, there_SN, batch_size = self.chosen
-        width = x.shape[-1]
-        x_SND = x.reshape(x.shape[0] // batch_size, -1, width)
-        if 4 * rows_SN.shape[1] > 3 * x_SND.shape[1]:
+        x_PD = x.reshape(-1, x.shape[-1])
+        if 4 * len(self.index_N) > 3 * len(x_PD):
             return self.block(x)  # little to save
-        index = rows_SN.expand(x_SND.shape[0], -1)[..., None].expand(-1, -1, width)
-        y_SND = self.block(torch.gather(x_SND, 1, index)) * there_SN[..., None]
-        # Added, not set: rows that only fill the shape may repeat a chosen one, and add nothing.
-        return (
-            torch.zeros_like(x_SND, dtype=y_SND.dtype).scatter_add(1, index, y_SND).reshape(x.shape)
-        )
+        y_ND = self.block(pick(x_PD, self.index_N)[None])[0]
+        return put(y_ND, self.index_N, len(x_PD)).reshape(x.shape)
 
 
 def choose_rows(body: nn.Module) -> ChosenRows | None:

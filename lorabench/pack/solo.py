@@ -16,9 +16,11 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from lorabench import adapters
 from lorabench.config import Config
-from lorabench.pack.batch import Batch
+from lorabench.pack import attention
+from lorabench.pack.batch import Batch, Laid
 from lorabench.pack.classes import ClassHead
 from lorabench.pack.head import RowHead
+from lorabench.pack.rows import Spans
 
 
 def autocast(config: Config, device: str) -> AbstractContextManager[Any]:
@@ -50,11 +52,13 @@ def enable_checkpointing(tree: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def make_head(tree: Any, clocks: list[adapters.Clock], config: Config) -> RowHead | ClassHead:
+def make_head(
+    tree: Any, clocks: list[adapters.Clock], config: Config, spans: Spans
+) -> RowHead | ClassHead:
     """What turns the body's result into losses, by task."""
     if config.task == "seq_cls":
-        return ClassHead(tree, clocks)
-    return RowHead(tree, clocks, recomputed=config.trainer.gradient_checkpointing)
+        return ClassHead(tree, clocks, spans)
+    return RowHead(tree, clocks, spans, recomputed=config.trainer.gradient_checkpointing)
 
 
 class ModulePack:
@@ -77,7 +81,7 @@ class ModulePack:
         self.tree.train()  # base dropouts are zero; checkpointing asks for training mode
         if config.trainer.gradient_checkpointing:
             enable_checkpointing(self.tree)
-        self.head = make_head(self.tree, [self.clock], config)
+        self._lay_out(base)
         trainer = config.trainer
         self.optimizer = torch.optim.AdamW(
             self._groups(dict.fromkeys(self.owners.values(), 1.0)),
@@ -98,8 +102,15 @@ class ModulePack:
         pack.initial = None
         pack.clock = adapters.Clock(config.seeds.dropout)
         pack.tree = cast(Any, pack.wrapped.get_base_model())
-        pack.head = make_head(pack.tree, [pack.clock], config)
+        pack._lay_out(base)
         return pack
+
+    def _lay_out(self, base: PreTrainedModel) -> None:
+        self.end_to_end = attention.suits(base)
+        self.head = make_head(self.tree, [self.clock], self.configs[0], Spans(1))
+
+    def _lay(self, batch: Batch) -> Laid:
+        return Laid(batch, self.end_to_end, "input", self.device)
 
     @property
     def size(self) -> int:
@@ -146,11 +157,14 @@ class ModulePack:
             num_targets: labelled tokens of the whole batch, so that micro-batches weigh as in one.
         """
         self.clock.step, self.clock.micro_step, self.clock.training = step, micro_step, True
+        laid = self._lay(batch)
+        self.clock.there = laid.there(0)
         try:
-            with autocast(self.configs[0], self.device):
-                hidden = self.head.hidden(batch.input_ids_SBT[0], batch)
-                loss = self.head.nll(hidden, batch.targets_SN).sum() / num_targets[0]
-            loss.backward()
+            with laid.attention(self.tree):
+                with autocast(self.configs[0], self.device):
+                    (nll_1N,) = self.head.nll(self.head.hidden(laid), laid)
+                    loss = nll_1N.sum() / num_targets[0]
+                loss.backward()
         finally:
             self.clock.training = False
         return loss.detach()[None]
@@ -175,15 +189,18 @@ class ModulePack:
     @torch.no_grad()
     def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Teacher-forced nll and argmax of every row, (R, N) each."""
-        with autocast(self.configs[0], self.device):
-            hidden = self.head.hidden(batch.input_ids_SBT[0], batch)
-            return self.head.scored(hidden, batch.targets_SN)
+        laid = self._lay(batch)
+        with laid.attention(self.tree), autocast(self.configs[0], self.device):
+            (nll,), (best,) = self.head.scored(self.head.hidden(laid), laid)
+            return nll, best
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """Logits of every row, (R, N, V)."""
-        with autocast(self.configs[0], self.device):
-            return self.head.logits(self.head.hidden(batch.input_ids_SBT[0], batch))
+        laid = self._lay(batch)
+        with laid.attention(self.tree), autocast(self.configs[0], self.device):
+            (logits,) = self.head.logits(self.head.hidden(laid), laid)
+            return logits
 
     @torch.no_grad()
     def generate(self, input_ids_BL: Tensor, mask_BL: Tensor, **settings: Any) -> Tensor:

@@ -3,7 +3,8 @@
 PEFT decides which modules a run adapts, their ranks and scales (on a skeleton); this room stacks
 each module's tensors over the runs that train it, so that one kernel serves, and moves, all runs.
 
-Letters: R runs in the pack, M of them that train a module, B batch, T tokens, N rows, K rank.
+Letters: R runs in the pack, M of them that train a module, B examples of a batch, T tokens, N rows
+of a run that carry a loss, K rank.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -22,11 +23,13 @@ from transformers import PreTrainedModel
 from lorabench import adapters
 from lorabench import model as base_model
 from lorabench.config import Config
-from lorabench.pack.batch import Batch
+from lorabench.pack import attention
+from lorabench.pack.batch import Batch, Laid
 from lorabench.pack.layers import PackedBias, PackedHead, PackedLinear, PackedNorm
 from lorabench.pack.norms import fuse_norms
 from lorabench.pack.optimizer import StackedAdamW
 from lorabench.pack.places import Place, places
+from lorabench.pack.rows import Spans
 from lorabench.pack.solo import (
     autocast,
     enable_checkpointing,
@@ -46,35 +49,49 @@ REPEATABLE = {
 
 
 class Repeat:
-    """A forward pre-hook that repeats a shared batch once per run.
+    """A forward pre-hook that repeats each slab of a batch once for every run that sees it.
 
     Holds nothing of the pack: a bound method of the pack would tie module tree and pack in a
     reference cycle, and the memory of a finished pack would wait for the garbage collector.
     """
 
-    def __init__(self, size: int):
-        self.size = size  # R
-        self.batch_size: int | None = None  # B while a shared batch is computed, else None
+    def __init__(self) -> None:
+        self.laid: Laid | None = None  # a batch that is repeated inside, while it is computed
+        self._done: dict[int, tuple[Tensor, Tensor]] = {}  # masks and positions, of all layers
 
     @contextmanager
-    def on(self, batch_size: int) -> Iterator[None]:
-        self.batch_size = batch_size
+    def on(self, laid: Laid) -> Iterator[None]:
+        self.laid = laid
         try:
             yield
         finally:
-            self.batch_size = None
+            self.laid = None
+            self._done.clear()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if self.batch_size is None:
+        if self.laid is None:
             return None
         return self._spread(tuple(args)), {k: self._spread(v) for k, v in kwargs.items()}
 
     def _spread(self, value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dim() > 1 and len(value) == self.batch_size:
-            return value.repeat(self.size, *[1] * (value.dim() - 1))
         if isinstance(value, tuple):
             return tuple(map(self._spread, value))
-        return value
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            return value
+        assert self.laid is not None
+        laid = self.laid
+        if laid.end_to_end:  # (1, P, ...); a mask is (1, 1, T, T)
+            if len(value) != 1 or value.shape[1] != laid.at_input.total:
+                return value
+            counts, rows = laid.at_input.counts, value[0]
+        else:  # (S B, ...)
+            counts, rows = laid.examples.counts, value
+            if len(value) != sum(counts):
+                return value
+        if id(value) not in self._done:
+            spread = laid.rows.spread(list(rows.split(counts)))
+            self._done[id(value)] = value, spread[None] if laid.end_to_end else spread
+        return self._done[id(value)][1]
 
 
 class StackedPack:
@@ -113,6 +130,8 @@ class StackedPack:
         self.tree = cast(Any, base_model.share(base))
         self.dtype = torch.float64 if configs[0].trainer.dtype == "float64" else torch.float32
         self.anchor = torch.zeros((), device=device, requires_grad=True)
+        self.end_to_end = attention.suits(base)
+        self.spans = Spans(len(configs))
         self._allocate()
         self._fill(base)
         self._install()
@@ -120,7 +139,7 @@ class StackedPack:
         self.tree.train()  # base dropouts are zero; checkpointing asks for training mode
         if configs[0].trainer.gradient_checkpointing:
             enable_checkpointing(self.tree)
-        self.head = make_head(self.tree, self.clocks, configs[0])
+        self.head = make_head(self.tree, self.clocks, configs[0], self.spans)
         self.optimizer = StackedAdamW(
             list(self.stacked.values()), [config.trainer for config in configs]
         )
@@ -191,7 +210,8 @@ class StackedPack:
             target = self.tree.get_submodule(module)
             bias = None
             if module in biases:
-                bias = PackedBias(self.stacked["bias", module], target.bias, self.anchor)
+                own = self.stacked["bias", module]
+                bias = PackedBias(own, target.bias, self.anchor, self.spans)
             if kind == "lora_A":
                 lora_a, lora_b = self.stacked[kind, module], self.stacked["lora_B", module]
                 members = lora_a.members
@@ -207,7 +227,7 @@ class StackedPack:
                     for run, layer in zip(members.runs, mine, strict=True)
                 ]
                 replaced[module] = PackedLinear(
-                    target, lora_a, lora_b, scale_M, dropouts, self.anchor, bias
+                    target, lora_a, lora_b, scale_M, dropouts, self.anchor, bias, self.spans
                 )
             elif kind == "bias" and ("lora_A", module) not in self.stacked:
                 replaced[module] = PackedNorm(target, cast(PackedBias, bias))
@@ -216,21 +236,20 @@ class StackedPack:
                 inner = replaced.get(module, self.tree.get_submodule(module))
                 own_bias = self.stacked.get(("copy_bias", module))
                 replaced[module] = PackedHead(
-                    inner, self.stacked[kind, module], own_bias, self.anchor
+                    inner, self.stacked[kind, module], own_bias, self.anchor, self.spans
                 )
         for module, layer in replaced.items():
             self.tree.set_submodule(module, layer)
         self._share_below(set(replaced))
 
     def _share_below(self, modules: set[str]) -> None:
-        """Find where a batch that all runs share is repeated: before the first trained layer."""
+        """Find where a batch that runs share is repeated: before the first trained layer."""
         head = base_model.output_head(self.tree)
         assert head is not None
         below = sorted(modules - {head[0]})
         found = [re.match(r"(.+?)\.(\d+)\.", name) for name in below]
-        self.repeat = Repeat(self.size)
-        self.repeats_at_head = not below
-        self.repeats_inside = False
+        self.repeat = Repeat()
+        self.spread = "input" if below else "head"
         if below and all(found) and len({match[1] for match in found if match}) == 1:
             first = min(int(match[2]) for match in found if match)
             layers = self.tree.get_submodule(cast(Any, found[0])[1])
@@ -239,7 +258,7 @@ class StackedPack:
             # Hidden states are repeated once, before the first; masks are handed to every layer.
             for layer in layers[first:]:
                 layer.register_forward_pre_hook(self.repeat, with_kwargs=True)
-            self.repeats_inside = True
+            self.spread = "inside"
 
     # --- what trains ---------------------------------------------------------------------
 
@@ -266,23 +285,23 @@ class StackedPack:
 
     # --- what the loop calls -------------------------------------------------------------
 
-    def _hidden(self, batch: Batch) -> Any:
-        """Last hidden states of the chosen rows, (R, N, D), or what the head makes of them."""
-        input_ids = batch.input_ids_SBT
-        if batch.shared and not (self.repeats_at_head or self.repeats_inside):
-            input_ids = input_ids.expand(self.size, -1, -1)
-        flat = input_ids.reshape(-1, input_ids.shape[-1])
-        self.head.tells_apart = not (batch.shared and self.repeats_at_head)
-        return self.head.hidden(flat, batch)
-
-    def _repeating(self, batch: Batch) -> AbstractContextManager[None]:
-        """Repeat a shared batch at the first trained layer.
+    @contextmanager
+    def _through(self, batch: Batch) -> Iterator[Laid]:
+        """A batch laid out for this pack, on its way through the model.
 
         A training step keeps this on until its backward pass is done: with gradient checkpointing
         some transformers (5.17) run a layer's hooks again when they recompute it.
         """
-        shared_inside = batch.shared and self.repeats_inside
-        return self.repeat.on(batch.input_ids_SBT.shape[1]) if shared_inside else nullcontext()
+        laid = Laid(batch, self.end_to_end, self.spread, self.device)
+        assert sum(laid.sizes) == self.size, "a batch has a slab for every run"
+        inside = self.spread == "inside" and max(laid.sizes) > 1
+        repeating = self.repeat.on(laid) if inside else nullcontext()
+        for slab, block in enumerate(laid.rows.blocks):
+            for clock in self.clocks[block.first_run : block.first_run + block.size]:
+                clock.there = laid.there(slab)
+        rows = laid.rows if self.end_to_end else None
+        with laid.attention(self.tree), repeating, self.spans.at(rows):
+            yield laid
 
     def forward_backward(
         self, step: int, micro_step: int, batch: Batch, num_targets: list[int]
@@ -292,12 +311,11 @@ class StackedPack:
             clock.step, clock.micro_step, clock.training = step, micro_step, True
         self._refresh()
         try:
-            with self._repeating(batch):
+            with self._through(batch) as laid:
                 with autocast(self.configs[0], self.device):
-                    targets_RN = batch.targets_SN.expand(self.size, -1)
-                    nll_RN = self.head.nll(self._hidden(batch), targets_RN)
-                divisor_R = torch.tensor(num_targets, dtype=nll_RN.dtype, device=nll_RN.device)
-                loss_R = nll_RN.sum(1) / divisor_R
+                    nll = self.head.nll(self.head.hidden(laid), laid)
+                nll_R = torch.cat([block.sum(1) for block in nll])
+                loss_R = nll_R / torch.tensor(num_targets, dtype=nll_R.dtype, device=nll_R.device)
                 loss_R.sum().backward()
         finally:
             for clock in self.clocks:
@@ -318,17 +336,19 @@ class StackedPack:
 
     @torch.no_grad()
     def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Teacher-forced nll and argmax of every row, (R, N) each."""
+        """Teacher-forced nll and argmax of every row of a batch that all runs see, (R, N) each."""
         self._refresh()
-        with self._repeating(batch), autocast(self.configs[0], self.device):
-            return self.head.scored(self._hidden(batch), batch.targets_SN.expand(self.size, -1))
+        with self._through(batch) as laid, autocast(self.configs[0], self.device):
+            (nll,), (best,) = self.head.scored(self.head.hidden(laid), laid)
+            return nll, best
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
-        """Logits of every row, (R, N, V)."""
+        """Logits of every row of a batch that all runs see, (R, N, V)."""
         self._refresh()
-        with self._repeating(batch), autocast(self.configs[0], self.device):
-            return self.head.logits(self._hidden(batch))
+        with self._through(batch) as laid, autocast(self.configs[0], self.device):
+            (logits,) = self.head.logits(self.head.hidden(laid), laid)
+            return logits
 
     @torch.no_grad()
     def generate(self, input_ids_BL: Tensor, mask_BL: Tensor, **settings: Any) -> Tensor:

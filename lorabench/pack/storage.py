@@ -1,14 +1,41 @@
 """Where the tensors of a pack lie: one dense block for every trained tensor of several runs.
 
-Letters: R runs in the pack, M of them that train something here (members), N rows of one run.
+Letters: R runs in the pack, M of them that train something here (members), P rows of all runs,
+N rows of one run.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lorabench.pack.rows import Block, Rows
+
+
+class Part(NamedTuple):
+    """The members among the runs of one block: their rows, and their place in the storage."""
+
+    stored: slice
+    block: Block
+    where: Any  # of the block's runs: a slice where they are neighbours, else indices
+
+    def take(self, x_PD: Tensor) -> Tensor:
+        """The members' rows, (M, N, D): a view where they are neighbours."""
+        return self.block.of(x_PD)[self.where]
+
+    def add_product(self, y_PO: Tensor, left_MNK: Tensor, right_MKO: Tensor) -> None:
+        """y += left @ right, on the members' rows."""
+        y = self.block.of(y_PO)
+        if isinstance(self.where, slice):
+            y[self.where].baddbmm_(left_MNK, right_MKO)
+        else:
+            y[self.where] = torch.baddbmm(y[self.where], left_MNK, right_MKO)
+
+    def add(self, y_PO: Tensor, update_MNO: Tensor) -> None:
+        """y += update, on the members' rows."""
+        self.block.of(y_PO)[self.where] += update_MNO
 
 
 class Members:
@@ -17,17 +44,24 @@ class Members:
     def __init__(self, runs: list[int], size: int):
         self.runs, self.size = runs, size
         self.is_all = len(runs) == size
-        contiguous = runs == list(range(runs[0], runs[-1] + 1))
-        self.where: Any = slice(runs[0], runs[-1] + 1) if contiguous else runs
+        self.where = _neighbours(runs)
 
-    def by_run(self, x: Tensor) -> Tensor:
-        """A layer's input or output run by run, (R, N, D)."""
-        assert len(x) % self.size == 0, "every row belongs to one run"
-        return x.reshape(self.size, -1, x.shape[-1])
+    def parts(self, rows: Rows) -> list[Part]:
+        """The members, block by block."""
+        found = []
+        for block in rows.blocks:
+            end = block.first_run + block.size
+            stored = [i for i, run in enumerate(self.runs) if block.first_run <= run < end]
+            if stored:
+                where = _neighbours([self.runs[i] - block.first_run for i in stored])
+                found.append(Part(slice(stored[0], stored[-1] + 1), block, where))
+        return found
 
-    def take(self, x_RND: Tensor) -> Tensor:
-        """The members' part, (M, N, D): a view where they are neighbours."""
-        return x_RND if self.is_all else x_RND[self.where]
+
+def _neighbours(runs: list[int]) -> Any:
+    """A slice where these are neighbours, else the runs themselves."""
+    contiguous = runs == list(range(runs[0], runs[-1] + 1))
+    return slice(runs[0], runs[-1] + 1) if contiguous else runs
 
 
 class Stacked:
@@ -69,23 +103,29 @@ class Stacked:
         if self.shadow is not None:
             self.shadow.copy_(self.value)
 
-    def add(self, grad: Tensor) -> None:
-        """A part of this step's gradient."""
-        if self.cleared:
-            self.grad.copy_(grad)
-        else:
-            self.grad += grad
+    def add(self, grads: list[tuple[slice, Tensor]]) -> None:
+        """A part of this step's gradient, of all members: each where it is stored."""
+        for stored, grad in grads:
+            if self.cleared:
+                self.grad[stored].copy_(grad)
+            else:
+                self.grad[stored] += grad
         self.cleared = False
 
-    def add_product(self, left: Tensor, right: Tensor) -> None:
+    def add_products(self, products: list[tuple[slice, Tensor, Tensor]]) -> None:
         """left @ right as a part of this step's gradient, in the gradient's own precision."""
-        if self.grad.dtype != left.dtype:
-            self.add(torch.bmm(left, right))
-        elif self.cleared:
-            torch.bmm(left, right, out=self.grad)
-            self.cleared = False
-        else:
-            self.grad.baddbmm_(left, right)
+        for stored, left, right in products:
+            if self.grad.dtype != left.dtype:
+                product = torch.bmm(left, right)
+                if self.cleared:
+                    self.grad[stored].copy_(product)
+                else:
+                    self.grad[stored] += product
+            elif self.cleared:
+                torch.bmm(left, right, out=self.grad[stored])
+            else:
+                self.grad[stored].baddbmm_(left, right)
+        self.cleared = False
 
     def clear(self) -> None:
         """Forget the gradient."""

@@ -168,7 +168,7 @@ def batch(runs: int) -> Batch:
     """IDS for every run of a pack, every token but the first a target."""
     labels = IDS.clone()
     labels[:, 0] = IGNORED
-    return Batch.make([IDS.numpy()] * runs, [labels.numpy()] * runs, IDS.shape[1] - 1, "cpu")
+    return Batch.make([IDS.numpy()], [labels.numpy()], [runs])
 
 
 def refusal(folder: Path | None, *overrides: str) -> str:
