@@ -30,9 +30,17 @@ def agreement(
     return {"largest_difference": worst, "tolerance": TOLERANCE[dtype], "agree": agree}
 
 
-def ratio(others: list[float], mine: list[float]) -> float:
-    """Median over repeats of how many times faster than the other."""
-    return statistics.median(x / y for x, y in zip(others, mine, strict=True))
+def ratio(
+    others: list[float], mine: list[float], other_tokens: int = 1, my_tokens: int = 1
+) -> float:
+    """Return the median over repeats of how many times faster than the other.
+
+    Args:
+        other_tokens, my_tokens: Real tokens trained on. Contenders with other batches see more or
+            fewer of them in as many steps, so seconds are compared per token.
+    """
+    times = statistics.median(x / y for x, y in zip(others, mine, strict=True))
+    return times * my_tokens / other_tokens
 
 
 def rates(row: dict, tokens: int, seconds: float, parameters: int, result: dict) -> None:
@@ -42,8 +50,25 @@ def rates(row: dict, tokens: int, seconds: float, parameters: int, result: dict)
     row["share_of_peak"] = 4 * parameters * tokens / seconds / peak
 
 
+def matmul_bound(parameters: int, tokens: int, peak: float) -> float:
+    """Return the seconds that the frozen base's matrix products alone would take.
+
+    Two FLOPs per parameter and token forward, two backward to the inputs; frozen weights get no
+    gradient.
+
+    Args:
+        parameters: Those of the linear layers, the head included.
+        peak: FLOPs per second.
+    """
+    return 4 * parameters * tokens / peak
+
+
 def all_agree(result: dict[str, Any]) -> bool:
-    """Whether every contender's first losses are those of (a)."""
+    """Return whether every contender that sees the batches of (a) has its first losses.
+
+    `losses_as_a` is None where nothing can be compared: other batches, or (a) was not asked for.
+    """
     groups = [result.get("contenders", {})]
     groups += [case.get("packs", {}) for case in result.get("cases", {}).values()]
-    return all(row["losses_as_a"]["agree"] for rows in groups for row in rows.values())
+    checks = [row["losses_as_a"] for rows in groups for row in rows.values()]
+    return all(check is None or check["agree"] for check in checks)

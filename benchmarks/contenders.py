@@ -1,6 +1,8 @@
 """The contenders of the benchmark: (a), its hand-written loop, (c), each as people write it.
 
-As a command, one Hydra app: python benchmarks/contenders.py NAME OVERRIDES.
+As a command, one Hydra app: python benchmarks/contenders.py NAME OVERRIDES. Each job writes
+result.json: the first losses, the scores, the real tokens trained on and those computed, padding
+included, and the seconds of training and of evaluation.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def contend(name: str, arguments: list[str]) -> None:
         torch.set_num_threads(typed.trainer.num_threads)
         prepared.update(prepared or prepare(typed, with_base=name.startswith("solo")))
         contenders: dict[str, Callable] = {
-            "trainer": run_trainer, "stock": run_stock, "exact": run_exact, "solo": run_solo,
+            "trainer": run_trainer, "grouped": run_grouped, "stock": run_stock,
+            "exact": run_exact, "solo": run_solo,
         }  # fmt: skip
         run = contenders[name.split("-")[0]]
         found = run(typed, prepared, "compiled" in name)
@@ -110,13 +113,38 @@ def stock_nll(model: Any, splits: Any, pad_id: int, config: Any) -> dict[str, fl
     return found
 
 
-def run_trainer(config: Any, prepared: dict[str, Any], _: bool) -> dict[str, Any]:
-    """(a): the HF Trainer, silent and saving nothing."""
-    splits, pad_id = prepared["splits"], prepared["pad_id"]
-    import torch
+def count_tokens(tokens: Any, config: Any) -> dict[str, int]:
+    """Return the real tokens of a run's training, and the computed ones: batches are padded."""
+    from lorabench import data
+
+    trainer = config.trainer
+    order = data.order(len(tokens), trainer.batch_size, config.seeds.data, trainer.steps)
+    return sums([[len(tokens.input_ids[i]) for i in chosen] for chosen in order])
+
+
+def sums(lengths: list[list[int]]) -> dict[str, int]:
+    """Return real and computed tokens of batches that are padded to their longest example."""
+    return {
+        "tokens": sum(map(sum, lengths)),
+        "computed_tokens": sum(len(batch) * max(batch) for batch in lengths),
+    }
+
+
+def score(model: Any, prepared: dict[str, Any], config: Any, begun: float) -> dict[str, Any]:
+    """Return the nll of a model trained since `begun`, and the seconds of training and scoring."""
+    trained = time.perf_counter()
+    nll = stock_nll(model, prepared["splits"], prepared["pad_id"], config)
+    seconds = time.perf_counter() - trained
+    return {"nll": nll, "train_seconds": trained - begun, "evaluate_seconds": seconds}
+
+
+def train_by_hf(
+    model: Any, config: Any, rows: Any, collate: Callable, sampling: str
+) -> tuple[list[float], float]:
+    """Train by an HF Trainer, silent and saving nothing; return its first losses and its start."""
     from transformers import Trainer, TrainingArguments
 
-    losses = []
+    losses: list[float] = []
 
     class Recorded(Trainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -125,37 +153,91 @@ def run_trainer(config: Any, prepared: dict[str, Any], _: bool) -> dict[str, Any
                 losses.append(float(loss))
             return loss
 
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-
     trainer = config.trainer
-    rows = [
-        dict(zip(batch, pair, strict=True))
-        for batch in batches(splits["train"], config, pad_id, "cpu")
-        for pair in zip(*batch.values(), strict=True)
-    ]
-    model = stock_model(config)
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             folder, max_steps=trainer.steps, per_device_train_batch_size=trainer.batch_size,
             learning_rate=trainer.lr, lr_scheduler_type=trainer.schedule,
             warmup_steps=trainer.warmup_steps, weight_decay=trainer.weight_decay,
             max_grad_norm=trainer.max_grad_norm, optim="adamw_torch_fused", use_cpu=True,
-            train_sampling_strategy="sequential", remove_unused_columns=False, report_to="none",
+            train_sampling_strategy=sampling, length_column_name="length",
+            seed=config.seeds.data, remove_unused_columns=False, report_to="none",
             logging_strategy="no", save_strategy="no", disable_tqdm=True,
             dataloader_pin_memory=False,
         )  # fmt: skip
-        Recorded(model, settings, data_collator=collate, train_dataset=rows).train()
-    return {"losses": losses, "nll": stock_nll(model, splits, pad_id, config)}
+        made = Recorded(model, settings, data_collator=collate, train_dataset=rows)
+        begun = time.perf_counter()
+        made.train()
+    return losses, begun
+
+
+def run_trainer(config: Any, prepared: dict[str, Any], _: bool) -> dict[str, Any]:
+    """(a): the HF Trainer, silent and saving nothing."""
+    import torch
+
+    tokens, pad_id = prepared["splits"]["train"], prepared["pad_id"]
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+    rows = [
+        dict(zip(batch, pair, strict=True))
+        for batch in batches(tokens, config, pad_id, "cpu")
+        for pair in zip(*batch.values(), strict=True)
+    ]
+    model = stock_model(config)
+    losses, begun = train_by_hf(model, config, rows, collate, "sequential")
+    scored = score(model, prepared, config, begun)
+    return {"losses": losses, **scored, **count_tokens(tokens, config)}
+
+
+def run_grouped(config: Any, prepared: dict[str, Any], _: bool) -> dict[str, Any]:
+    """(a) with batches of similar lengths, grouped by the Trainer itself: other batches."""
+    import torch
+    from datasets import Dataset
+
+    from lorabench import data
+
+    tokens, pad_id = prepared["splits"]["train"], prepared["pad_id"]
+    if "rows" not in prepared:  # once for all jobs: in favour of (a)
+        pairs = list(zip(tokens.input_ids, tokens.completion_start, strict=True))
+        columns = {
+            "input_ids": tokens.input_ids,
+            "labels": [[data.IGNORED] * start + ids[start:] for ids, start in pairs],
+            "length": [len(ids) for ids in tokens.input_ids],
+        }
+        prepared["rows"] = Dataset.from_dict(columns)
+    lengths: list[list[int]] = []
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Pad a batch to its longest example."""
+        lengths.append([row["length"] for row in rows])
+        width, fills = max(lengths[-1]), {"input_ids": pad_id, "labels": data.IGNORED}
+        return {
+            key: torch.tensor([row[key] + [fill] * (width - row["length"]) for row in rows])
+            for key, fill in fills.items()
+        }
+
+    model = stock_model(config)
+    rows = prepared["rows"]
+    losses, begun = train_by_hf(model, config, rows, collate, "group_by_length")
+    scored = score(model, prepared, config, begun)
+    found = sums(lengths[: config.trainer.steps])  # the loader is a batch ahead
+    plain = count_tokens(tokens, config)
+    mine, random = (one["tokens"] / one["computed_tokens"] for one in (found, plain))
+    assert mine > random, f"not grouped by length: {mine:.3f} real tokens, {random:.3f} without"
+    return {"losses": losses, **scored, **found}
 
 
 def run_stock(config: Any, prepared: dict[str, Any], _: bool) -> dict[str, Any]:
-    """The same without the Trainer."""
-    splits, pad_id = prepared["splits"], prepared["pad_id"]
+    """The same as (a) without the Trainer."""
+    tokens, pad_id = prepared["splits"]["train"], prepared["pad_id"]
     model = stock_model(config)
-    steps = stock_steps(model, batches(splits["train"], config, pad_id, "cpu"), config, "cpu")
+    begun = time.perf_counter()
+    steps = stock_steps(model, batches(tokens, config, pad_id, "cpu"), config, "cpu")
     losses = [loss.tolist()[0] for loss in steps]
-    return {"losses": losses[:SAME_STEPS], "nll": stock_nll(model, splits, pad_id, config)}
+    scored = score(model, prepared, config, begun)
+    return {"losses": losses[:SAME_STEPS], **scored, **count_tokens(tokens, config)}
 
 
 def run_exact(config: Any, prepared: dict[str, Any], _: bool) -> dict[str, Any]:
@@ -220,8 +302,15 @@ def run_solo(config: Any, prepared: dict[str, Any], compiled: bool) -> dict[str,
     for split in ("validation", "test"):
         (table,) = evaluate(pack, splits[split], prepared["tokenizer"], pad_id, ["nll"])
         nll[split] = summarise(table, ["nll"])["nll"][0]
+    evaluate_seconds = time.perf_counter() - ends[-1]
     late = [b - a for a, b in itertools.pairwise(ends)][len(losses) // 2 :]
-    return {"losses": losses[:SAME_STEPS], "nll": nll, "step_seconds": statistics.median(late)}
+    counts = count_tokens(splits["train"], config)
+    if pack.end_to_end:
+        counts["computed_tokens"] = counts["tokens"]
+    return {
+        "losses": losses[:SAME_STEPS], "nll": nll, "step_seconds": statistics.median(late),
+        "train_seconds": ends[-1] - ends[0], "evaluate_seconds": evaluate_seconds, **counts,
+    }  # fmt: skip
 
 
 def make_pack(base: Any, configs: list[Any], device: str, alone: bool, compiled: bool) -> Any:

@@ -48,7 +48,7 @@ NOT_DECIDING = {
     "data": {"name"},
     "trainer": {"device", "num_threads", "checkpoint_every", "checkpoint_minutes", "log_every"},
 }
-# Keys added since arithmetic version 2, at the value that does what runs before them did.
+# Keys added since arithmetic version 3, at the value that does what runs before them did.
 NEUTRAL: dict[str, Any] = {}
 
 

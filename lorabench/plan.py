@@ -29,6 +29,16 @@ class HeadPlan(BaseModel):
     consequence: str
 
 
+class Lengths(BaseModel):
+    """What a run computes, known from the lengths of its examples before it trains."""
+
+    tokens: int  # of all steps
+    rows: int  # of the base's linear layers, in all steps: tokens, and padding where there is any
+    padded_rows: int  # the same if every micro-batch were padded to its longest example
+    longest: int  # rows of the largest micro-batch
+    targets: int  # tokens that carry a loss, in the micro-batch with the most
+
+
 class Plan(BaseModel):
     """What one run will do."""
 
@@ -47,7 +57,9 @@ class Plan(BaseModel):
     head: HeadPlan
     base_bytes: int  # the part of memory_bytes that all runs of a pack share
     logits_bytes: int = 0  # the part of it for logits, of which a pack has no more than a chunk
-    memory_bytes: int  # estimate: base, adapter, optimizer, activations of one micro-batch
+    memory_bytes: int  # estimate: base, adapter, optimizer, activations of the longest micro-batch
+    token_bytes: int = 0  # estimate: activations of one token
+    logit_bytes: int = 0  # estimate: float32 logits of one token, their softmax and its gradient
     disk_bytes: int  # estimate: what the run folder will hold
     checkpoint_bytes: int  # estimate: what it holds beside that while the run trains
     train_flops: float  # estimate: 4 x parameters FLOPs per token, for all steps
@@ -55,6 +67,8 @@ class Plan(BaseModel):
     warnings: list[str]
     labels: list[str] = []  # of a classification: its classes, in the order of their numbers
     alone: str | None  # why the run cannot share a base forward; None: it packs
+    padded: str | None = None  # why batches are padded; None: their examples lie end to end
+    lengths: Lengths | None = None  # None: the data were not read
     exports: dict[str, str]  # adapter, merged, gguf: yes, or why not
     pack: dict[str, Any] = {}  # once it is formed: id, size, members
 
@@ -97,6 +111,58 @@ class Resolved(NamedTuple):
     left_out: list[str]  # what all-linear and the like do not adapt
     scales: dict[str, float]  # what multiplies each module's update, patterns included
     ranks: dict[str, int]
+
+
+def lengths_of(config: Config, tokens: data.Tokens, padded: bool) -> Lengths:
+    """Return what a run computes, from its examples in the order in which they come.
+
+    Args:
+        tokens: the tokenised training split.
+        padded: whether a micro-batch is padded to its longest example.
+    """
+    import numpy as np
+
+    trainer = config.trainer
+    micro = trainer.micro_batch_size or trainer.batch_size
+    every = np.array([len(ids) for ids in tokens.input_ids])
+    loss = np.ones_like(every) if tokens.labels else every - np.array(tokens.completion_start)
+    order = np.concatenate(list(data.order_of(tokens, config))).reshape(-1, micro)
+    sums = every[order].sum(1)
+    padded_rows = micro * every[order].max(1)
+    rows = padded_rows if padded else sums
+    return Lengths(
+        tokens=int(sums.sum()),
+        rows=int(rows.sum()),
+        padded_rows=int(padded_rows.sum()),
+        longest=int(rows.max()),
+        targets=int(loss[order].sum(1).max()),
+    )
+
+
+def measured(plan: Plan, config: Config, lengths: Lengths) -> Plan:
+    """Return a plan that knows the lengths of the examples.
+
+    Until then it takes every example for as long as `data.max_length`.
+    """
+    trainer = config.trainer
+    bound = (trainer.micro_batch_size or trainer.batch_size) * config.data.max_length
+    logits = _logits_bytes(lengths.targets, plan.logit_bytes)
+    less = plan.logits_bytes - logits + (bound - lengths.longest) * plan.token_bytes
+    return plan.model_copy(
+        update={
+            "lengths": lengths,
+            "logits_bytes": logits,
+            "memory_bytes": plan.memory_bytes - less,
+            "train_flops": 4.0 * plan.total_parameters * lengths.rows,
+        }
+    )
+
+
+def _logits_bytes(tokens: int, logit_bytes: int) -> int:
+    """Logits, their softmax and its gradient; more than a chunk never exists, of all runs."""
+    from lorabench.pack.head import CHUNK_BYTES
+
+    return min(tokens * logit_bytes, 3 * CHUNK_BYTES)
 
 
 class Planner:
@@ -165,7 +231,7 @@ class Planner:
 
     def _make(self, config: Config) -> Plan:
         from lorabench.evaluate import DEFINITIONS
-        from lorabench.pack.head import CHUNK_BYTES
+        from lorabench.pack.attention import why_padded
 
         contents = base_model.identity(config.model) | data.content_hashes(config.data)
         labels: list[str] = []
@@ -184,10 +250,10 @@ class Planner:
         tokens = micro * config.data.max_length
         activation = 2 if config.trainer.dtype == "bfloat16" else weight_bytes
         layers = 1 if config.trainer.gradient_checkpointing else text.num_hidden_layers
-        activations = tokens * text.hidden_size * layers * 34 * activation
+        token_bytes = text.hidden_size * layers * 34 * activation
         base_bytes = RUNTIME_BYTES + sum(p.numel() * p.element_size() for p in base.parameters())
-        # Logits, their softmax and its gradient; more than a chunk never exists, of all runs.
-        logits = 3 * min(tokens * (len(labels) or text.vocab_size) * 4, CHUNK_BYTES)
+        logit_bytes = 12 * (len(labels) or text.vocab_size)
+        logits = _logits_bytes(tokens, logit_bytes)
         narrow = _narrow(base, resolved.ranks)
         warnings = [*_warnings(config, base), *narrow, *resolved.left_out]
         saved = [head.module] if head.policy == "full" and head.module else []
@@ -213,7 +279,9 @@ class Planner:
             head=head,
             base_bytes=base_bytes,
             logits_bytes=logits,
-            memory_bytes=base_bytes + 4 * state_bytes + activations + logits,
+            memory_bytes=base_bytes + 4 * state_bytes + tokens * token_bytes + logits,
+            token_bytes=token_bytes,
+            logit_bytes=logit_bytes,
             disk_bytes=state_bytes + 300_000,
             # Weights and two moments: the last one, the one before, and the one being written.
             checkpoint_bytes=9 * state_bytes,
@@ -226,6 +294,7 @@ class Planner:
             warnings=warnings,
             labels=labels,
             alone=resolved.alone,
+            padded=why_padded(base),
             exports=formats.predict(
                 base.config, resolved.modules, saved, config.lora, head.module, head.tied
             ),

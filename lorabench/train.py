@@ -55,14 +55,9 @@ def train(
     """
     trainers = [config.trainer for config in pack.configs]
     trainer = trainers[0]  # what runs of a pack share: steps, batch sizes
-    seeds = [config.seeds.data for config in pack.configs]
-    # Neighbours with the same seed see the same batch: one slab.
-    slabs = [(seed, len(list(alike))) for seed, alike in itertools.groupby(seeds)]
-    sizes = [size for _, size in slabs]
-    orders = [
-        data.order(len(tokens), trainer.batch_size, seed, trainer.steps, start_step)
-        for seed, _ in slabs
-    ]
+    sizes = data.slabs(pack.configs)
+    firsts = itertools.accumulate(sizes[:-1], initial=0)
+    orders = [data.order_of(tokens, pack.configs[first], start_step) for first in firsts]
     micro = trainer.micro_batch_size or trainer.batch_size
     running = {run for run in range(pack.size) if pack.alive[run]}
     if not running:

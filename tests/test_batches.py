@@ -80,6 +80,6 @@ def test_order_is_fair():
 def test_order_hash():
     sequence = np.concatenate(list(data.order(10, 4, 7, 6)))
     expected = hashlib.sha256(np.asarray(sequence, "<i8").tobytes()).hexdigest()
-    assert data.order_hash(10, 4, 7, 6) == expected
+    assert data.order_hash(data.order(10, 4, 7, 6)) == expected
     # written down: an order that changes makes old records irreproducible
     assert next(data.order(10, 10, 0, 1)).tolist() == [0, 4, 6, 9, 5, 1, 7, 8, 2, 3]

@@ -228,11 +228,12 @@ def test_same_in_any_process(tmp_path):
         f"cfg = DataConfig(name='a', source='jsonl', train=SourceConfig(path={path!r}), "
         "split_by='completion')\n"
         "s = data.load(cfg)\n"
-        "print(data.content_hash(cfg), data.order_hash(95, 8, 3, 50), [e.id for e in s.train])"
+        "print(data.content_hash(cfg), data.order_hash(data.order(95, 8, 3, 50)), "
+        "[e.id for e in s.train])"
     )
     expected = [
         data.content_hash(cfg),
-        data.order_hash(95, 8, 3, 50),
+        data.order_hash(data.order(95, 8, 3, 50)),
         [e.id for e in data.load(cfg).train],
     ]
     for hash_seed in ("1", "2"):

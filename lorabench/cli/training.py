@@ -134,6 +134,7 @@ def plan(arguments: list[str]) -> int:
         _run_hydra(lambda _: None, words)  # prints what was asked for
         return 0
     from lorabench import machine, show, sweep
+    from lorabench.config import ConfigErrors
     from lorabench.plan import Planner
 
     as_json = "--json" in arguments
@@ -145,11 +146,18 @@ def plan(arguments: list[str]) -> int:
     jobs = sweep.first_of_each(planned)
     from lorabench.worker import Shared  # heavy: after all mistakes were told
 
+    shared, unread = Shared(planner), ""
+    notes: Iterable[str] = ()
+    try:
+        notes = shared.check_data(jobs)
+    except ConfigErrors as error:
+        if "--smoke" in arguments:
+            raise
+        unread = error.errors[0]
     memory = machine.free_memory(machine.choose_device(jobs[0].config.trainer.device))
     packs = sweep.form_packs(jobs, composed.pack_size, memory)
     trained = {i for i, job in enumerate(jobs) if (found := job.record()) and found.has_trained()}
     sweep.check_room([[jobs[i] for i in members if i not in trained] for members in packs])
-    shared = Shared(planner)
     attempts: list[Any] = []
 
     def tried() -> Iterator[Any]:
@@ -159,10 +167,7 @@ def plan(arguments: list[str]) -> int:
             attempts.append(smoke.attempt([jobs[i] for i in members], shared))
             yield attempts[-1]
 
-    notes: Iterable[str] = ()
-    if "--smoke" in arguments:
-        notes = shared.check_data(jobs)
     if len(jobs) < len(planned) and not as_json:
         print(f"{len(planned)} grid points, {len(planned) - len(jobs)} the same run as another")
-    show.plan(jobs, packs, as_json, tried() if "--smoke" in arguments else (), notes)
+    show.plan(jobs, packs, as_json, tried() if "--smoke" in arguments else (), notes, unread)
     return 1 if any(attempt.error is not None for attempt in attempts) else 0

@@ -100,6 +100,7 @@ class DataConfig:
     add_bos: bool = True  # prepend BOS if the tokenizer itself does
     add_eos: bool = True  # append EOS to the completion
     max_length: int = 512  # tokens of prompt and completion; longer examples are skipped, counted
+    group_by_length: bool = False  # batches of similar lengths, as the HF Trainer groups them
     # Scores
     metric: list[str] = field(default_factory=lambda: ["nll", "exact_match"])  # metrics to report
     answer_pattern: str | None = None  # regex; the last group of its first match is the answer

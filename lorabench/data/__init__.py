@@ -18,7 +18,9 @@ from lorabench.data.batches import (
     batch,
     order,
     order_hash,
+    order_of,
     pad_id,
+    slabs,
 )
 from lorabench.data.hashes import content_hash, content_hashes
 from lorabench.data.labels import classify, labels_of
@@ -41,6 +43,8 @@ __all__ = [
     "opens_with_bos",
     "order",
     "order_hash",
+    "order_of",
     "pad_id",
+    "slabs",
     "tokenise",
 ]

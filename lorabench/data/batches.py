@@ -6,11 +6,13 @@ Shapes: B batch, T tokens.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from lorabench.config import Config
 from lorabench.data.tokens import Tokens
 
 IGNORED = -100  # label of tokens that carry no loss
@@ -49,13 +51,21 @@ def batch(
 
 
 def order(
-    num_examples: int, batch_size: int, seed: int, steps: int, start_step: int = 0
+    num_examples: int,
+    batch_size: int,
+    seed: int,
+    steps: int,
+    start_step: int = 0,
+    lengths: Sequence[int] | None = None,
 ) -> Iterator[np.ndarray]:
     """The examples of every step from `start_step` to `steps`, `batch_size` indices each.
 
     Seeded permutations of all examples, one after the other: none comes again before all have
     come. A batch may hold the end of one epoch and the beginning of the next. Epoch e depends on
     (seed, num_examples, e) alone, so any step is reached without the steps before it.
+
+    Args:
+        lengths: of all examples, to group them by (`data.group_by_length`); None: do not.
     """
     epoch, permutation = -1, np.empty(0, np.int64)
     for step in range(start_step, steps):
@@ -66,8 +76,38 @@ def order(
         for needed in range(epochs[0], epochs[-1] + 1):
             if needed != epoch:
                 epoch, permutation = needed, _permutation(num_examples, seed, needed)
+                if lengths is not None:
+                    permutation = _grouped(permutation, np.asarray(lengths), batch_size)
             parts.append(permutation[places[epochs == needed]])
         yield np.concatenate(parts)
+
+
+def _grouped(permutation: np.ndarray, lengths: np.ndarray, batch_size: int) -> np.ndarray:
+    """A permutation in which neighbours are about as long, the longest example first.
+
+    Stretches of up to 50 batches are sorted, so that batches still differ from epoch to epoch.
+    Source: transformers' `get_length_grouped_indices`, behind the Trainer's
+    train_sampling_strategy="group_by_length".
+    """
+    stretch = batch_size * max(1, min(len(lengths) // (batch_size * 4), 50))
+    parts = [permutation[i : i + stretch] for i in range(0, len(permutation), stretch)]
+    parts = [part[np.argsort(-lengths[part], kind="stable")] for part in parts]
+    longest = int(np.argmax([lengths[part[0]] for part in parts]))
+    parts[0][0], parts[longest][0] = parts[longest][0], parts[0][0]
+    return np.concatenate(parts)
+
+
+def order_of(tokens: Tokens, config: Config, start_step: int = 0) -> Iterator[np.ndarray]:
+    """The examples of every step of a run: see `order`."""
+    trainer = config.trainer
+    return order(
+        len(tokens),
+        trainer.batch_size,
+        config.seeds.data,
+        trainer.steps,
+        start_step,
+        [len(ids) for ids in tokens.input_ids] if config.data.group_by_length else None,
+    )
 
 
 def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
@@ -77,9 +117,15 @@ def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(draws, kind="stable")
 
 
-def order_hash(num_examples: int, batch_size: int, seed: int, steps: int) -> str:
+def slabs(configs: Sequence[Config]) -> list[int]:
+    """Sizes of the slabs of a pack: neighbours with the same seeds.data see the same batches."""
+    alike = itertools.groupby(config.seeds.data for config in configs)
+    return [len(list(seeds)) for _, seeds in alike]
+
+
+def order_hash(order: Iterable[np.ndarray]) -> str:
     """sha256 of the indices of all steps, as little-endian int64."""
     digest = hashlib.sha256()
-    for indices in order(num_examples, batch_size, seed, steps):
+    for indices in order:
         digest.update(indices.astype("<i8").tobytes())
     return digest.hexdigest()

@@ -24,12 +24,14 @@ def plan(
     as_json: bool,
     attempts: Iterable[Attempt] = (),
     notes: Iterable[str] = (),
+    unread: str = "",
 ) -> None:
     """Show what a command will do.
 
     Args:
         attempts: of --smoke, one per pack, made while they are shown.
-        notes: of --smoke, which reads the data: what is to be said about them.
+        notes: what is to be said about the data.
+        unread: why the data could not be read.
     """
     peak = machine.matmul_flops()
     plans = [
@@ -38,7 +40,7 @@ def plan(
     if as_json:
         named = [[jobs[i].plan.run_id for i in members] for members in packs]
         content = {"runs": plans, "packs": named, "seconds": sum(p["seconds"] for p in plans)}
-        content |= {"versions": versions.shown(), "notes": list(notes)}
+        content |= {"versions": versions.shown(), "notes": list(notes), "unread": unread}
         tried = [dataclasses.asdict(attempt) for attempt in attempts]
         dump(content | ({"smoke": tried} if tried else {}))
         return
@@ -76,9 +78,13 @@ def plan(
     for policy in dict.fromkeys(job.plan.head.policy for job in jobs):
         head = next(job.plan.head for job in jobs if job.plan.head.policy == policy)
         out.print(f"head      {policy} ({head.module}): {head.consequence}")
-    sizes = ", ".join(str(len(members)) for members in packs)
+    for reason in dict.fromkeys(job.plan.padded for job in jobs):
+        out.print(f"rows      {_rows([job for job in jobs if job.plan.padded == reason])}")
+    if unread:
+        text = f"lengths   are bounds, the data could not be read: {unread}"
+        out.print(text, style="yellow", soft_wrap=True)
     if len(jobs) > 1:
-        out.print(f"packs     runs that train together: {sizes}")
+        out.print(f"packs     runs that train together: {_packing(jobs, packs, peak)}")
     for reason in dict.fromkeys(job.plan.alone for job in jobs if job.plan.alone):
         who = next(job.label for job in jobs if job.plan.alone == reason)
         out.print(f"alone     {who}: {reason}")
@@ -131,6 +137,37 @@ def _training(job: Job) -> str:
     )
 
 
+def _rows(jobs: list[Job]) -> str:
+    """How batches are laid out, and how much of what is computed is real."""
+    found = [job.plan.lengths for job in jobs if job.plan.lengths is not None]
+    tokens = sum(one.tokens for one in found)
+    reason = jobs[0].plan.padded
+    text = "examples lie end to end" if reason is None else "each batch is padded to its longest"
+    if found:
+        text += f"; {tokens / sum(one.rows for one in found):.0%} of the computed tokens are real"
+        if reason is None:
+            padded = tokens / sum(one.padded_rows for one in found)
+            text += f" (padded batches: {padded:.0%})"
+        text += f"; the longest micro-batch has {max(one.longest for one in found):,}"
+    return text if reason is None else f"{text}: {reason}"
+
+
+def _packing(jobs: list[Job], packs: list[list[int]], peak: float) -> str:
+    """Sizes of the packs, and whether a run alone keeps the device busy."""
+    sizes = ", ".join(str(len(members)) for members in packs)
+    packed = [jobs[i] for members in packs if len(members) > 1 for i in members]
+    busy = packed and all(
+        job.plan.train_flops / peak > 5 * job.config.trainer.steps * _overhead(job)
+        for job in packed
+    )
+    return sizes + (
+        " (a run alone keeps this device busy: a pack saves loading and takes more memory, and its "
+        "steps are hardly faster)"
+        if busy
+        else ""
+    )
+
+
 def _scale(made: Any) -> str:
     """The effective scale, or its range where patterns give modules their own."""
     own = {*made.scales.values()}
@@ -169,5 +206,9 @@ def _shorten(modules: list[str]) -> str:
 def _seconds(job: Job, peak: float) -> float:
     """A rough time: training FLOPs at a third of the peak, plus a per-step overhead."""
     steps = job.config.trainer.steps
-    overhead = 0.0003 * len(job.plan.lora_modules) + 0.003
-    return job.plan.train_flops / (peak / 3) + steps * overhead + 2.0
+    return job.plan.train_flops / (peak / 3) + steps * _overhead(job) + 2.0
+
+
+def _overhead(job: Job) -> float:
+    """Seconds of a step that no arithmetic takes: calls."""
+    return 0.0003 * len(job.plan.lora_modules) + 0.003

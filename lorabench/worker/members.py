@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from lorabench import checkpoint, files, masking, provenance, record, tracking
+from lorabench import checkpoint, data, files, masking, provenance, record, tracking
 from lorabench.config import ConfigErrors, first_line, flatten
 from lorabench.files import sync, write_atomic
 from lorabench.lease import Lease, Lost
@@ -103,6 +103,7 @@ def open_member(job: Job, pack: PackEntry, mates: Sequence[Job], lease: Lease) -
         "size": len(pack.runs),
         "members": pack.runs,
         "alone": job.plan.alone,
+        "blocks": data.slabs([mate.config for mate in mates]),
     }
     mine = flatten(dataclasses.asdict(job.config))
     differing = {

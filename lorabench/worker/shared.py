@@ -14,7 +14,7 @@ from typing import Any
 from lorabench import data
 from lorabench import model as base_model
 from lorabench.config import ConfigErrors
-from lorabench.plan import Planner
+from lorabench.plan import Lengths, Planner, lengths_of, measured
 from lorabench.sweep import Job, Mistakes
 
 
@@ -35,6 +35,7 @@ class Shared:
         self._bases: dict[str, tuple[Any, str]] = {}  # model, checksum
         self._tokenizers: dict[str, Any] = {}
         self._datasets: dict[str, Dataset] = {}
+        self._lengths: dict[str, Lengths] = {}  # by what decides them
 
     def base(self, job: Job, device: str) -> tuple[Any, str]:
         """Return the frozen base of a run and the checksum of its tensors.
@@ -103,6 +104,8 @@ class Shared:
     def check_data(self, jobs: list[Job]) -> list[str]:
         """Read and tokenise the examples of all runs; those of the first are kept.
 
+        The plans of the jobs know the lengths of their examples from then on.
+
         Returns:
             What is to be said about them, each sentence once.
         Raises:
@@ -115,9 +118,26 @@ class Shared:
         for group in reversed(alike.values()):  # so that the first one's stay for its training
             with mistakes.of(*(job.label for job in group)):
                 notes += self.dataset(group[0]).notes
+                for job in group:
+                    self._measure(job)
         mistakes.found = dict(reversed(mistakes.found.items()))
         mistakes.refuse()
         return list(dict.fromkeys(notes))
+
+    def _measure(self, job: Job) -> None:
+        if job.plan.lengths is not None:
+            return
+        config, padded = job.config, job.plan.padded is not None
+        trainer = config.trainer
+        decides = [
+            _data_key(job), config.seeds.data, config.data.group_by_length, trainer.steps,
+            trainer.batch_size, trainer.micro_batch_size, padded,
+        ]  # fmt: skip
+        key = json.dumps(decides)
+        if key not in self._lengths:
+            tokens = self.dataset(job).tokens["train"]
+            self._lengths[key] = lengths_of(config, tokens, padded)
+        job.plan = measured(job.plan, config, self._lengths[key])
 
     def keep_only(self, jobs: Iterable[Job]) -> None:
         """Drop what none of these runs needs."""

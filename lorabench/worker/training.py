@@ -83,8 +83,14 @@ def train_pack(
     train_tokens = dataset.tokens["train"].hash()
     origin = provenance.of_process(device) | {"command": ["lorabench", *shared.words]}
     for member in members:
-        _describe(member, pack, origin, checksum, train_tokens, len(dataset.tokens["train"]))
+        _describe(member, pack, origin, checksum, dataset.tokens["train"], train_tokens)
         member.entry.notes = [*member.job.plan.warnings, *dataset.notes]
+        if member.job.plan.padded is None and not pack.end_to_end:
+            member.entry.plan["padded"] = other = "a probe of the loaded base"
+            member.entry.notes.append(
+                f"batches are padded, by {other}: it does not compute the same where examples lie "
+                f"end to end"
+            )
         member.fingerprint = planned_fingerprint(member.job, entry) | {
             "parameters": pack.fingerprint(member.slot),
             **member.entry.hashes,
@@ -124,21 +130,20 @@ def _describe(
     pack: Any,
     origin: dict[str, Any],
     checksum: str,
+    tokens: data.Tokens,
     train_tokens: str,
-    num_examples: int,
 ) -> None:
     """Note what this run starts from."""
-    job, entry, trainer = member.job, member.entry, member.job.config.trainer
+    job, entry = member.job, member.entry
     contents = job.plan.contents
     entry.provenance = origin | {
         name: contents[name] for name in ("hub", "revision", "weights", "tokenizer")
     }
-    shape = (num_examples, trainer.batch_size, job.config.seeds.data)
     entry.hashes = {
         "base": checksum,
         "train": contents["train"],
         "train_tokens": train_tokens,
-        "data_order": data.order_hash(*shape, trainer.steps),
+        "data_order": data.order_hash(data.order_of(tokens, job.config)),
         "initial_adapter": adapters.state_hash(pack.adapter_state(member.slot)),
     }
 
