@@ -208,7 +208,7 @@ class Planner:
 
         groups = (config.model, config.target_modules, config.head, config.lora)
         key = json.dumps([dataclasses.asdict(group) for group in groups], sort_keys=True)
-        key += f" {config.task} {base.config.num_labels}"
+        key += f" {config.task} {base.config.num_labels} {config.data.max_length}"
         if key not in self._resolved:
             too_old = versions.too_old_for_experts()
             if too_old and adapters.experts(base):

@@ -298,6 +298,23 @@ def classifiers(
     return found | {kind: tiny_folder(kind) for kind in ("gemma", "llama")}
 
 
+@pytest.fixture(scope="session")
+def mixed_lengths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides for examples of very different lengths: completions of 1 to 90 tokens."""
+    import random
+
+    draw, rows = random.Random(0), []
+    for i in range(120):
+        prompt = "".join(draw.choices(string.ascii_lowercase, k=draw.choice([1, 4, 20])))
+        length = draw.choice([1, 1, 2, 5, 10, 30, 90])
+        completion = "".join(draw.choices(string.ascii_lowercase, k=length))
+        rows.append(json.dumps({"prompt": f"{i}{prompt}", "completion": completion}) + "\n")
+    path = tmp_path_factory.mktemp("lengths") / "mixed.jsonl"
+    path.write_text("".join(rows))
+    # Without EOS a completion of one letter is a single token.
+    return ["data=jsonl", f"data.train.path={path}", "data.add_eos=false", "data.max_length=128"]
+
+
 # --- short runs ------------------------------------------------------------------------------
 
 SMOKE = [

@@ -83,7 +83,7 @@ class Stock:
     def state(self) -> dict[str, Tensor]:
         return stock_state(self.wrapped)
 
-    def train(self, length: int) -> list[float]:
+    def train(self, length: int, padding_side: str = "right") -> list[float]:
         trainer = self.config.trainer
         optimizer = torch.optim.AdamW(
             decay_groups(self.wrapped, trainer.weight_decay), lr=trainer.lr
@@ -102,6 +102,7 @@ class Stock:
                 batch = self.tokenizer(
                     [example.prompt for example in chosen],
                     padding="max_length", max_length=length, return_tensors="pt",
+                    padding_side=padding_side,
                 )  # fmt: skip
                 self.real = batch["attention_mask"].bool()
                 assert not self.real.all(), "there is padding to get wrong"
@@ -137,7 +138,9 @@ def make_pack(
     return StackedPack(base, skeleton, configs, modules, "cpu")
 
 
-def compare_training(configs: list[Config], solo: bool = False) -> None:
+def compare_training(
+    configs: list[Config], solo: bool = False, padding_side: str = "right"
+) -> None:
     """Losses and trained weights of every run, against a run of its own by stock PEFT."""
     planner = plan.Planner()
     pack = make_pack(configs, solo, planner)
@@ -148,7 +151,7 @@ def compare_training(configs: list[Config], solo: bool = False) -> None:
     steps = train(pack, tokens, data.pad_id(tokenizer))
     losses = list(zip(*(step.loss for step in steps), strict=True))
     stocks = (Stock(*pair, planner) for pair in zip(configs, initial, strict=True))
-    trained = ((stock, stock.train(length)) for stock in stocks)
+    trained = ((stock, stock.train(length, padding_side)) for stock in stocks)
     loss, (weights, name) = differences(pack, initial, losses, trained)
     # Float64 rounding (1e-16) of sums in another order, grown by AdamW's steps.
     assert loss < 1e-10

@@ -59,6 +59,19 @@ def test_packed_runs_equal_stock_peft(
 
 
 @pytest.mark.usefixtures("float64_inside")
+@pytest.mark.parametrize("kind", ["gemma", pytest.param("llama", marks=pytest.mark.slow)])
+def test_a_decoder_may_have_been_padded_on_the_left(
+    kind: str, classifiers: dict[str, Path], texts: Path
+) -> None:
+    """Stock decoders see left-padded texts at later positions: rotary embeddings are relative."""
+    configs = mixture(kind, classifiers, texts)[:2]
+    for i, config in enumerate(configs):
+        config.seeds.data = i
+        config.lora.lora_dropout = 0.1
+    compare_training(configs, padding_side="left")
+
+
+@pytest.mark.usefixtures("float64_inside")
 @pytest.mark.parametrize("kind", ["bert", "gemma"])
 def test_a_run_alone_equals_stock_peft(
     kind: str, classifiers: dict[str, Path], texts: Path

@@ -78,6 +78,8 @@ def why_alone(
     head = base_model.output_head(skeleton)
     if head is None or not isinstance(head[1], nn.Linear):
         return "the head is no linear layer"
+    if reason := _rope_of_the_longest(skeleton, config):
+        return reason
     found = places(wrapped)
     for place in found:
         if place.kind == "other":
@@ -90,3 +92,19 @@ def why_alone(
     for name in sorted(trained ^ set(adapters.adapter_state(wrapped))):
         return f"PEFT {'trains but does not save' if name in trained else 'saves untrained'} {name}"
     return None
+
+
+def _rope_of_the_longest(skeleton: PreTrainedModel, config: Config) -> str | None:
+    """Rotary embeddings that change for all texts of a batch as soon as one is long (Phi-3's)."""
+    text = skeleton.config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [one.get("rope_type") for one in (rope, *rope.values()) if isinstance(one, dict)]
+    limit = rope.get("original_max_position_embeddings") or getattr(
+        text, "original_max_position_embeddings", None
+    )
+    if not {"longrope", "dynamic"}.intersection(kinds):
+        return None
+    limit = limit or text.max_position_embeddings
+    if config.data.max_length <= limit:
+        return None
+    return f"texts beyond {limit} tokens change its rotary embeddings for the whole batch"
