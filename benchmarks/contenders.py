@@ -91,8 +91,15 @@ def batches(tokens: Any, config: Any, pad_id: int, device: str) -> Iterator[dict
         yield {"input_ids": ids.to(device), "labels": labels.to(device)}
 
 
-def stock_nll(model: Any, splits: Any, pad_id: int, config: Any) -> dict[str, float]:
-    """Teacher-forced nll as lorabench defines it: mean over examples, nats a token."""
+def stock_nll(
+    model: Any, splits: Any, pad_id: int, config: Any, by_length: bool
+) -> dict[str, float]:
+    """Return the teacher-forced nll as lorabench defines it: mean over examples, nats per token.
+
+    Args:
+        by_length: Score examples of similar length together, as the Trainer does with
+            "group_by_length"; else in their order, as it does by default.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -102,8 +109,11 @@ def stock_nll(model: Any, splits: Any, pad_id: int, config: Any) -> dict[str, fl
     found = {}
     for split in ("validation", "test"):
         tokens, means = splits[split], []
+        order = list(range(len(tokens)))
+        if by_length:
+            order.sort(key=lambda index: len(tokens.input_ids[index]))
         for start in range(0, len(tokens), config.trainer.eval_batch_size):
-            chosen = range(start, min(start + config.trainer.eval_batch_size, len(tokens)))
+            chosen = order[start : start + config.trainer.eval_batch_size]
             ids, labels = map(torch.from_numpy, data.batch(tokens, chosen, None, pad_id))
             with torch.inference_mode():
                 logits = model(input_ids=ids).logits[:, :-1].transpose(1, 2)
@@ -130,10 +140,12 @@ def sums(lengths: list[list[int]]) -> dict[str, int]:
     }
 
 
-def score(model: Any, prepared: dict[str, Any], config: Any, begun: float) -> dict[str, Any]:
+def score(
+    model: Any, prepared: dict[str, Any], config: Any, begun: float, by_length: bool = False
+) -> dict[str, Any]:
     """Return the nll of a model trained since `begun`, and the seconds of training and scoring."""
     trained = time.perf_counter()
-    nll = stock_nll(model, prepared["splits"], prepared["pad_id"], config)
+    nll = stock_nll(model, prepared["splits"], prepared["pad_id"], config, by_length)
     seconds = time.perf_counter() - trained
     return {"nll": nll, "train_seconds": trained - begun, "evaluate_seconds": seconds}
 
@@ -221,7 +233,7 @@ def run_grouped(config: Any, prepared: dict[str, Any], _: bool) -> dict[str, Any
     model = stock_model(config)
     rows = prepared["rows"]
     losses, begun = train_by_hf(model, config, rows, collate, "group_by_length")
-    scored = score(model, prepared, config, begun)
+    scored = score(model, prepared, config, begun, by_length=True)
     found = sums(lengths[: config.trainer.steps])  # the loader is a batch ahead
     plain = count_tokens(tokens, config)
     mine, random = (one["tokens"] / one["computed_tokens"] for one in (found, plain))
