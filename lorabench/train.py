@@ -55,7 +55,7 @@ def train(
     """
     trainers = [config.trainer for config in pack.configs]
     trainer = trainers[0]  # what runs of a pack share: steps, batch sizes
-    sizes = data.slabs(pack.configs)
+    sizes = data.blocks(pack.configs)
     firsts = itertools.accumulate(sizes[:-1], initial=0)
     orders = [data.order_of(tokens, pack.configs[first], start_step) for first in firsts]
     micro = trainer.micro_batch_size or trainer.batch_size
@@ -107,7 +107,7 @@ def train(
 
 
 def each(values: list[int], sizes: list[int]) -> list[int]:
-    """The value of each slab, once for every run that sees it."""
+    """The value of each block, once for every run of it."""
     return [value for value, size in zip(values, sizes, strict=True) for _ in range(size)]
 
 

@@ -16,11 +16,11 @@ batches   padding, labels, and the order of the training examples
 from lorabench.data.batches import (
     IGNORED,
     batch,
+    blocks,
     order,
     order_hash,
     order_of,
     pad_id,
-    slabs,
 )
 from lorabench.data.hashes import content_hash, content_hashes
 from lorabench.data.labels import classify, labels_of
@@ -34,6 +34,7 @@ __all__ = [
     "Splits",
     "Tokens",
     "batch",
+    "blocks",
     "check",
     "classify",
     "content_hash",
@@ -45,6 +46,5 @@ __all__ = [
     "order_hash",
     "order_of",
     "pad_id",
-    "slabs",
     "tokenise",
 ]

@@ -117,8 +117,8 @@ def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(draws, kind="stable")
 
 
-def slabs(configs: Sequence[Config]) -> list[int]:
-    """Sizes of the slabs of a pack: neighbours with the same seeds.data see the same batches."""
+def blocks(configs: Sequence[Config]) -> list[int]:
+    """Sizes of the blocks of a pack: neighbours with the same seeds.data see the same batches."""
     alike = itertools.groupby(config.seeds.data for config in configs)
     return [len(list(seeds)) for _, seeds in alike]
 

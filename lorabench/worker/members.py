@@ -103,7 +103,7 @@ def open_member(job: Job, pack: PackEntry, mates: Sequence[Job], lease: Lease) -
         "size": len(pack.runs),
         "members": pack.runs,
         "alone": job.plan.alone,
-        "blocks": data.slabs([mate.config for mate in mates]),
+        "blocks": data.blocks([mate.config for mate in mates]),
     }
     mine = flatten(dataclasses.asdict(job.config))
     differing = {
