@@ -25,7 +25,7 @@ from stock import (
 )
 from tiny import SMALL, tiny_config
 
-from lorabench import adapters, cli, data, plan
+from lorabench import adapters, cli, data, machine, plan
 from lorabench.pack import attention
 from lorabench.pack.attention import Buckets
 from lorabench.train import train
@@ -307,6 +307,17 @@ def test_the_plan_names_the_share_of_real_tokens(
     shown = say("plan", *words[:-1], *eager)
     share = f"{plainly['tokens'] / plainly['rows']:.0%} of the computed tokens are real"
     assert any(f"padded to its longest; {share}" in line for line in shown.out.splitlines())
+
+
+def test_the_plan_says_where_a_pack_cannot_pay(
+    tiny_folder: Callable[[str], Path], mixed_lengths: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device that is slow at arithmetic a run alone keeps it busy."""
+    words = [*FAST, *mixed_lengths, "model=local", f"model.path={tiny_folder('llama')}", "seed=0,1"]
+    for flops, busy in ((1e6, True), (1e15, False)):
+        monkeypatch.setattr(machine, "matmul_flops", lambda flops=flops: flops)
+        said = say("plan", "-m", *words).out
+        assert ("a run alone keeps this device busy" in said) == busy
 
 
 def test_the_plan_goes_without_data_it_cannot_read(

@@ -3,10 +3,8 @@
 Inputs hold the rows of all runs end to end, run by run; `Spans` says how many are whose.
 
 Letters: R runs in the pack, M of them that train something here (members), P rows of all runs,
-N rows of one run, D inputs, O outputs, K rank, padded to the largest of the members.
-
-Padding a rank with zeros is exact: a padded row of A meets a zero column of B, so its gradient is
-zero, and the other way round.
+N rows of one run, D inputs, O outputs, K rank: stored up to the largest of the members, computed to
+each run's own.
 """
 
 from __future__ import annotations
@@ -37,6 +35,7 @@ class PackedLinear(nn.Module):
         lora_a_MKD: Stacked,
         lora_b_MKO: Stacked,
         scale_M: Tensor,
+        ranks: list[int],
         dropouts: list[KeyedDropout | None],
         anchor: Tensor,
         bias: PackedBias | None,
@@ -45,7 +44,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.base, self.spans = base, spans
         self.members, self.lora_a, self.lora_b = lora_a_MKD.members, lora_a_MKD, lora_b_MKO
-        self.scale_M11 = scale_M[:, None, None]
+        self.scale_M11, self.ranks = scale_M[:, None, None], ranks
         self.dropouts = dropouts
         self.anchor, self.bias_of_runs = anchor, bias
 
@@ -62,7 +61,7 @@ class PackedLinear(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             x_PD, weight = x_PD.to(dtype), weight.to(dtype)
             bias = bias if bias is None else bias.to(dtype)
-        parts = self.members.parts(rows)
+        parts = self.members.parts(rows, self.ranks)
         masks = [self._mask(part, x_PD) for part in parts]
         # Without its anchor a frozen layer runs no backward that nobody below it asks for.
         anchor = self.anchor if self.lora_a.active else None
@@ -113,9 +112,9 @@ class _PackedLora(torch.autograd.Function):
             x_MND = part.take(x_PD)
             if mask_MND is not None:
                 x_MND = x_MND * mask_MND
-            h_MNK = torch.bmm(x_MND, a_MKD[part.stored].transpose(1, 2))
+            h_MNK = torch.bmm(x_MND, a_MKD[part.own].transpose(1, 2))
             h_MNK.mul_(scale_M11[part.stored])
-            part.add_product(y_PO, h_MNK, b_MKO[part.stored])
+            part.add_product(y_PO, h_MNK, b_MKO[part.own])
             hidden.append(h_MNK)
             # Without dropout the input itself is kept, which the base's layers keep anyway.
             dropped.append(None if mask_MND is None else x_MND)
@@ -136,18 +135,18 @@ class _PackedLora(torch.autograd.Function):
         scale_M11 = layer.scale_M11.to(g_PO.dtype)
         gradients = []
         for part in parts:
-            gh_MNK = torch.bmm(part.take(g_PO), b_MKO[part.stored].transpose(1, 2))
+            gh_MNK = torch.bmm(part.take(g_PO), b_MKO[part.own].transpose(1, 2))
             gradients.append(gh_MNK.mul_(scale_M11[part.stored]))
         if layer.lora_a.active:
             layer.lora_b.add_products(
                 [
-                    (part.stored, h_MNK.transpose(1, 2), part.take(g_PO))
+                    (part.own, h_MNK.transpose(1, 2), part.take(g_PO))
                     for part, h_MNK in zip(parts, hidden, strict=True)
                 ]
             )
             layer.lora_a.add_products(
                 [
-                    (part.stored, gh.transpose(1, 2), part.take(x_PD) if x is None else x)
+                    (part.own, gh.transpose(1, 2), part.take(x_PD) if x is None else x)
                     for part, gh, x in zip(parts, gradients, dropped, strict=True)
                 ]
             )
@@ -157,12 +156,13 @@ class _PackedLora(torch.autograd.Function):
         gx_PD = g_PO @ weight_OD
         # A mate's dropout must not change a run's bits: the product is added as it is made only
         # where that rounds as adding it afterwards does.
-        exact = gx_PD.dtype in (torch.float32, torch.float64) and a_MKD.shape[1] <= ONE_SUM
+        exact = gx_PD.dtype in (torch.float32, torch.float64)
         for part, gh_MNK, mask_MND in zip(parts, gradients, masks, strict=True):
-            if mask_MND is None and isinstance(part.where, slice) and exact:
-                part.add_product(gx_PD, gh_MNK, a_MKD[part.stored])
+            own_sum = exact and part.rank is not None and part.rank <= ONE_SUM
+            if mask_MND is None and isinstance(part.where, slice) and own_sum:
+                part.add_product(gx_PD, gh_MNK, a_MKD[part.own])
             else:
-                update = torch.bmm(gh_MNK, a_MKD[part.stored])
+                update = torch.bmm(gh_MNK, a_MKD[part.own])
                 part.add(gx_PD, update if mask_MND is None else update * mask_MND)
         return gx_PD, *nothing
 

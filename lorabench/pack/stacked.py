@@ -220,6 +220,7 @@ class StackedPack:
                     [layer.scaling[adapters.ADAPTER] for layer in mine],
                     dtype=self.dtype, device=self.device,
                 )  # fmt: skip
+                ranks = [layer.r[adapters.ADAPTER] for layer in mine]
                 dropouts = [
                     adapters.KeyedDropout(dropout.p, self.clocks[run], module)
                     if isinstance(dropout := layer.lora_dropout[adapters.ADAPTER], nn.Dropout)
@@ -227,8 +228,9 @@ class StackedPack:
                     for run, layer in zip(members.runs, mine, strict=True)
                 ]
                 replaced[module] = PackedLinear(
-                    target, lora_a, lora_b, scale_M, dropouts, self.anchor, bias, self.spans
-                )
+                    target, lora_a, lora_b, scale_M, ranks, dropouts, self.anchor, bias,
+                    self.spans,
+                )  # fmt: skip
             elif kind == "bias" and ("lora_A", module) not in self.stacked:
                 replaced[module] = PackedNorm(target, cast(PackedBias, bias))
         for kind, module in self.stacked:

@@ -6,6 +6,8 @@ N rows of one run.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +17,11 @@ from lorabench.pack.rows import Block, Rows
 
 
 class Part(NamedTuple):
-    """The members among the runs of one block: their rows, and their place in the storage."""
+    """Members of one block and one rank, neighbours in the storage: their place, their rows."""
 
-    stored: slice
+    own: Any  # index of their part of what is stored, (members,) or (members, rank)
+    stored: slice  # the members alone
+    rank: int | None
     block: Block
     where: Any  # of the block's runs: a slice where they are neighbours, else indices
 
@@ -46,15 +50,23 @@ class Members:
         self.is_all = len(runs) == size
         self.where = _neighbours(runs)
 
-    def parts(self, rows: Rows) -> list[Part]:
-        """The members, block by block."""
+    def parts(self, rows: Rows, ranks: Sequence[int] | None = None) -> list[Part]:
+        """The members, block by block and rank by rank.
+
+        Args:
+            ranks: of each member, so that a product is no larger than its runs' own; None: what is
+                stored has none.
+        """
         found = []
         for block in rows.blocks:
             end = block.first_run + block.size
-            stored = [i for i, run in enumerate(self.runs) if block.first_run <= run < end]
-            if stored:
-                where = _neighbours([self.runs[i] - block.first_run for i in stored])
-                found.append(Part(slice(stored[0], stored[-1] + 1), block, where))
+            inside = [i for i, run in enumerate(self.runs) if block.first_run <= run < end]
+            for rank, alike in itertools.groupby(inside, lambda i: ranks[i] if ranks else None):
+                members = list(alike)
+                where = _neighbours([self.runs[i] - block.first_run for i in members])
+                stored = slice(members[0], members[-1] + 1)
+                own = stored if rank is None else (stored, slice(rank))
+                found.append(Part(own, stored, rank, block, where))
         return found
 
 
@@ -103,28 +115,28 @@ class Stacked:
         if self.shadow is not None:
             self.shadow.copy_(self.value)
 
-    def add(self, grads: list[tuple[slice, Tensor]]) -> None:
+    def add(self, grads: list[tuple[Any, Tensor]]) -> None:
         """A part of this step's gradient, of all members: each where it is stored."""
-        for stored, grad in grads:
+        for own, grad in grads:
             if self.cleared:
-                self.grad[stored].copy_(grad)
+                self.grad[own].copy_(grad)
             else:
-                self.grad[stored] += grad
+                self.grad[own] += grad
         self.cleared = False
 
-    def add_products(self, products: list[tuple[slice, Tensor, Tensor]]) -> None:
+    def add_products(self, products: list[tuple[Any, Tensor, Tensor]]) -> None:
         """left @ right as a part of this step's gradient, in the gradient's own precision."""
-        for stored, left, right in products:
-            if self.grad.dtype != left.dtype:
-                product = torch.bmm(left, right)
-                if self.cleared:
-                    self.grad[stored].copy_(product)
-                else:
-                    self.grad[stored] += product
+        for own, left, right in products:
+            grad = self.grad[own]
+            in_place = grad.dtype == left.dtype and grad.is_contiguous()
+            if in_place and self.cleared:
+                torch.bmm(left, right, out=grad)
+            elif in_place:
+                grad.baddbmm_(left, right)
             elif self.cleared:
-                torch.bmm(left, right, out=self.grad[stored])
+                grad.copy_(torch.bmm(left, right))
             else:
-                self.grad[stored].baddbmm_(left, right)
+                grad += torch.bmm(left, right)
         self.cleared = False
 
     def clear(self) -> None:

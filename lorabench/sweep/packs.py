@@ -42,6 +42,8 @@ def form_packs(jobs: list[Job], limit: int, memory: int) -> list[list[int]]:
         shared["trainer"] = {k: v for k, v in shared["trainer"].items() if k not in OWN_TRAINER}
         alike.setdefault(json.dumps(shared, sort_keys=True), []).append(i)
     for members in alike.values():
+        # Runs that see the same batches, and those of one rank among them, side by side.
+        members.sort(key=lambda i: (jobs[i].config.seeds.data, jobs[i].config.lora.r))
         plans = [jobs[i].plan for i in members]
         free = memory - min(one.base_bytes for one in plans)
         each = max(1, *(one.memory_bytes - one.base_bytes - one.logits_bytes for one in plans))

@@ -87,6 +87,8 @@ def train_pack(
         member.entry.notes = [*member.job.plan.warnings, *dataset.notes]
         if member.job.plan.padded is None and not pack.end_to_end:
             member.entry.plan["padded"] = other = "a probe of the loaded base"
+            if lengths := member.entry.plan["lengths"]:
+                lengths["rows"] = lengths["padded_rows"]
             member.entry.notes.append(
                 f"batches are padded, by {other}: it does not compute the same where examples lie "
                 f"end to end"
