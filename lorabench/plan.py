@@ -6,6 +6,7 @@ Modules and counts are read off a skeleton of the base on the meta device, so no
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ class Lengths(BaseModel):
     tokens: int  # of all steps
     rows: int  # of the base's linear layers, in all steps: tokens, and padding where there is any
     padded_rows: int  # the same if every micro-batch were padded to its longest example
-    longest: int  # rows of the largest micro-batch
+    longest: int  # rows of the largest micro-batch; of padded ones, of the largest there could be
     targets: int  # tokens that carry a loss, in the micro-batch with the most
 
 
@@ -126,16 +127,20 @@ def lengths_of(config: Config, tokens: data.Tokens, padded: bool) -> Lengths:
     micro = trainer.micro_batch_size or trainer.batch_size
     every = np.array([len(ids) for ids in tokens.input_ids])
     loss = np.ones_like(every) if tokens.labels else every - np.array(tokens.completion_start)
-    order = np.concatenate(list(data.order_of(tokens, config))).reshape(-1, micro)
-    sums = every[order].sum(1)
-    padded_rows = micro * every[order].max(1)
-    rows = padded_rows if padded else sums
+    real = padded_rows = longest = targets = 0
+    order = data.order_of(tokens, config)
+    while steps := list(itertools.islice(order, 4096)):
+        batches = np.concatenate(steps).reshape(-1, micro)
+        sums = every[batches].sum(1)
+        real += int(sums.sum())
+        padded_rows += int(micro * every[batches].max(1).sum())
+        longest = max(longest, int(sums.max()))
+        targets = max(targets, int(loss[batches].sum(1).max()))
+    if padded:  # a mate with other data may have the longest example of all
+        longest = int(micro * every.max())
+    rows = padded_rows if padded else real
     return Lengths(
-        tokens=int(sums.sum()),
-        rows=int(rows.sum()),
-        padded_rows=int(padded_rows.sum()),
-        longest=int(rows.max()),
-        targets=int(loss[order].sum(1).max()),
+        tokens=real, rows=rows, padded_rows=padded_rows, longest=longest, targets=targets
     )
 
 

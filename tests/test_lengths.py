@@ -210,6 +210,49 @@ def test_the_probe_finds_what_does_not() -> None:
         assert model.config._attn_implementation == before
 
 
+def test_what_shows_only_on_long_texts_is_known_before() -> None:
+    """A sparse mask made only where the attention has a name its code knows."""
+    plain = {k: v for k, v in SMALL.items() if k != "intermediate_size"}
+    config = t.MiniMaxM3VLTextConfig(vocab_size=61, **plain, intermediate_size=64)
+    with torch.device("meta"):
+        sparse = t.AutoModelForCausalLM.from_config(config)
+        upcast = t.AutoModelForCausalLM.from_config(tiny_config("gpt2", 61))
+    upcast.config.reorder_and_upcast_attn = True
+    for model in (sparse, upcast):
+        assert "by the name of its attention" in (attention.why_padded(model) or "")
+
+
+def test_a_layer_may_neither_change_its_mask_nor_add_one() -> None:
+    query = torch.zeros(1, 1, 5, 4)
+    tree = t.AutoModelForCausalLM.from_config(tiny_config("llama", 61))
+    layer = tree.model.layers[0].self_attn
+    with attention.EndToEnd([[2, 3]], "cpu").on(tree):
+        mask = attention.masks(mask_function=None)
+        with pytest.raises(ValueError, match="has changed its attention mask"):
+            attention.attend(layer, query, query, query, mask[:, :, :1, :1])
+        with pytest.raises(ValueError, match="hands blocks to its attention"):
+            attention.attend(layer, query, query, query, None, blocks=torch.zeros(1, 5))
+
+
+@pytest.mark.parametrize(("dtype", "leak"), [("float32", 1e-4), ("bfloat16", 0.03)])
+def test_the_probe_feels_a_leak_below_its_tolerance(
+    dtype: str, leak: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = t.AutoModelForCausalLM.from_config(tiny_config("llama", 61)).eval()
+    model.to(getattr(torch, dtype))
+    assert attention._same(model)
+    norm = type(model.model.norm).forward
+
+    def leaking(self: Any, x: torch.Tensor) -> torch.Tensor:
+        """The last norm lets a little of all rows into each."""
+        y = norm(self, x)
+        return y + leak * y.mean(1, keepdim=True) if self is model.model.norm else y
+
+    monkeypatch.setattr(type(model.model.norm), "forward", leaking)
+    assert not attention._same(model)
+
+
 def test_rotary_embeddings_of_the_longest_text_keep_runs_apart(tmp_path: Path) -> None:
     """One long text of a mate would change those of a run's short ones."""
     small = {k: v for k, v in SMALL.items() if k != "head_dim"}
@@ -320,17 +363,12 @@ def test_the_plan_says_where_a_pack_cannot_pay(
         assert ("a run alone keeps this device busy" in said) == busy
 
 
-def test_the_plan_goes_without_data_it_cannot_read(
-    tmp_path: Path, mixed_lengths: list[str], tiny_folder: Callable[[str], Path]
+def test_the_plan_refuses_data_that_train_would_refuse(
+    mixed_lengths: list[str], tiny_folder: Callable[[str], Path]
 ) -> None:
-    """Its lengths are bounds then, and it says why."""
     words = [*FAST, *mixed_lengths, "model=local", f"model.path={tiny_folder('llama')}"]
     said = say("plan", *words, "data.max_length=2")
-    assert said.code == 0
-    assert any(
-        line.startswith("lengths") and "data.max_length: must let at least one" in line
-        for line in said.out.splitlines()
-    )
+    assert said.code == 2 and "data.max_length: must let at least one" in said.err
 
 
 def test_batches_grouped_by_length_are_another_run(

@@ -25,7 +25,7 @@ class Clock:
     micro_step: int = 0
     training: bool = False
     window: tuple[slice, int] | None = None  # while the head sees some of its rows: which, of all
-    there: Tensor | None = None  # of a padded batch: which of the run's rows are tokens
+    there: tuple[int, Tensor] | None = None  # of a padded batch: the run's rows, those with tokens
 
 
 class KeyedDropout(nn.Module):
@@ -49,11 +49,9 @@ class KeyedDropout(nn.Module):
         if self.clock.window is not None:
             chunk, total = self.clock.window
             return self._draw(total, shape[-1], device)[chunk].reshape(shape)
-        if there is not None and len(there) == rows:
-            drawn = self._draw(int(there.sum()), shape[-1], device)
-            mask = drawn.new_ones(rows, shape[-1])
-            mask[there] = drawn
-            return mask.reshape(shape)
+        if there is not None and there[0] == rows:
+            drawn = self._draw(len(there[1]), shape[-1], device)
+            return drawn.new_ones(rows, shape[-1]).index_copy(0, there[1], drawn).reshape(shape)
         return self._draw(rows, shape[-1], device).reshape(shape)
 
     def _draw(self, rows: int, width: int, device: torch.device) -> Tensor:

@@ -9,8 +9,10 @@ Letters: P tokens of all examples, H heads, E width of a head, Q places of all b
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "lorabench_end_to_end"
 INNER = ("sdpa", "eager")  # what is called on the buckets: functions that take any (B, H, T, E)
+PLACES = ("position_ids", "cache_position")  # that attention may be handed and does not read
 
 
 def rung(length: int) -> int:
@@ -73,8 +76,8 @@ class EndToEnd:
     """
 
     def __init__(self, levels: list[list[int]], device: str):
-        self.longest = rung(max(max(lengths) for lengths in levels))  # of a bucket, in tokens
-        self.inner = "sdpa"  # the attention implementation that the model was loaded with
+        self.inner: dict[int, str] = {}  # by id of a part's config: what the model was loaded with
+        self._masks: list[_Mask] = []
         self._lengths = {sum(lengths): lengths for lengths in levels}
         self._buckets: dict[tuple[int, bool], Buckets] = {}
         self._device = device
@@ -91,18 +94,67 @@ class EndToEnd:
             self._buckets[tokens, exact] = Buckets(lengths, widths, self._device)
         return self._buckets[tokens, exact]
 
+    def mask(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what stands for a mask of the model until a bucket asks for its own."""
+        self._masks.append(_Mask(args, kwargs))
+        return self._masks[-1].stand_in
+
+    def mask_of(self, stand_in: Tensor | None) -> _Mask | None:
+        """Return the mask that a layer was handed.
+
+        Raises:
+            ValueError: the layer made something else of it, which no bucket could take a part of.
+        """
+        if stand_in is None:
+            return None
+        for mask in self._masks:
+            if mask.stand_in is stand_in:
+                return mask
+        raise ValueError("a layer has changed its attention mask")
+
     @contextmanager
     def on(self, tree: Any) -> Iterator[None]:
         """While a batch goes through a model, backward and recomputed layers included."""
         global _now
-        config = tree.config
-        before, self.inner, _now = _now, config._attn_implementation, self
-        config._attn_implementation = NAME  # of its parts too
+        before, _now = _now, self
+        names = [(part, part._attn_implementation) for part in _parts(tree.config)]
+        self.inner = {id(part): name for part, name in names}
+        tree.config._attn_implementation = NAME  # of its parts too
         try:
             yield
         finally:
             _now = before
-            config._attn_implementation = self.inner
+            self._masks.clear()
+            for part, name in names:  # the whole before its parts
+                part._attn_implementation = name
+
+
+class _Mask:
+    """A mask of the model, made for each width of a bucket when it is needed.
+
+    Whether a bucket has any (a window may be longer than it) follows from its own width: no mate's
+    long example takes a run's short ones to another kernel.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self._args, self._kwargs = args, kwargs
+        self._made: dict[int, Tensor | None] = {}
+        self.stand_in = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+
+    def of(self, width: int, name: str) -> Tensor | None:
+        """Return the mask of a bucket, (1, 1, T, T); None where the function needs none."""
+        if width not in self._made:
+            shape = {"batch_size": 1, "q_length": width, "kv_length": width, "attention_mask": None}
+            make = ALL_MASK_ATTENTION_FUNCTIONS[name]
+            self._made[width] = make(*self._args, **(self._kwargs | shape))
+        return self._made[width]
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    yield config
+    for key in getattr(config, "sub_configs", {}):
+        if (part := getattr(config, key, None)) is not None:
+            yield from _parts(part)
 
 
 # transformers' registry holds plain functions: what lies where is looked up here. No context
@@ -141,14 +193,22 @@ def attend(
 
     Args:
         query: (1, H, P, E); key and value may have fewer heads.
-        attention_mask: from `masks`, (1, 1, T, T) of the longest example, or None.
+        attention_mask: what `masks` returned, or None.
     Returns:
         (1, P, H, E), and no weights.
+    Raises:
+        ValueError: the layer asks for more than attention within each example.
     """
     assert _now is not None and len(query) == 1, "called by a model whose batch lies end to end"
+    tokens = query.shape[2]
+    for name, given in kwargs.items():
+        if isinstance(given, Tensor) and tokens in given.shape and name not in PLACES:
+            raise ValueError(f"a layer hands {name} to its attention, which has a place a token")
     exact = not getattr(module, "is_causal", True)
-    buckets = _now.buckets(query.shape[2], exact)
-    inner = _inner(module, _now.inner)
+    buckets = _now.buckets(tokens, exact)
+    config = getattr(module, "config", None)
+    name = _now.inner.get(id(config)) or next(iter(_now.inner.values()))
+    inner, whole = _inner(module, name), _now.mask_of(attention_mask)
     states = [x[0].transpose(0, 1) for x in (query, key, value)]  # (P, H, E)
     if not buckets.as_they_lie:
         states = [_Move.apply(x, buckets.to_Q, buckets.back_P, True) for x in states]
@@ -159,7 +219,7 @@ def attend(
     ):
         # (examples, H, T, E)
         q, k, v = (x.reshape(count, width, *x.shape[1:]).transpose(1, 2) for x in parts)
-        mask = None if attention_mask is None else attention_mask[:, :, :width, :width]
+        mask = None if whole is None else whole.of(width, name)
         out, _ = inner(module, q, k, v, mask, **kwargs)
         found.append(out.reshape(count * width, *out.shape[2:]))
     y = torch.cat(found) if len(found) > 1 else found[0]
@@ -175,12 +235,10 @@ def _inner(module: nn.Module, name: str) -> Callable[..., Any]:
     return ALL_ATTENTION_FUNCTIONS[name]
 
 
-def masks(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The model's own mask for the longest example, of which each bucket takes its corner."""
+def masks(*args: Any, **kwargs: Any) -> Tensor:
+    """The model's own mask, which each bucket gets for its width."""
     assert _now is not None
-    longest = _now.longest
-    kwargs |= {"batch_size": 1, "q_length": longest, "kv_length": longest, "attention_mask": None}
-    return ALL_MASK_ATTENTION_FUNCTIONS[_now.inner](*args, **kwargs)
+    return _now.mask(*args, **kwargs)
 
 
 AttentionInterface.register(NAME, attend)
@@ -193,6 +251,9 @@ AttentionMaskInterface.register(NAME, masks)
 def body_of(tree: Any) -> tuple[str, Any]:
     """Path and module of what makes the hidden states of a language model."""
     path = tree.base_model_prefix
+    if path not in dict(tree.named_children()):  # Llama 4's and others' says another name
+        bodies = (name for name, m in tree.named_children() if isinstance(m, PreTrainedModel))
+        path = next(bodies, path)
     body = tree.get_submodule(path)
     if hasattr(body, "decoder"):  # OPT calls it past its body
         return f"{path}.decoder", body.decoder
@@ -215,6 +276,12 @@ def why_padded(tree: PreTrainedModel) -> str | None:
         return f"model.attn_implementation={name} is not called on parts of a batch"
     if not getattr(tree, "_supports_attention_backend", False):
         return f"{type(tree).__name__} computes attention in a way of its own"
+    if _looks_at_the_name(type(body).__module__) or getattr(
+        tree.config, "reorder_and_upcast_attn", False
+    ):
+        return f"{type(tree).__name__} does other things by the name of its attention"
+    if getattr(tree.config.get_text_config(), "attn_temperature_tuning", None):
+        return f"{type(tree).__name__} scales queries by their place in the row"
     if "position_ids" not in inspect.signature(body.forward).parameters:
         return f"{type(body).__name__} counts positions itself"
     if type(tree).__name__.endswith("ForSequenceClassification") and not any(
@@ -224,8 +291,15 @@ def why_padded(tree: PreTrainedModel) -> str | None:
     return None
 
 
+@functools.cache
+def _looks_at_the_name(module: str) -> bool:
+    """Whether an architecture's code asks which attention it has, as sparse ones do for masks."""
+    source = inspect.getsource(sys.modules[module])
+    return re.search(r"_attn_implementation (not )?in ", source) is not None
+
+
 _PROBED: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
-PROBE = (3, 11, 6)  # tokens
+PROBE = (3, 11, 23)  # tokens; their sum is no other dimension of a model
 
 
 def suits(base: PreTrainedModel) -> bool:
@@ -237,24 +311,44 @@ def suits(base: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def _same(base: PreTrainedModel) -> bool:
+    from lorabench.machine import is_out_of_memory
+
     _, body = body_of(base)
     device = str(base.device)
     vocabulary = base.config.get_text_config().vocab_size
     ids = [(7 * torch.arange(n, device=device) + 5 * n) % vocabulary for n in PROBE]
+    others = [ids[0], (ids[1] + 3) % vocabulary, ids[2]]
     padded = nn.utils.rnn.pad_sequence(ids, batch_first=True)
     there = torch.arange(max(PROBE)) < torch.tensor(PROBE)[:, None]
-    expected = body(**inputs(padded, None)).last_hidden_state[there.to(device)]
-    positions = torch.cat([torch.arange(n, device=device) for n in PROBE])
-    try:
+    positions = torch.cat([torch.arange(n, device=device) for n in PROBE])[None]
+
+    def end_to_end(examples: list[Tensor]) -> Tensor:
         with EndToEnd([list(PROBE)], device).on(base):
-            given = inputs(torch.cat(ids)[None], positions[None])
-            found = body(**given).last_hidden_state[0]
-    except Exception:
-        return False
+            return body(**inputs(torch.cat(examples)[None], positions)).last_hidden_state[0]
+
+    try:
+        expected = body(**inputs(padded, None)).last_hidden_state[there.to(device)]
+        found, changed = end_to_end(ids), end_to_end(others)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return False  # whatever a model says of such a batch, it does not suit
     if found.shape != expected.shape:
         return False
-    # Rounding differs by a few of the last bits; an example that sees another's tokens, or wrong
-    # positions, differs in the first.
+    # Rounding differs by a few of the last bits; wrong positions differ in the first.
     bound = torch.finfo(found.dtype).eps ** 0.5
     gap = (found - expected).double().norm(dim=-1)
-    return bool((gap <= bound * expected.double().norm(dim=-1)).all())
+    if not bool((gap <= bound * expected.double().norm(dim=-1)).all()):
+        return False
+    # What is in one example reaches no other: not by a bit, or where experts get other numbers of
+    # tokens by rounding alone.
+    first, second, _ = PROBE
+    apart = [slice(first), slice(first + second, None)]
+    exact = all(torch.equal(found[part], changed[part]) for part in apart)
+    if exact or found.dtype not in (torch.float32, torch.float64):
+        return exact
+    bound = 100 * torch.finfo(found.dtype).eps
+    return all(
+        float((found[part] - changed[part]).norm()) <= bound * float(found[part].norm())
+        for part in apart
+    )

@@ -105,12 +105,13 @@ class Laid:
             return None
         return self._tensor(np.concatenate([np.arange(n) for n in itertools.chain(*lengths)]))[None]
 
-    def there(self, slab: int) -> Tensor | None:
-        """Which of a run's rows are tokens, (B T,); None where all are."""
+    def there(self, slab: int) -> tuple[int, Tensor] | None:
+        """How many rows a run has, and which of them are tokens; None where all are."""
         if self.end_to_end:
             return None
         ends = np.array(self._lengths[slab])[:, None]
-        return torch.from_numpy(np.arange(self.width) < ends).flatten().to(self._device)
+        there_BT = np.arange(self.width) < ends
+        return there_BT.size, self._tensor(np.flatnonzero(there_BT))
 
     def _mask(self, lengths: list[list[int]]) -> Tensor | None:
         """Which places hold a token, (S B, T); None where no place is empty."""

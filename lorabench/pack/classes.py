@@ -31,10 +31,9 @@ class ClassHead:
     def hidden(self, laid: Laid) -> Any:
         """The body's output; of a decoder the last token's alone, which is what it pools."""
         assert laid.at_output == laid.rows, "a classifier has adapters below its head"
-        options = inputs(laid.input_ids, laid.position_ids)
         if self.needs_mask:
             return self.body(input_ids=laid.input_ids, attention_mask=laid.mask)
-        output = self.body(**options)
+        output = self.body(**inputs(laid.input_ids, laid.position_ids))
         states = output.last_hidden_state
         last_ND = pick(states.reshape(-1, states.shape[-1]), laid.chosen_N)
         return type(output)(last_hidden_state=last_ND[:, None])

@@ -35,7 +35,7 @@ class PackedLinear(nn.Module):
         lora_a_MKD: Stacked,
         lora_b_MKO: Stacked,
         scale_M: Tensor,
-        ranks: list[int],
+        ranks: tuple[int, ...],
         dropouts: list[KeyedDropout | None],
         anchor: Tensor,
         bias: PackedBias | None,

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,12 +48,12 @@ class Rows:
     sizes: tuple[int, ...]
     counts: tuple[int, ...]
 
-    @property
+    @cached_property
     def total(self) -> int:
         """Rows of all runs."""
         return sum(size * count for size, count in self._pairs())
 
-    @property
+    @cached_property
     def blocks(self) -> list[Block]:
         """The blocks, in order."""
         runs = itertools.accumulate(self.sizes, initial=0)

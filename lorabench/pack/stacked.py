@@ -80,8 +80,8 @@ class Repeat:
             return value
         assert self.laid is not None
         laid = self.laid
-        if laid.end_to_end:  # (1, P, ...); a mask is (1, 1, T, T)
-            if len(value) != 1 or value.shape[1] != laid.at_input.total:
+        if laid.end_to_end:  # (1, P) or (1, P, D); what stands for a mask has four dimensions
+            if value.dim() > 3 or len(value) != 1 or value.shape[1] != laid.at_input.total:
                 return value
             counts, rows = laid.at_input.counts, value[0]
         else:  # (S B, ...)
@@ -220,7 +220,7 @@ class StackedPack:
                     [layer.scaling[adapters.ADAPTER] for layer in mine],
                     dtype=self.dtype, device=self.device,
                 )  # fmt: skip
-                ranks = [layer.r[adapters.ADAPTER] for layer in mine]
+                ranks = tuple(layer.r[adapters.ADAPTER] for layer in mine)
                 dropouts = [
                     adapters.KeyedDropout(dropout.p, self.clocks[run], module)
                     if isinstance(dropout := layer.lora_dropout[adapters.ADAPTER], nn.Dropout)

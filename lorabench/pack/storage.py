@@ -7,7 +7,6 @@ N rows of one run.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,14 +48,18 @@ class Members:
         self.runs, self.size = runs, size
         self.is_all = len(runs) == size
         self.where = _neighbours(runs)
+        self._parts: dict[Any, list[Part]] = {}  # of the step's few kinds of rows
 
-    def parts(self, rows: Rows, ranks: Sequence[int] | None = None) -> list[Part]:
+    def parts(self, rows: Rows, ranks: tuple[int, ...] | None = None) -> list[Part]:
         """The members, block by block and rank by rank.
 
         Args:
             ranks: of each member, so that a product is no larger than its runs' own; None: what is
                 stored has none.
         """
+        key = rows, ranks
+        if key in self._parts:
+            return self._parts[key]
         found = []
         for block in rows.blocks:
             end = block.first_run + block.size
@@ -67,6 +70,9 @@ class Members:
                 stored = slice(members[0], members[-1] + 1)
                 own = stored if rank is None else (stored, slice(rank))
                 found.append(Part(own, stored, rank, block, where))
+        if len(self._parts) > 64:
+            self._parts.clear()
+        self._parts[key] = found
         return found
 
 

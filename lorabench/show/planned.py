@@ -144,7 +144,10 @@ def _rows(jobs: list[Job]) -> str:
     reason = jobs[0].plan.padded
     text = "examples lie end to end" if reason is None else "each batch is padded to its longest"
     if found:
-        text += f"; {tokens / sum(one.rows for one in found):.0%} of the computed tokens are real"
+        # A pack with several data seeds is padded to the longest example of all of them.
+        most = reason is not None and len({job.config.seeds.data for job in jobs}) > 1
+        share = tokens / sum(one.rows for one in found)
+        text += f"; {'at most ' if most else ''}{share:.0%} of the computed tokens are real"
         if reason is None:
             padded = tokens / sum(one.padded_rows for one in found)
             text += f" (padded batches: {padded:.0%})"

@@ -95,6 +95,7 @@ def train_pack(
             )
         member.fingerprint = planned_fingerprint(member.job, entry) | {
             "parameters": pack.fingerprint(member.slot),
+            "end_to_end": pack.end_to_end,
             **member.entry.hashes,
         }
     if start_step:
