@@ -52,8 +52,9 @@ lint: $(READY) ## ruff and mypy
 docs: $(READY) ## the generated pages of docs/
 	$(BIN)/python -m lorabench.config.reference
 
-bench: $(READY) ## the same sweep packed, one by one, and by stock PEFT; about half an hour
+bench: $(READY) ## the same sweeps packed, one by one, and by stock PEFT; about an hour
 	$(BIN)/python benchmarks/sweep.py --threads 2 --repeats 3
+	$(BIN)/python benchmarks/sweep.py --lengths --threads 2 --repeats 3
 
 scan: $(READY) ## how the embedded question was chosen; about 20 minutes
 	$(BIN)/python benchmarks/scan.py
