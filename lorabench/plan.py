@@ -6,7 +6,6 @@ Modules and counts are read off a skeleton of the base on the meta device, so no
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from lorabench import data, formats, identity, machine, stages, versions
 from lorabench import model as base_model
 from lorabench.config import Config, ConfigErrors, ModelConfig, model_name, scale
 from lorabench.files import obstacle
+from lorabench.lengths import Lengths
 
 RUNTIME_BYTES = 450_000_000  # Python, torch and transformers themselves
 
@@ -28,16 +28,6 @@ class HeadPlan(BaseModel):
     module: str | None
     tied: bool
     consequence: str
-
-
-class Lengths(BaseModel):
-    """What a run computes, known from the lengths of its examples before it trains."""
-
-    tokens: int  # of all steps
-    rows: int  # of the base's linear layers, in all steps: tokens, and padding where there is any
-    padded_rows: int  # the same if every micro-batch were padded to its longest example
-    longest: int  # rows of the largest micro-batch; of padded ones, of the largest there could be
-    targets: int  # tokens that carry a loss, in the micro-batch with the most
 
 
 class Plan(BaseModel):
@@ -112,36 +102,6 @@ class Resolved(NamedTuple):
     left_out: list[str]  # what all-linear and the like do not adapt
     scales: dict[str, float]  # what multiplies each module's update, patterns included
     ranks: dict[str, int]
-
-
-def lengths_of(config: Config, tokens: data.Tokens, padded: bool) -> Lengths:
-    """Return what a run computes, from its examples in the order in which they come.
-
-    Args:
-        tokens: the tokenised training split.
-        padded: whether a micro-batch is padded to its longest example.
-    """
-    import numpy as np
-
-    trainer = config.trainer
-    micro = trainer.micro_batch_size or trainer.batch_size
-    every = np.array([len(ids) for ids in tokens.input_ids])
-    loss = np.ones_like(every) if tokens.labels else every - np.array(tokens.completion_start)
-    real = padded_rows = longest = targets = 0
-    order = data.order_of(tokens, config)
-    while steps := list(itertools.islice(order, 4096)):
-        batches = np.concatenate(steps).reshape(-1, micro)
-        sums = every[batches].sum(1)
-        real += int(sums.sum())
-        padded_rows += int(micro * every[batches].max(1).sum())
-        longest = max(longest, int(sums.max()))
-        targets = max(targets, int(loss[batches].sum(1).max()))
-    if padded:  # a mate with other data may have the longest example of all
-        longest = int(micro * every.max())
-    rows = padded_rows if padded else real
-    return Lengths(
-        tokens=real, rows=rows, padded_rows=padded_rows, longest=longest, targets=targets
-    )
 
 
 def measured(plan: Plan, config: Config, lengths: Lengths) -> Plan:

@@ -26,6 +26,7 @@ from stock import (
 from tiny import SMALL, tiny_config
 
 from lorabench import adapters, cli, data, machine, plan
+from lorabench.lengths import lengths_of
 from lorabench.pack import attention
 from lorabench.pack.attention import Buckets
 from lorabench.train import train
@@ -106,7 +107,7 @@ def test_linear_layers_see_every_token_once_and_no_padding(
     assert rows == [sum(step.tokens) for step in steps]
     # The plan has said so before anything trained.
     for run, config in enumerate(configs):
-        lengths = plan.lengths_of(config, tokens, padded=False)
+        lengths = lengths_of(config, tokens, padded=False)
         assert lengths.rows == lengths.tokens == sum(step.tokens[run] for step in steps)
         assert lengths.longest == max(step.tokens[run] for step in steps)
         assert lengths.padded_rows == sum(

@@ -12,7 +12,7 @@ from conftest import recorded_runs, say
 from pyarrow import parquet
 from pydantic import BaseModel
 
-from lorabench import plan, record
+from lorabench import lengths, plan, record
 from lorabench.evaluate import DEFINITIONS
 from lorabench.sweep import folder
 
@@ -43,7 +43,7 @@ def models(module: Any) -> list[type[BaseModel]]:
     ]
 
 
-MODELS = [one for module in (record, folder, plan) for one in models(module)]
+MODELS = [one for module in (record, folder, plan, lengths) for one in models(module)]
 
 
 def test_there_are_models_to_describe() -> None:

@@ -6,6 +6,7 @@ places    what PEFT trains of one run, and why some runs train alone
 storage   the dense blocks those tensors lie in
 rows      whose row is whose, and which of them anybody reads
 attention examples that lie end to end, in buckets of similar lengths
+repeat    where a batch that runs share is computed once for all
 layers    the layers that serve all runs at once
 norms     frozen norms with a backward written by hand
 optimizer AdamW over stacked storage

@@ -9,7 +9,6 @@ of a run that carry a loss, K rank.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -29,6 +28,7 @@ from lorabench.pack.layers import PackedBias, PackedHead, PackedLinear, PackedNo
 from lorabench.pack.norms import fuse_norms
 from lorabench.pack.optimizer import StackedAdamW
 from lorabench.pack.places import Place, places
+from lorabench.pack.repeat import Repeat, is_repeatable
 from lorabench.pack.rows import Spans
 from lorabench.pack.solo import (
     autocast,
@@ -37,61 +37,6 @@ from lorabench.pack.solo import (
     without_generation_config,
 )
 from lorabench.pack.storage import Members, Stacked
-
-# What a layer may be given where hidden states are repeated before it: states, masks and positions
-# with one row an example, or one for all. Others may have rows of another kind (Bloom's alibi: one
-# a head of an example, MPT's position_bias: one a head).
-REPEATABLE = {
-    "hidden_states", "attention_mask", "position_ids", "position_embeddings", "past_key_values",
-    "layer_past", "use_cache", "output_attentions", "encoder_hidden_states",
-    "encoder_attention_mask", "cache_position", "per_layer_input", "kwargs",
-}  # fmt: skip
-
-
-class Repeat:
-    """A forward pre-hook that repeats each slab of a batch once for every run that sees it.
-
-    Holds nothing of the pack: a bound method of the pack would tie module tree and pack in a
-    reference cycle, and the memory of a finished pack would wait for the garbage collector.
-    """
-
-    def __init__(self) -> None:
-        self.laid: Laid | None = None  # a batch that is repeated inside, while it is computed
-        self._done: dict[int, tuple[Tensor, Tensor]] = {}  # masks and positions, of all layers
-
-    @contextmanager
-    def on(self, laid: Laid) -> Iterator[None]:
-        self.laid = laid
-        try:
-            yield
-        finally:
-            self.laid = None
-            self._done.clear()
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if self.laid is None:
-            return None
-        return self._spread(tuple(args)), {k: self._spread(v) for k, v in kwargs.items()}
-
-    def _spread(self, value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(self._spread, value))
-        if not isinstance(value, Tensor) or value.dim() < 2:
-            return value
-        assert self.laid is not None
-        laid = self.laid
-        if laid.end_to_end:  # (1, P) or (1, P, D); what stands for a mask has four dimensions
-            if value.dim() > 3 or len(value) != 1 or value.shape[1] != laid.at_input.total:
-                return value
-            counts, rows = laid.at_input.counts, value[0]
-        else:  # (S B, ...)
-            counts, rows = laid.examples.counts, value
-            if len(value) != sum(counts):
-                return value
-        if id(value) not in self._done:
-            spread = laid.rows.spread(list(rows.split(counts)))
-            self._done[id(value)] = value, spread[None] if laid.end_to_end else spread
-        return self._done[id(value)][1]
 
 
 class StackedPack:
@@ -255,7 +200,7 @@ class StackedPack:
         if below and all(found) and len({match[1] for match in found if match}) == 1:
             first = min(int(match[2]) for match in found if match)
             layers = self.tree.get_submodule(cast(Any, found[0])[1])
-            if not all(REPEATABLE.issuperset(_arguments(layer)) for layer in layers[first:]):
+            if not all(map(is_repeatable, layers[first:])):
                 return
             # Hidden states are repeated once, before the first; masks are handed to every layer.
             for layer in layers[first:]:
@@ -411,7 +356,3 @@ class StackedPack:
     def fingerprint(self, run: int) -> list[Any]:
         """Names and shapes of what this run trains."""
         return [[place.state_name, list(place.shape)] for place in self.places[run]]
-
-
-def _arguments(layer: nn.Module) -> list[str]:
-    return list(inspect.signature(layer.forward).parameters)

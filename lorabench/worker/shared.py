@@ -14,7 +14,8 @@ from typing import Any
 from lorabench import data
 from lorabench import model as base_model
 from lorabench.config import ConfigErrors
-from lorabench.plan import Lengths, Planner, lengths_of, measured
+from lorabench.lengths import Lengths, lengths_of
+from lorabench.plan import Planner, measured
 from lorabench.sweep import Job, Mistakes
 
 

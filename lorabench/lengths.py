@@ -1,0 +1,50 @@
+"""What a run computes, from the lengths of its examples: known before it trains."""
+
+from __future__ import annotations
+
+import itertools
+
+from pydantic import BaseModel
+
+from lorabench import data
+from lorabench.config import Config
+
+
+class Lengths(BaseModel):
+    """What a run computes, known from the lengths of its examples before it trains."""
+
+    tokens: int  # of all steps
+    rows: int  # of the base's linear layers, in all steps: tokens, and padding where there is any
+    padded_rows: int  # the same if every micro-batch were padded to its longest example
+    longest: int  # rows of the largest micro-batch; of padded ones, of the largest there could be
+    targets: int  # tokens that carry a loss, in the micro-batch with the most
+
+
+def lengths_of(config: Config, tokens: data.Tokens, padded: bool) -> Lengths:
+    """Return what a run computes, from its examples in the order in which they come.
+
+    Args:
+        tokens: the tokenised training split.
+        padded: whether a micro-batch is padded to its longest example.
+    """
+    import numpy as np
+
+    trainer = config.trainer
+    micro = trainer.micro_batch_size or trainer.batch_size
+    every = np.array([len(ids) for ids in tokens.input_ids])
+    loss = np.ones_like(every) if tokens.labels else every - np.array(tokens.completion_start)
+    real = padded_rows = longest = targets = 0
+    order = data.order_of(tokens, config)
+    while steps := list(itertools.islice(order, 4096)):
+        batches = np.concatenate(steps).reshape(-1, micro)
+        sums = every[batches].sum(1)
+        real += int(sums.sum())
+        padded_rows += int(micro * every[batches].max(1).sum())
+        longest = max(longest, int(sums.max()))
+        targets = max(targets, int(loss[batches].sum(1).max()))
+    if padded:  # a mate with other data may have the longest example of all
+        longest = int(micro * every.max())
+    rows = padded_rows if padded else real
+    return Lengths(
+        tokens=real, rows=rows, padded_rows=padded_rows, longest=longest, targets=targets
+    )
