@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import lengths
 from agree import SAME_STEPS, agreement, rates, ratio
 from contenders import batches, make_pack, stock_steps
 
@@ -49,6 +50,7 @@ def shape_config(name: str, folder: str, options: argparse.Namespace) -> Any:
     (cfg,), *_ = cli.compose([
         "model=local", f"model.path={folder}", f"model.name={name}", f"model.dtype={dtype}",
         "target_modules=attention", f"trainer.device={options.device}", "trainer.steps=1000",
+        "trainer.deterministic=false",
     ])  # fmt: skip
     return config.typed(cfg)
 
@@ -65,23 +67,31 @@ def variants(config: Any, count: int) -> list[Any]:
     return found
 
 
-def random_tokens(config: Any, vocabulary: int) -> Any:
-    """Examples of random ids, the first quarter the prompt; no padding."""
+def random_tokens(config: Any, vocabulary: int, alike: bool) -> Any:
+    """Examples of random ids, the first quarter the prompt.
+
+    Args:
+        alike: all of the longest length; else of those of lengths.py.
+    """
     import numpy as np
 
     from lorabench.data import Tokens
 
-    length, count = config.data.max_length, 4 * config.trainer.batch_size
-    ids = np.random.default_rng(0).integers(0, vocabulary, (count, length)).tolist()
-    return Tokens(ids, [length // 4] * count, list(map(str, range(count))), [*range(count)], 0, 0)
+    longest, count = config.data.max_length, 8 * config.trainer.batch_size
+    tokens = [longest] * count if alike else lengths.lengths(count, cap=longest)
+    draw = np.random.default_rng(0)
+    ids = [draw.integers(0, vocabulary, n).tolist() for n in tokens]
+    return Tokens(ids, [n // 4 for n in tokens], [*map(str, range(count))], [*range(count)], 0, 0)
 
 
-def contenders_of(base: Any, config: Any, options: argparse.Namespace) -> dict[str, Callable]:
+def contenders_of(
+    base: Any, config: Any, tokens: Any, options: argparse.Namespace
+) -> dict[str, Callable]:
     """What to time, by name: each makes an iterator over steps. `solo0` is run 0 alone, ..."""
     from lorabench import adapters, plan
     from lorabench.train import train
 
-    tokens, device = random_tokens(config, base.config.vocab_size), options.device
+    device = options.device
     found: dict[str, Callable] = {}
 
     def stock(own: Any) -> Iterator[Any]:
@@ -119,7 +129,8 @@ def bench_case(base: Any, config: Any, options: argparse.Namespace, peak: dict) 
     live: dict[str, Iterator[Any]] = {}
     losses: dict[str, list[Any]] = {}
     seconds: dict[str, list[float]] = {}
-    makers = contenders_of(base, config, options)
+    data = random_tokens(config, base.config.vocab_size, alike=not options.lengths)
+    makers = contenders_of(base, config, data, options)
     for repeat in range(-1, options.repeats):  # the first is the warm-up
         if repeat > 0 and time.perf_counter() > options.deadline:
             break
@@ -145,7 +156,7 @@ def bench_case(base: Any, config: Any, options: argparse.Namespace, peak: dict) 
             losses.setdefault(name, []).extend([[float(x) for x in row] for row in rows])
             if repeat >= 0:
                 seconds.setdefault(name, []).append(elapsed)
-    tokens = config.trainer.batch_size * config.data.max_length
+    tokens = config.trainer.batch_size * statistics.fmean(map(len, data.input_ids))
     parameters = base_model.num_parameters(base)
     medians = {k: statistics.median(v) for k, v in seconds.items() if k in makers}
     case["step_seconds"] = {k: seconds[k] for k in medians}
@@ -192,15 +203,19 @@ def bench_shapes(options: argparse.Namespace, result: dict[str, Any], save: Call
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from lorabench import machine
+
     result["cases"] = {}
     for tokens, name in itertools.product(options.tokens, options.shapes):
         with tempfile.TemporaryDirectory() as folder:
             config = shape_config(name, folder, options)
             config.data.max_length = min(512, tokens)
-            config.trainer.batch_size = tokens // config.data.max_length
+            longest = config.data.max_length
+            config.trainer.batch_size = tokens // (128 if options.lengths else longest)
             case: dict[str, Any] = {"left_out": {"all": "no time left"}}
             if time.perf_counter() < options.deadline:
                 torch._dynamo.reset()
+                machine.configure_torch(config)
                 torch.manual_seed(0)
                 with torch.device(options.device):
                     base = AutoModelForCausalLM.from_config(
@@ -212,7 +227,8 @@ def bench_shapes(options: argparse.Namespace, result: dict[str, Any], save: Call
                 case["sizer"] = sizer(config, options.device)
                 del base
                 release(options.device)
-            result["cases"][f"{name} {tokens}"] = case
+            kind = " lengths" if options.lengths else ""
+            result["cases"][f"{name} {tokens}{kind}"] = case
         save()
 
 

@@ -29,7 +29,8 @@ Kinds of sweep:
                     are those of an instruction set, 8 to 512 tokens (lengths.py). By default a,
                     a-grouped, stock, d12 and d12-grouped
     --shapes        only steps are timed, in this process, and (a) is its hand-written loop, run
-                    after run
+                    after run. With --lengths on examples of different lengths, one for every 128
+                    --tokens; (a) pads each batch to its longest
 
 Columns of the sweeps:
     seconds         whole processes, start-up included: the median of the interleaved rounds
@@ -52,8 +53,8 @@ Below the table: the seconds that the frozen base's matrix products alone would 
 measured peak for the real tokens of the training, each through every linear layer and back to its
 inputs.
 
-Results: benchmarks/results/<device>-<sweep, lengths or shapes>.json, with --quick cpu-quick.json or
-cpu-quick-lengths.json; rewritten after every repeat.
+Results: benchmarks/results/<device>-<sweep, lengths, shapes or shapes-lengths>.json, with --quick
+cpu-quick.json or cpu-quick-lengths.json; rewritten after every repeat.
 """
 
 from __future__ import annotations
@@ -433,16 +434,22 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="2 runs of a few steps")
     parser.add_argument("--out", default=Path(__file__).parent / "results", type=Path)
     options = parser.parse_args(arguments)
-    if (options.lengths or options.contenders) and (options.shapes or options.device == "cuda"):
-        parser.error("--lengths and --contenders are of the sweeps on the CPU, not of shapes")
+    if options.contenders and (options.shapes or options.device == "cuda"):
+        parser.error("--contenders are of the sweeps on the CPU, not of shapes")
     if options.shapes is None and options.device == "cuda":
         options.shapes = "qwen3-0.6b,gemma-2b"
     options.shapes = options.shapes.split(",") if options.shapes else []
-    if options.contenders is None and options.lengths:
+    if options.contenders is None and options.lengths and not options.shapes:
         options.contenders = ["a", "a-grouped", "stock", "d12", "d12-grouped"]
     elif options.contenders is None:
         options.contenders = ["a", "stock", "b", "own", "c", *(f"d{n}" for n in options.packs)]
     return options
+
+
+def _without_out(arguments: list[str]) -> list[str]:
+    """A command line without the folder of its result, which is of one machine."""
+    where = [i for i, word in enumerate(arguments) if word == "--out"]
+    return [word for i, word in enumerate(arguments) if i not in where and i - 1 not in where]
 
 
 def main(arguments: list[str]) -> int:
@@ -458,7 +465,7 @@ def main(arguments: list[str]) -> int:
 
     torch.set_num_threads(options.threads)
     result: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/sweep.py", *arguments]),
+        "command": " ".join(["python benchmarks/sweep.py", *_without_out(arguments)]),
         "machine": provenance.of_process(options.device),
         "started": record.now(),
         "threads": options.threads,
@@ -469,7 +476,7 @@ def main(arguments: list[str]) -> int:
     if options.lengths:
         kind = "quick-lengths" if options.quick else "lengths"
     if options.shapes:
-        kind = "shapes"
+        kind = "shapes-lengths" if options.lengths else "shapes"
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{options.device}-{kind}.json"
 

@@ -62,6 +62,8 @@ def configure_torch(config: Config) -> None:
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = trainer.allow_tf32
     torch.backends.cudnn.allow_tf32 = trainer.allow_tf32
+    # It builds a plan for every new shape, seconds in all where each batch has other lengths.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class PeakMemory:

@@ -69,6 +69,7 @@ def test_shapes_from_the_command_line(bench: Any, tmp_path: Path) -> None:
     result = json.loads((tmp_path / "cpu-shapes.json").read_text())
     assert result["machine"]["packages"]["torch"] and result["command"]
     assert result["peak_matmul_flops_per_second"] > 0
+    assert str(tmp_path) not in result["command"]
     case = result["cases"]["tiny 64"]
     assert case["left_out"] == {} and case["tuned"] == "solo" and 1 <= case["sizer"] <= 16
     # four settings alone by each loop, and the pack
@@ -77,6 +78,18 @@ def test_shapes_from_the_command_line(bench: Any, tmp_path: Path) -> None:
     assert pack["losses_as_a"]["agree"]
     assert {"step_seconds", "ratio_to_a", "ratio_to_c", "tokens_per_second"} <= set(pack)
     assert pack["tokens_per_second"] == pytest.approx(2 * 64 / pack["step_seconds"])
+
+
+def test_shapes_have_examples_of_different_lengths(bench: Any, tmp_path: Path) -> None:
+    arguments = ["--shapes", "tiny", "--tokens", "512", "--packs", "2", "--lengths"]
+    arguments += ["--repeats", "1", "--threads", "1", "--no-compile", "--out", str(tmp_path)]
+    done = start_call(tmp_path, lambda: bench.main(arguments))
+    assert done.wait() == 0, done.said
+    result = json.loads((tmp_path / "cpu-shapes-lengths.json").read_text())
+    pack = result["cases"]["tiny 512 lengths"]["packs"]["d2"]
+    assert pack["losses_as_a"]["agree"]
+    mean = pack["tokens_per_second"] * pack["step_seconds"] / 2  # of a run's step of 4 examples
+    assert 4 * 80 < mean < 4 * 128
 
 
 def test_what_runs_out_of_memory_or_time_is_recorded(bench: Any, tmp_path: Path) -> None:
@@ -126,7 +139,7 @@ def test_contenders_from_the_command_line(bench: Any, capsys: pytest.CaptureFixt
     for arguments in (
         ["--contenders", "a,d0"],
         ["--contenders", "own-grouped"],
-        ["--lengths", "--shapes", "tiny"],
+        ["--contenders", "a", "--shapes", "tiny"],
         ["--contenders", "a", "--device", "cuda"],
     ):
         with pytest.raises(SystemExit):

@@ -163,7 +163,7 @@ def test_with_one_batch_for_all_a_mate_changes_no_bit(
 @pytest.mark.parametrize("exact", [False, True])
 def test_every_token_has_one_place_and_what_fills_a_row_is_its_own(exact: bool) -> None:
     lengths = [1, 17, 300, 8, 1, 64, 65, 33]
-    widths = lengths if exact else [attention.rung(n) for n in lengths]
+    widths = lengths if exact else [attention.rung(n, "cpu") for n in lengths]
     found = Buckets(lengths, widths, "cpu")
     owner = np.repeat(np.arange(len(lengths)), lengths)
     assert torch.equal(found.to_Q[found.back_P], torch.arange(sum(lengths)))
@@ -177,7 +177,13 @@ def test_every_token_has_one_place_and_what_fills_a_row_is_its_own(exact: bool) 
 
 def test_a_bucket_is_at_most_an_eighth_longer() -> None:
     for length in range(1, 5000):
-        assert length <= attention.rung(length) <= max(length + 7, 1.125 * length)
+        assert length <= attention.rung(length, "cpu") <= max(length + 7, 1.125 * length)
+
+
+def test_a_gpu_has_few_buckets() -> None:
+    widths = {attention.rung(length, "cuda:1") for length in range(1, 4097)}
+    assert widths == {32, 64, 128, 256, 512, 1024, 2048, 4096}
+    assert all(n <= attention.rung(n, "cuda") < max(33, 2 * n) for n in range(1, 4097))
 
 
 # --- architectures ---------------------------------------------------------------------------

@@ -31,11 +31,15 @@ INNER = ("sdpa", "eager")  # what is called on the buckets: functions that take 
 PLACES = ("position_ids", "cache_position")  # that attention may be handed and does not read
 
 
-def rung(length: int) -> int:
-    """Length of the bucket an example goes to: at most an eighth above its own, from 64 on.
+def rung(length: int, device: str) -> int:
+    """Length of the bucket an example goes to.
 
-    Depends on the example alone, so that no mate moves it to another bucket.
+    At most an eighth above its own, from 64 on; on a GPU, where few calls count for more than what
+    they compute, the next power of two. Depends on the example alone, so that no mate moves it to
+    another bucket.
     """
+    if not device.startswith("cpu"):
+        return max(32, 1 << (length - 1).bit_length())
     step = max(8, 1 << max(0, (length - 1).bit_length() - 4))
     return -(-length // step) * step
 
@@ -65,6 +69,9 @@ class Buckets:
             place += width
         self.to_Q = torch.from_numpy(np.concatenate(to)).to(device)
         self.back_P = torch.from_numpy(back).to(device)
+        there = np.zeros(place, bool)
+        there[back] = True
+        self.fills = torch.from_numpy(np.flatnonzero(~there)).to(device)
 
 
 class EndToEnd:
@@ -90,7 +97,7 @@ class EndToEnd:
         """
         if (tokens, exact) not in self._buckets:
             lengths = self._lengths[tokens]
-            widths = lengths if exact else [rung(length) for length in lengths]
+            widths = lengths if exact else [rung(length, self._device) for length in lengths]
             self._buckets[tokens, exact] = Buckets(lengths, widths, self._device)
         return self._buckets[tokens, exact]
 
@@ -166,18 +173,19 @@ class _Move(torch.autograd.Function):
     """Tokens into buckets, or back; each token has one place, and what fills a row no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, fills: bool) -> Tensor:
-        ctx.save_for_backward(index, inverse)
-        ctx.fills, ctx.rows = fills, len(x)
+    def forward(
+        ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, fills: Tensor | None = None
+    ) -> Tensor:
+        ctx.save_for_backward(inverse, fills)
         return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = grads
-        index, inverse = ctx.saved_tensors
-        if ctx.fills:
-            return g.index_select(0, inverse), None, None, None
-        back = g.new_zeros(ctx.rows, *g.shape[1:]).index_copy(0, index, g)
+        # Reads by the inverse: on a GPU, writing by an index sorts it to be deterministic.
+        inverse, fills = ctx.saved_tensors
+        back = grads[0].index_select(0, inverse)
+        if fills is not None:
+            back.index_fill_(0, fills, 0)
         return back, None, None, None
 
 
@@ -211,7 +219,7 @@ def attend(
     inner, whole = _inner(module, name), _now.mask_of(attention_mask)
     states = [x[0].transpose(0, 1) for x in (query, key, value)]  # (P, H, E)
     if not buckets.as_they_lie:
-        states = [_Move.apply(x, buckets.to_Q, buckets.back_P, True) for x in states]
+        states = [_Move.apply(x, buckets.to_Q, buckets.back_P) for x in states]
     sizes = [count * width for count, width in buckets.shapes]
     found = []
     for (count, width), *parts in zip(
@@ -224,7 +232,7 @@ def attend(
         found.append(out.reshape(count * width, *out.shape[2:]))
     y = torch.cat(found) if len(found) > 1 else found[0]
     if not buckets.as_they_lie:
-        y = _Move.apply(y, buckets.back_P, buckets.to_Q, False)
+        y = _Move.apply(y, buckets.back_P, buckets.to_Q, buckets.fills)
     return y[None], None
 
 
