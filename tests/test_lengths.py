@@ -160,11 +160,9 @@ def test_with_one_batch_for_all_a_mate_changes_no_bit(
 # --- buckets ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_every_token_has_one_place_and_what_fills_a_row_is_its_own(exact: bool) -> None:
+def test_every_token_has_one_place_and_what_fills_a_row_is_its_own() -> None:
     lengths = [1, 17, 300, 8, 1, 64, 65, 33]
-    widths = lengths if exact else [attention.rung(n, "cpu") for n in lengths]
-    found = Buckets(lengths, widths, "cpu")
+    found = Buckets(lengths, "cpu")
     owner = np.repeat(np.arange(len(lengths)), lengths)
     assert torch.equal(found.to_Q[found.back_P], torch.arange(sum(lengths)))
     place = 0
@@ -178,6 +176,17 @@ def test_every_token_has_one_place_and_what_fills_a_row_is_its_own(exact: bool) 
 def test_a_bucket_is_at_most_an_eighth_longer() -> None:
     for length in range(1, 5000):
         assert length <= attention.rung(length, "cpu") <= max(length + 7, 1.125 * length)
+
+
+def test_how_a_batch_is_looked_at_depends_on_no_mate() -> None:
+    def kinds(device: str, exact: bool = False) -> list[str]:
+        ways = attention.EndToEnd([[(1, [90, 40]), (2, [3, 4]), (1, [64, 64])]], device)
+        return [type(way).__name__ for way in ways.ways(272, exact)]
+
+    assert kinds("cpu") == ["Views", "Buckets", "Buckets"]
+    assert kinds("cpu", exact=True) == ["Views"] * 3
+    alone = attention.EndToEnd([[(1, [90, 40])]], "cpu")
+    assert [type(way).__name__ for way in alone.ways(130, False)] == ["Views"]
 
 
 def test_a_gpu_has_few_buckets() -> None:
@@ -233,7 +242,7 @@ def test_a_layer_may_neither_change_its_mask_nor_add_one() -> None:
     query = torch.zeros(1, 1, 5, 4)
     tree = t.AutoModelForCausalLM.from_config(tiny_config("llama", 61))
     layer = tree.model.layers[0].self_attn
-    with attention.EndToEnd([[2, 3]], "cpu").on(tree):
+    with attention.EndToEnd([[(1, [2, 3])]], "cpu").on(tree):
         mask = attention.masks(mask_function=None)
         with pytest.raises(ValueError, match="has changed its attention mask"):
             attention.attend(layer, query, query, query, mask[:, :, :1, :1])

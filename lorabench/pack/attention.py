@@ -1,8 +1,9 @@
 """Attention where the examples of a batch lie end to end in one row of tokens, without padding.
 
 Every layer but attention sees each token by itself. Attention looks at one example at a time: here
-examples of about the same length are laid into a bucket, padded on the right, and the model's own
-attention function of transformers is called once a bucket, with the model's own mask.
+the model's own attention function of transformers is called for each example, or where that would
+be many small calls for a bucket of examples of about the same length, padded on the right; with the
+model's own mask.
 
 Letters: P tokens of all examples, H heads, E width of a head, Q places of all buckets.
 """
@@ -27,8 +28,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "lorabench_end_to_end"
-INNER = ("sdpa", "eager")  # what is called on the buckets: functions that take any (B, H, T, E)
+INNER = ("sdpa", "eager")  # what is called on the parts: functions that take any (B, H, T, E)
 PLACES = ("position_ids", "cache_position")  # that attention may be handed and does not read
+VIEWED = 32  # tokens of a batch's mean example from which going example by example pays on a CPU
 
 
 def rung(length: int, device: str) -> int:
@@ -44,17 +46,44 @@ def rung(length: int, device: str) -> int:
     return -(-length // step) * step
 
 
+# Attention of some examples, (B, H, T, E) each, to (B, T, H, E).
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Views:
+    """Examples looked at where they lie, each once for all runs that share it; nothing is padded.
+
+    Args:
+        runs: neighbours that see the same batch.
+        lengths: of the batch's examples.
+    """
+
+    def __init__(self, runs: int, lengths: list[int]):
+        self._runs, self._lengths = runs, lengths
+        self.tokens = runs * sum(lengths)
+
+    def attend(self, attention: Attention, *states: Tensor) -> Tensor:
+        """Query, key and value, (P, H, E) each, to what comes out for every token, (P, H, E)."""
+        parts = [x.reshape(self._runs, -1, *x.shape[1:]).split(self._lengths, 1) for x in states]
+        found = [
+            attention(*(x.transpose(1, 2) for x in example)) for example in zip(*parts, strict=True)
+        ]
+        y = torch.cat(found, 1)
+        return y.view(-1, *y.shape[2:])
+
+
 class Buckets:
-    """Where the tokens of each example lie in padded buckets of similar lengths.
+    """Examples laid into padded buckets of similar lengths: few calls.
 
     Args:
         lengths: of the examples, in the order in which they lie end to end.
-        widths: of the bucket each example goes to.
     """
 
-    def __init__(self, lengths: list[int], widths: list[int], device: str):
+    def __init__(self, lengths: list[int], device: str):
+        widths = [rung(length, device) for length in lengths]
         first = list(itertools.accumulate(lengths, initial=0))
         order = sorted(range(len(lengths)), key=lambda example: widths[example])  # stable
+        self.tokens = first[-1]
         self.shapes = [
             (len(list(alike)), width)
             for width, alike in itertools.groupby(order, key=lambda example: widths[example])
@@ -67,39 +96,67 @@ class Buckets:
             to.append(first[example] + np.minimum(np.arange(width), length - 1))
             back[first[example] : first[example] + length] = place + np.arange(length)
             place += width
-        self.to_Q = torch.from_numpy(np.concatenate(to)).to(device)
-        self.back_P = torch.from_numpy(back).to(device)
         there = np.zeros(place, bool)
         there[back] = True
-        self.fills = torch.from_numpy(np.flatnonzero(~there)).to(device)
+        index = (np.concatenate(to), back, np.flatnonzero(~there))
+        self.to_Q, self.back_P, self.fills = (torch.from_numpy(x).to(device) for x in index)
+
+    def attend(self, attention: Attention, *states: Tensor) -> Tensor:
+        """Query, key and value, (P, H, E) each, to what comes out for every token, (P, H, E)."""
+        laid = list(states)
+        if not self.as_they_lie:
+            laid = [_Move.apply(x, self.to_Q, self.back_P) for x in states]
+        sizes = [count * width for count, width in self.shapes]
+        found = []
+        for (count, width), *parts in zip(
+            self.shapes, *(x.split(sizes) for x in laid), strict=True
+        ):
+            q, k, v = (x.reshape(count, width, *x.shape[1:]).transpose(1, 2) for x in parts)
+            y = attention(q, k, v)
+            found.append(y.reshape(count * width, *y.shape[2:]))
+        y = torch.cat(found) if len(found) > 1 else found[0]
+        return y if self.as_they_lie else _Move.apply(y, self.back_P, self.to_Q, self.fills)
 
 
 class EndToEnd:
     """The examples of one forward pass, laid end to end.
 
     Args:
-        levels: lengths of the examples: of all runs, and where layers below the first adapter
-            see a shared batch once, of that batch. Told apart by their number of tokens.
+        levels: of each batch, how many runs see it and the lengths of its examples: above the
+            place where shared batches are repeated, and below it, where one run stands for all.
+            Told apart by their number of tokens.
     """
 
-    def __init__(self, levels: list[list[int]], device: str):
+    def __init__(self, levels: list[list[tuple[int, list[int]]]], device: str):
         self.inner: dict[int, str] = {}  # by id of a part's config: what the model was loaded with
         self._masks: list[_Mask] = []
-        self._lengths = {sum(lengths): lengths for lengths in levels}
-        self._buckets: dict[tuple[int, bool], Buckets] = {}
+        self._levels = {sum(runs * sum(slab) for runs, slab in level): level for level in levels}
+        self._ways: dict[tuple[int, bool], list[Views | Buckets]] = {}
         self._device = device
 
-    def buckets(self, tokens: int, exact: bool) -> Buckets:
-        """The buckets of the level with this number of tokens.
+    def ways(self, tokens: int, exact: bool) -> list[Views | Buckets]:
+        """How attention goes through the level with this number of tokens, part by part.
 
         Args:
             exact: without any padding, for attention that looks to the right.
         """
-        if (tokens, exact) not in self._buckets:
-            lengths = self._lengths[tokens]
-            widths = lengths if exact else [rung(length, self._device) for length in lengths]
-            self._buckets[tokens, exact] = Buckets(lengths, widths, self._device)
-        return self._buckets[tokens, exact]
+        if (tokens, exact) not in self._ways:
+            level = self._levels[tokens]
+            if exact:
+                found: list[Views | Buckets] = [Views(*one) for one in level]
+            elif self._device.startswith("cpu"):
+                # By a run's own batch: no mate's examples change how its own are looked at.
+                found = [
+                    Views(runs, slab)
+                    if sum(slab) >= VIEWED * len(slab) and len(set(slab)) > 1
+                    else Buckets(runs * slab, self._device)
+                    for runs, slab in level
+                ]
+            else:
+                lengths = [length for runs, slab in level for length in runs * slab]
+                found = [Buckets(lengths, self._device)]
+            self._ways[tokens, exact] = found
+        return self._ways[tokens, exact]
 
     def mask(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return what stands for a mask of the model until a bucket asks for its own."""
@@ -212,28 +269,19 @@ def attend(
     for name, given in kwargs.items():
         if isinstance(given, Tensor) and tokens in given.shape and name not in PLACES:
             raise ValueError(f"a layer hands {name} to its attention, which has a place a token")
-    exact = not getattr(module, "is_causal", True)
-    buckets = _now.buckets(tokens, exact)
     config = getattr(module, "config", None)
     name = _now.inner.get(id(config)) or next(iter(_now.inner.values()))
     inner, whole = _inner(module, name), _now.mask_of(attention_mask)
-    states = [x[0].transpose(0, 1) for x in (query, key, value)]  # (P, H, E)
-    if not buckets.as_they_lie:
-        states = [_Move.apply(x, buckets.to_Q, buckets.back_P) for x in states]
-    sizes = [count * width for count, width in buckets.shapes]
-    found = []
-    for (count, width), *parts in zip(
-        buckets.shapes, *(x.split(sizes) for x in states), strict=True
-    ):
-        # (examples, H, T, E)
-        q, k, v = (x.reshape(count, width, *x.shape[1:]).transpose(1, 2) for x in parts)
-        mask = None if whole is None else whole.of(width, name)
-        out, _ = inner(module, q, k, v, mask, **kwargs)
-        found.append(out.reshape(count * width, *out.shape[2:]))
-    y = torch.cat(found) if len(found) > 1 else found[0]
-    if not buckets.as_they_lie:
-        y = _Move.apply(y, buckets.back_P, buckets.to_Q, buckets.fills)
-    return y[None], None
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = None if whole is None else whole.of(q.shape[2], name)
+        found: Tensor = inner(module, q, k, v, mask, **kwargs)[0]
+        return found
+
+    ways = _now.ways(tokens, exact=not getattr(module, "is_causal", True))
+    parts = [x[0].transpose(0, 1).split([way.tokens for way in ways]) for x in (query, key, value)]
+    found = [way.attend(attention, *one) for way, *one in zip(ways, *parts, strict=True)]
+    return (torch.cat(found) if len(found) > 1 else found[0])[None], None
 
 
 def _inner(module: nn.Module, name: str) -> Callable[..., Any]:
@@ -331,7 +379,7 @@ def _same(base: PreTrainedModel) -> bool:
     positions = torch.cat([torch.arange(n, device=device) for n in PROBE])[None]
 
     def end_to_end(examples: list[Tensor]) -> Tensor:
-        with EndToEnd([list(PROBE)], device).on(base):
+        with EndToEnd([[(1, list(PROBE))]], device).on(base):
             return body(**inputs(torch.cat(examples)[None], positions)).last_hidden_state[0]
 
     try:

@@ -144,7 +144,6 @@ class Laid:
         """While the batch goes through the model, forward and backward."""
         if not self.end_to_end:
             return nullcontext()
-        levels = [list(itertools.chain(*self._lengths))]
-        pairs = zip(self._lengths, self.sizes, strict=True)
-        levels.append([n for slab, size in pairs for _ in range(size) for n in slab])
-        return EndToEnd(levels, self._device).on(tree)
+        once = [(1, slab) for slab in self._lengths]
+        of_runs = list(zip(self.sizes, self._lengths, strict=True))
+        return EndToEnd([once, of_runs], self._device).on(tree)
