@@ -5,10 +5,11 @@ stacked   several runs, their adapters stacked
 places    what PEFT trains of one run, and why some runs train alone
 storage   the dense blocks those tensors lie in
 rows      whose row is whose, and which of them anybody reads
-attention examples that lie end to end, in buckets of similar lengths
+attention examples that lie end to end, one by one or in buckets of similar lengths
 repeat    where a batch that runs share is computed once for all
 layers    the layers that serve all runs at once
 norms     frozen norms with a backward written by hand
+rotary    rotary embeddings, likewise
 optimizer AdamW over stacked storage
 head      hidden states -> nll, on chosen rows, in chunks
 batch     one micro-batch, and how it is laid out

@@ -29,6 +29,7 @@ from lorabench.pack.norms import fuse_norms
 from lorabench.pack.optimizer import StackedAdamW
 from lorabench.pack.places import Place, places
 from lorabench.pack.repeat import Repeat, is_repeatable
+from lorabench.pack.rotary import fuse_rotary
 from lorabench.pack.rows import Spans
 from lorabench.pack.solo import (
     autocast,
@@ -81,6 +82,7 @@ class StackedPack:
         self._fill(base)
         self._install()
         fuse_norms(self.tree)
+        fuse_rotary(self.tree)
         self.tree.train()  # base dropouts are zero; checkpointing asks for training mode
         if configs[0].trainer.gradient_checkpointing:
             enable_checkpointing(self.tree)

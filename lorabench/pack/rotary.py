@@ -1,0 +1,95 @@
+"""Rotary embeddings with a backward written by hand: half of autograd's passes over memory.
+
+Only where an architecture's code is Llama's own, to the instruction: most copy it. The same
+products and sums in the same order, so the same bits.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NAME = "apply_rotary_pos_emb"
+
+
+class _Rotate(torch.autograd.Function):
+    """x cos + rotate_half(x) sin, (..., E); cos and sin broadcast and get no gradient.
+
+    Source: Su et al. 2021, arXiv:2104.09864, section 3.4.2, in Llama's order of the dimensions.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        half = x.shape[-1] // 2
+        return _rotated(x, cos, -sin[..., :half], sin[..., half:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        half = cos.shape[-1] // 2
+        return _rotated(grads[0], cos, sin[..., half:], -sin[..., :half]), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """x cos, plus each half of x times what the other half is turned by."""
+    half = x.shape[-1] // 2
+    turned = torch.empty_like(x)
+    torch.mul(x[..., half:], low, out=turned[..., :half])
+    torch.mul(x[..., :half], high, out=turned[..., half:])
+    return (x * cos).add_(turned)
+
+
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """What takes the place of transformers' `apply_rotary_pos_emb`."""
+    if not q.dtype == k.dtype == cos.dtype == sin.dtype:  # is computed in the widest of them
+        found: tuple[Tensor, Tensor] = _llama().apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+        return found
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
+
+
+def fuse_rotary(tree: nn.Module) -> None:
+    """Let every attention that rotates as Llama does call `rotate`."""
+    for module in tree.modules():
+        forward = inspect.unwrap(type(module).forward)
+        if (
+            "forward" in vars(module)
+            or forward.__closure__
+            or NAME not in forward.__code__.co_names
+        ):
+            continue
+        if type(module).forward is not forward or not _is_llamas(sys.modules[forward.__module__]):
+            continue
+        # The same code with one name of its module bound to something else; no module is changed.
+        names = forward.__globals__ | {NAME: rotate}
+        own = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__)
+        own.__kwdefaults__ = forward.__kwdefaults__
+        module.forward = MethodType(own, module)
+
+
+def _is_llamas(module: Any) -> bool:
+    names = (NAME, "rotate_half")
+    return all(_code(getattr(module, n, None)) == _code(getattr(_llama(), n)) for n in names)
+
+
+def _llama() -> Any:
+    from transformers.models.llama import modeling_llama
+
+    return modeling_llama
+
+
+def _code(function: Any) -> Any:
+    """What a function does, without its text and its place."""
+    if not isinstance(function, FunctionType):
+        return None
+    code = function.__code__
+    values = tuple(value for value in code.co_consts if not isinstance(value, str))
+    return code.co_code, code.co_names, code.co_varnames, values, function.__defaults__
