@@ -18,6 +18,7 @@ from lorabench import compare, show
 from lorabench.intact import Checked
 from lorabench.record import Cost, Evaluation, Metric, Record, Scores
 
+NOTHING = compare.Answers("nll", [], [], 0, [])  # verdicts are tested in test_verdicts.py
 GRID = list(itertools.product(["lora", "exclude"], [64, 8, 16], [0, 1, 2]))
 NAMES = {"nll": "nll/1", "exact_match": "exact_match/1"}
 
@@ -120,7 +121,7 @@ def printed(table: dict, monkeypatch, **console) -> str:
     out = io.StringIO()
     made = Console(file=out, width=200, highlight=False, markup=False, **console)
     monkeypatch.setattr(show.results, "console", lambda: made)
-    show.comparison(table, Path("outputs/s"), False)
+    show.comparison(table, NOTHING, [Path("outputs/s")], False)
     return out.getvalue()
 
 
@@ -265,7 +266,7 @@ def test_a_value_that_is_not_finite_is_left_out_and_counted(records, monkeypatch
 def test_json_has_rows_and_runs_and_is_strict(records, capsys):
     records[0].status = "failed"
     records[1].cost.tokens_per_second = math.nan
-    show.comparison(compare.table(records), Path("outputs/s"), True)
+    show.comparison(compare.table(records), NOTHING, [Path("outputs/s")], True)
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")

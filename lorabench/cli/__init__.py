@@ -14,6 +14,7 @@ from lorabench.cli.composing import compose, register
 from lorabench.cli.exporting import export
 from lorabench.cli.mistakes import guarded
 from lorabench.cli.reading import compare, runs
+from lorabench.cli.replaying import diff, replay
 from lorabench.cli.serving import evaluate, work
 from lorabench.cli.training import PLAN_FLAGS, plan, train
 from lorabench.cli.verbs import EXAMPLES, EXIT_CODES, VERBS
@@ -42,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         "runs": runs,
         "compare": compare,
         "export": export,
+        "replay": replay,
+        "diff": diff,
     }
     composes = verb in ("train", "plan")
     composed = [word for word in arguments[1:] if word not in PLAN_FLAGS] if composes else None

@@ -26,6 +26,7 @@ def export(arguments: list[str]) -> int:
     from lorabench import formats
     from lorabench.config import ConfigErrors, did_you_mean
     from lorabench.export import source
+    from lorabench.runs import folder_of
 
     errors = formats.check_kind(options.to)
     if options.dtype is not None and options.dtype not in source.DTYPES:
@@ -39,7 +40,7 @@ def export(arguments: list[str]) -> int:
         errors.append(f"PATH: must be a new or an empty folder for --to {options.to}; got none")
     if errors:
         raise ConfigErrors(errors)
-    run = source.open_run(options.run)
+    run = source.open_run(folder_of(options.run, must_exist=False))
     if options.to == "gguf":
         _no_gguf(run, options.run)
     source.check_path(options.path)

@@ -85,11 +85,58 @@ def runs(arguments: list[str]) -> int:
 
 
 def compare(arguments: list[str]) -> int:
-    """lorabench compare FOLDER [--json]"""
+    """lorabench compare FOLDER [FOLDER ...] [--vary ...] [--baseline ...] [--margin X] [--json]"""
     from lorabench import compare as comparing
     from lorabench import show
 
-    options = _folder_parser("compare").parse_args(arguments)
-    table = comparing.table([one.entry for one in _records(options.folder)])
-    show.comparison(table, options.folder, options.json)
+    parser = Parser(prog="lorabench compare", description=VERBS["compare"])
+    parser.add_argument(
+        "folders", type=Path, nargs="+", metavar="folder",
+        help="folder of a sweep, such as outputs/lm_head; several are compared as one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--vary", type=_words, default=[], metavar="KEY,...",
+        help="ask about these alone, such as head; default: everything that varies",
+    )  # fmt: skip
+    parser.add_argument(
+        "--baseline", type=_baseline, action="append", default=[], metavar="KEY=VALUE",
+        help="compare every other value of a key with this one, such as lora.r=16",
+    )  # fmt: skip
+    parser.add_argument(
+        "--metric", help="that the verdicts are on; default: nll where there is one"
+    )
+    parser.add_argument(
+        "--margin", type=_margin, metavar="X",
+        help="a difference that does not matter: also ask what is no worse by more than X",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    options = parser.parse_args(arguments)
+    found = [one for folder in options.folders for one in _records(folder)]
+    table = comparing.table([one.entry for one in found])
+    answers = comparing.verdicts(
+        [(one.folder, one.entry) for one in found],
+        options.metric, options.vary, dict(options.baseline), options.margin,
+    )  # fmt: skip
+    show.comparison(table, answers, options.folders, options.json)
     return 0
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _baseline(text: str) -> tuple[str, str]:
+    key, sign, value = text.partition("=")
+    if not (key and sign and value):
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, such as lora.r=16; got '{text}'")
+    return key, value
+
+
+def _margin(text: str) -> float:
+    try:
+        margin = float(text)
+    except ValueError:
+        margin = float("nan")
+    if not 0 < margin < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0; got '{text}'")
+    return margin

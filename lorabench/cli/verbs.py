@@ -6,14 +6,17 @@ VERBS = {
     "work": "train and score every pack of a sweep folder that is left",
     "evaluate": "score the saved adapters of a sweep again; trains nothing",
     "runs": "list every run of a sweep and its status",
-    "compare": "table of a sweep: one row per setting, spread over seeds",
+    "compare": "what a sweep has found, in sentences, and its table: one row per setting",
     "export": "a run's adapter, or base and adapter merged, checked against the run",
+    "replay": "train a run again from its record alone; --verify says whether it is the same",
+    "diff": "what differs between two runs: config, data, stack, losses, results",
 }
 EXAMPLES = """\
 examples:
   lorabench train                                   one run on the embedded base, seconds
   lorabench train -m head=exclude,lora lora.r=16,32 four runs
-  lorabench compare outputs/default                 their table
+  lorabench compare outputs/default                 what they say, and their table
+  lorabench replay outputs/default/ID --verify      one of them again: the same bits?
   lorabench evaluate outputs/default 'data.metric=[nll,nll_per_token]'   scored again
   lorabench plan -m experiment=lm_head              what a sweep will do
   lorabench plan --smoke -m experiment=lm_head      and a few steps of each pack, reloaded
@@ -24,6 +27,6 @@ EXIT_CODES = """\
 exit codes:
   0      done
   1      a run failed, diverged, or is not what was asked for
-  2      refused; nothing was changed. --json (plan, runs, compare, export): as JSON on stdout
+  2      refused; nothing was changed. --json: as JSON on stdout
   128+n  ended by signal n (130: Ctrl-C); the same command continues
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from lorabench.compare import HIGHER_IS_BETTER
 from lorabench.show.text import console, dump, quantity, setting, size, whole, with_spread
 
 if TYPE_CHECKING:
+    from lorabench.compare import Answers
     from lorabench.intact import Checked
 
 COLOURS = {
@@ -24,6 +26,8 @@ COLOURS = {
     "trained": "yellow",
     "planned": "dim",
 }
+
+OUTCOMES = {"found": "green", "no worse": "green", "not settled": "yellow", "no verdict": "yellow"}
 
 
 def runs(found: Sequence[Checked], as_json: bool) -> None:
@@ -104,12 +108,45 @@ def _short_keys(keys: list[str]) -> list[str]:
     return ["head" if name == "policy" else name for name in names]
 
 
-def comparison(table: dict[str, Any], folder: Path, as_json: bool) -> None:
-    """One row per setting; the best mean of each metric is marked."""
+def _verdicts(answers: Answers) -> None:
+    """The sentences, one factor after the other."""
+    out = console()
+    factor = None
+    for one, text in zip(answers.verdicts, answers.sentences(), strict=True):
+        if one.question.factor != factor:
+            factor = one.question.factor
+            out.print(factor, style="bold")
+        out.print(f"  {text}", style=OUTCOMES[one.outcome], soft_wrap=True)
+    if not answers.verdicts and answers.num_runs:
+        out.print("one setting alone: there is nothing to compare it with")
+    for text in answers.left_out:
+        out.print(f"not compared, {text}", style="yellow", soft_wrap=True)
+    if answers.verdicts:
+        out.print(
+            f"{answers.num_runs} runs, {len(answers.verdicts)} questions on test "
+            f"{answers.metric}, paired by seed and example; at most one command in twenty has a "
+            f"false verdict among its sentences",
+            style="dim", soft_wrap=True,
+        )  # fmt: skip
+        out.print()
+
+
+def comparison(
+    table: dict[str, Any], answers: Answers, folders: Sequence[Path], as_json: bool
+) -> None:
+    """Sentences first, then one row per setting; the best mean of each metric is marked."""
     if as_json:
-        dump(table)
+        dump(table | {
+            "metric": answers.metric,
+            "verdicts": answers.rows(),
+            "not_compared": answers.left_out,
+            "num_compared": answers.num_runs,
+        })  # fmt: skip
         return
+    folder = shlex.join(map(str, folders))
     rows = table["rows"]
+    if rows:
+        _verdicts(answers)
     out = console()
     if not rows:
         out.print(f"{folder}: no run has finished; lorabench runs {folder} shows their status")

@@ -1,0 +1,36 @@
+"""Records and predictions -> a table, questions and verdicts. Imports without torch.
+
+tables       one row per setting, its values over seeds
+questions    what varies, and what can be asked of it
+scores       per-example scores, paired
+statistics   what seeds and examples can tell: tests, intervals, power
+judging      every question answered, at most 5% of commands with a false answer
+sentences    verdicts as people read them
+answers      all of it for the runs of a sweep
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from lorabench.compare.tables import HIGHER_IS_BETTER, other_stack, spread, table, usual_stack
+
+if TYPE_CHECKING:
+    from lorabench.compare.answers import Answers, verdicts
+
+__all__ = [
+    "HIGHER_IS_BETTER",
+    "Answers",
+    "other_stack",
+    "spread",
+    "table",
+    "usual_stack",
+    "verdicts",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`verdicts` needs numpy and scipy, which the table does not."""
+    if name in ("Answers", "verdicts"):
+        from lorabench.compare import answers
+
+        return getattr(answers, name)
+    raise AttributeError(name)

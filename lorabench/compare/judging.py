@@ -1,0 +1,187 @@
+"""questions and scores -> verdicts: what was found, what is not settled, what is no worse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorabench.compare import statistics
+from lorabench.compare.questions import Question
+from lorabench.compare.scores import Scores, aligned
+
+Outcome = Literal["found", "no worse", "not settled", "no verdict"]
+MOST_SEEDS = 64  # that are asked for to settle a question
+
+
+@dataclass
+class Verdict:
+    """The answer to one question on one metric.
+
+    Differences are gains of `better` over `worse` in the metric's unit: positive where `better` has
+    the better mean.
+    """
+
+    question: Question
+    metric: str
+    better: str  # level of the factor with the better mean
+    worse: str
+    outcome: Outcome
+    seeds: list[Any] = field(default_factory=list)  # that both have
+    examples: int = 0
+    gain: float = float("nan")
+    low: float = float("nan")  # interval at `level`: without zero exactly where `found`
+    high: float = float("nan")
+    plain_low: float = float("nan")  # the 95% interval of this question alone
+    plain_high: float = float("nan")
+    p: float = float("nan")
+    p_adjusted: float = float("nan")
+    level: float = float("nan")  # of false verdicts, of this question's step
+    spreads: dict[str, float] = field(default_factory=dict)  # sd over seeds, examples, the rest
+    smallest: float = float("inf")  # difference that this many seeds and examples find, 80% power
+    more_seeds: int | None = None  # that would settle `settles`; None: no number up to 64 would
+    settles: float | None = None
+    no_worse: list[str] = field(default_factory=list)  # levels no worse than the other by `margin`
+    margin: float | None = None
+    why: str = ""  # of `no verdict`
+
+
+def differences(
+    question: Question, runs: Sequence[Mapping[Any, Scores]], higher_is_better: bool
+) -> tuple[list[Any], NDArray[np.float64]] | str:
+    """Gains of a question's first level over its second, (S, N), by the seeds all settings share.
+
+    Args:
+        runs: scores of every setting, by seed.
+    Returns:
+        Seeds and gains; or why there are none.
+    """
+    settings = [runs[i] for pair in question.pairs for i in pair]
+    if not all(settings):
+        return "a setting has no scores to compare"
+    seeds = [seed for seed in settings[0] if all(seed in one for one in settings)]
+    if not seeds:
+        return "the settings share no seed"
+    table = aligned([one[seed] for one in settings for seed in seeds])
+    if table.shape[1] < 2:
+        return "the settings share fewer than 2 test examples"
+    by_setting = table.reshape(len(question.pairs), 2, len(seeds), -1)
+    gain = (by_setting[:, 0] - by_setting[:, 1]).mean(0)
+    return seeds, gain if higher_is_better else -gain
+
+
+def judge(
+    questions: Sequence[Question],
+    runs: Sequence[Mapping[Any, Scores]],
+    metric: str,
+    higher_is_better: bool,
+    margin: float | None = None,
+) -> list[Verdict]:
+    """Answer all questions of a command on one metric: at most 5% of commands err in any of them.
+
+    Args:
+        runs: scores of every setting, by seed.
+        margin: a difference that does not matter, in the metric's unit.
+    """
+    found = [differences(question, runs, higher_is_better) for question in questions]
+    tables = {
+        i: statistics.components(one[1])
+        for i, one in enumerate(found)
+        if not isinstance(one, str) and len(one[0]) > 1
+    }
+    decided: dict[int, tuple[int, statistics.Decisions]] = {}
+    if tables:
+        decisions = statistics.decide(statistics.Components.stacked([*tables.values()]))
+        decided = {i: (place, decisions) for place, i in enumerate(tables)}
+    first_level = statistics.LEVEL / max(1, len(tables))
+    verdicts = []
+    for i, (question, one) in enumerate(zip(questions, found, strict=True)):
+        if isinstance(one, str):
+            verdicts.append(Verdict(question, metric, *question.levels, "no verdict", why=one))
+        elif i not in decided:
+            verdicts.append(_of_one_seed(question, metric, *one))
+        else:
+            verdict = _decided(question, metric, one[0], tables[i], *decided[i], margin)
+            _reckon(verdict, tables[i], first_level)
+            verdicts.append(verdict)
+    return verdicts
+
+
+def _of_one_seed(
+    question: Question, metric: str, seeds: list[Any], gains: NDArray[np.float64]
+) -> Verdict:
+    """What the examples alone say, under that name."""
+    gain = float(gains.mean())
+    better, worse = question.levels if gain >= 0 else question.levels[::-1]
+    count = gains.shape[1]
+    half = float(
+        statistics.t_quantile(count - 1, statistics.LEVEL) * gains.std(ddof=1) / np.sqrt(count)
+    )
+    size = abs(gain)
+    return Verdict(
+        question, metric, better, worse, "no verdict", seeds, count, size,
+        plain_low=size - half, plain_high=size + half,
+        why="one seed: how much seeds matter is unknown; the interval is over examples alone",
+    )  # fmt: skip
+
+
+def _decided(
+    question: Question,
+    metric: str,
+    seeds: list[Any],
+    table: statistics.Components,
+    place: int,
+    decisions: statistics.Decisions,
+    margin: float | None,
+) -> Verdict:
+    """The answer, seen from the level with the better mean."""
+    names = ("mean", "p", "adjusted", "level", "half", "half_alone")
+    gain, p, adjusted, level, half, alone = (
+        float(getattr(decisions, name)[place]) for name in names
+    )
+    better, worse = question.levels if gain >= 0 else question.levels[::-1]
+    size = abs(gain)
+    verdict = Verdict(
+        question, metric, better, worse, "found" if decisions.found[place] else "not settled",
+        seeds, int(table.num_examples), size, size - half, size + half, size - alone, size + alone,
+        p, adjusted, level,
+        {name: float(value) for name, value in table.spreads.items()}, margin=margin,
+    )  # fmt: skip
+    if margin is not None:
+        pairs = zip(question.levels, decisions.no_worse(margin), strict=True)
+        verdict.no_worse = [name for name, those in pairs if those[place]]
+        if verdict.outcome != "found" and verdict.no_worse:
+            verdict.outcome = "no worse"
+    return verdict
+
+
+def _reckon(verdict: Verdict, table: statistics.Components, level: float) -> None:
+    """What this many seeds and examples could have found, and how many seeds would settle it.
+
+    From few seeds their own spread is uncertain: its upper 80% limit counts.
+    """
+    careful = {name: float(value) for name, value in statistics.upper_spreads(table).items()}
+    design = statistics.Design(careful, table.num_seeds, table.num_examples, level)
+    verdict.smallest = design.smallest()
+    if verdict.outcome == "not settled":
+        _settle(verdict, careful, table, level)
+
+
+def _settle(
+    verdict: Verdict, spreads: dict[str, float], table: statistics.Components, level: float
+) -> None:
+    """How many more seeds would find the difference seen, or one that some number finds."""
+    have, examples = table.num_seeds, table.num_examples
+    for seeds in (None, 2 * have, 4 * have):
+        if seeds is None:
+            wanted = verdict.gain
+        else:
+            wanted = statistics.Design(spreads, seeds, examples, level).smallest()
+        most = min(MOST_SEEDS, 4 * have + 8)
+        needed = statistics.seeds_to_find(wanted, spreads, examples, level, most)
+        if needed is not None and needed > have:
+            verdict.more_seeds, verdict.settles = needed - have, wanted
+            return

@@ -1,0 +1,185 @@
+"""What varies between runs, and what can be asked of it: one factor's levels, two by two."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorabench.config import ConfigErrors
+
+MOST_LEVELS = 6  # of a factor that are compared two by two; more are compared with one
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Keys that vary together, named by the first.
+
+    Args:
+        of_settings: the level of each setting, an index into `levels`.
+        levels: texts, in order.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    of_settings: tuple[int, ...]
+    levels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Whether two levels of a factor differ: at one level of each other factor, or averaged."""
+
+    factor: str
+    levels: tuple[str, str]
+    at: dict[str, str] = field(compare=False)  # levels of other factors; averaged over: absent
+    averaged: tuple[str, ...]  # factors
+    pairs: tuple[tuple[int, int], ...]  # settings: one pair, or all that are averaged
+
+    @property
+    def name(self) -> str:
+        """Such as "head=lora against head=exclude at r=16"."""
+        first, second = (f"{self.factor}={level}" for level in self.levels)
+        return f"{first} against {second}{self.where}"
+
+    @property
+    def where(self) -> str:
+        """Such as " at r=16"; nothing where no other factor varies."""
+        text = "".join(
+            f"{' at ' if i == 0 else ', '}{name}={level}"
+            for i, (name, level) in enumerate(self.at.items())
+        )
+        return text + (f" averaged over {', '.join(self.averaged)}" if self.averaged else "")
+
+
+def factors_of(settings: Sequence[dict[str, Any]]) -> list[Factor]:
+    """What varies between settings; keys that always change together are one factor."""
+    keys = list(dict.fromkeys(key for one in settings for key in one))
+    groups: dict[tuple[int, ...], list[str]] = {}
+    values_of: dict[tuple[int, ...], dict[str, list[Any]]] = {}
+    for key in keys:
+        values = {repr(one.get(key)): one.get(key) for one in settings}
+        if len(values) < 2:
+            continue
+        ordered = sorted(values.values(), key=_order)
+        places = {repr(value): place for place, value in enumerate(ordered)}
+        pattern = [places[repr(one.get(key))] for one in settings]
+        canonical = tuple(pattern.index(place) for place in pattern)
+        groups.setdefault(canonical, []).append(key)
+        values_of.setdefault(canonical, {})[key] = ordered
+    found = []
+    names = _names([_telling(keys) for keys in groups.values()])
+    for name, (canonical, together) in zip(names, groups.items(), strict=True):
+        key = _telling(together)
+        ordered = values_of[canonical][key]
+        places = {repr(value): place for place, value in enumerate(ordered)}
+        found.append(
+            Factor(
+                name,
+                (key, *(other for other in together if other != key)),
+                tuple(places[repr(one.get(key))] for one in settings),
+                tuple(_text(value) for value in ordered),
+            )
+        )
+    return found
+
+
+def _telling(keys: list[str]) -> str:
+    """The key people know a group by: a label, or the first."""
+    return next((key for key in keys if key.endswith((".name", ".policy"))), keys[0])
+
+
+def _names(keys: list[str]) -> list[str]:
+    """The last part of each dotted key, or all of it where two end alike; a label's group."""
+    short = [key.removesuffix(".name").removesuffix(".policy") for key in keys]
+    last = [key.rpartition(".")[2] for key in short]
+    return [key if last.count(end) > 1 else end for key, end in zip(short, last, strict=True)]
+
+
+def _order(value: Any) -> tuple[int, float, str]:
+    """Numbers by size, then everything else by its text."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return (0, float(value), "")
+    return (1, 0.0, str(value))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(_text, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def questions_of(
+    factors: Sequence[Factor], vary: Sequence[str] = (), baseline: dict[str, str] | None = None
+) -> list[Question]:
+    """Every factor's effect: at each combination of the others' levels, and averaged over them.
+
+    Args:
+        vary: factors to ask about, by name or key; none: all.
+        baseline: of a factor, the level that all others are compared with; without one a factor of
+            more than MOST_LEVELS levels is compared with its first.
+    Raises:
+        ConfigErrors: no such factor or level.
+    """
+    chosen = [_find(name, factors, "--vary") for name in vary] or list(factors)
+    against: dict[str, int] = {}
+    for name, level in (baseline or {}).items():
+        factor = _find(name, factors, "--baseline")
+        if level not in factor.levels:
+            raise ConfigErrors(
+                f"--baseline: must name a level of {factor.name} "
+                f"({', '.join(factor.levels)}); got '{level}'"
+            )
+        against[factor.name] = factor.levels.index(level)
+    found = []
+    for factor in chosen:
+        # Another factor that follows from this one is no condition to hold.
+        others = [one for one in factors if one is not factor and not _follows(one, factor)]
+        if len(factor.levels) > MOST_LEVELS:
+            against.setdefault(factor.name, 0)
+        found += list(_of_factor(factor, others, against.get(factor.name)))
+    return found
+
+
+def _find(name: str, factors: Sequence[Factor], option: str) -> Factor:
+    for factor in factors:
+        if name == factor.name or name in factor.keys:
+            return factor
+    there = ", ".join(factor.name for factor in factors) or "nothing"
+    raise ConfigErrors(f"{option}: must name what varies between the runs ({there}); got '{name}'")
+
+
+def _follows(one: Factor, other: Factor) -> bool:
+    """Whether the level of `other` tells that of `one`."""
+    pairs = set(zip(other.of_settings, one.of_settings, strict=True))
+    return len(pairs) == len(other.levels)
+
+
+def _of_factor(factor: Factor, others: Sequence[Factor], against: int | None) -> list[Question]:
+    places: dict[tuple[int, ...], dict[int, int]] = {}
+    for setting, level in enumerate(factor.of_settings):
+        at = tuple(other.of_settings[setting] for other in others)
+        places.setdefault(at, {})[level] = setting
+    found = []
+    for low, high in itertools.combinations(range(len(factor.levels)), 2):
+        if against is not None and against not in (low, high):
+            continue
+        first, second = (low, high) if against in (None, low) else (high, low)
+        levels = factor.levels[second], factor.levels[first]
+        there = {
+            at: (of[second], of[first])
+            for at, of in sorted(places.items())
+            if first in of and second in of
+        }
+        if len(there) > 1:
+            varied = [
+                other.name for i, other in enumerate(others) if len({at[i] for at in there}) > 1
+            ]
+            found.append(Question(factor.name, levels, {}, tuple(varied), tuple(there.values())))
+        for at, pair in there.items():
+            where = {
+                other.name: other.levels[level] for other, level in zip(others, at, strict=True)
+            }
+            found.append(Question(factor.name, levels, where, (), (pair,)))
+    return found

@@ -1,0 +1,77 @@
+"""verdicts -> sentences that need no statistics to read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lorabench.compare.judging import Verdict
+
+
+def sentences(verdicts: Sequence[Verdict]) -> list[str]:
+    """One sentence per question, in order."""
+    return [sentence(one) for one in verdicts]
+
+
+def sentence(one: Verdict) -> str:
+    """Found, not settled, or no worse than X; with its interval, and what would settle it."""
+    question, unit = one.question, one.metric
+    better, worse = (f"{question.factor}={level}" for level in (one.better, one.worse))
+    where = question.where
+    if one.outcome == "no verdict" and not one.seeds:
+        return f"{question.name}: no verdict, because {one.why}"
+    if one.outcome == "no verdict":
+        low, high, gain = numbers(one.plain_low, one.plain_high, one.gain)
+        return (
+            f"{better} has the better {unit} by {gain} [{low}, {high}, over examples "
+            f"alone]{where}: no verdict, because one seed does not tell how much seeds matter"
+        )
+    low, high, gain = numbers(one.low, one.high, one.gain)
+    if one.outcome == "found":
+        return f"{better} beats {worse} by {gain} {unit} [{low}, {high}]{where}{_within(one)}"
+    if one.outcome == "no worse":
+        margin = f"{one.margin:g} {unit}"
+        if len(one.no_worse) == 2:
+            told = f"{better} and {worse} differ by less than {margin}"
+        else:
+            told = f"{question.factor}={one.no_worse[0]} is no worse than "
+            other = worse if one.no_worse[0] == one.better else better
+            told += f"{other} by more than {margin}"
+        return f"{told}{where}: the difference is {gain} [{low}, {high}]"
+    return (
+        f"{better} against {worse}{where}: the difference, {gain} {unit} [{low}, {high}], is not "
+        f"settled{_settling(one)}"
+    )
+
+
+def _within(one: Verdict) -> str:
+    """What a found difference says of a margin."""
+    if one.margin is None or one.worse not in one.no_worse:
+        return ""
+    return f", which is less than {one.margin:g}"
+
+
+def _settling(one: Verdict) -> str:
+    if one.more_seeds is None or one.settles is None:
+        return f": more seeds would not settle it, more than {one.examples} test examples might"
+    seeds = f"{one.more_seeds} more seed{'s' if one.more_seeds > 1 else ''}"
+    (size,) = numbers(one.settles)
+    return f": {seeds} would settle {size}"
+
+
+def numbers(*values: float) -> tuple[str, ...]:
+    """Numbers with as many decimals as tell the smallest of their gaps apart, two digits of it."""
+    finite = [abs(value) for value in values if math.isfinite(value)]
+    if len(values) > 1 and len(finite) == len(values):
+        scale = max(values) - min(values)
+    else:
+        scale = max(finite, default=0.0)
+    if scale <= 0:
+        scale = max(finite, default=0.0)
+    decimals = 2 if scale <= 0 else min(9, max(0, 1 - math.floor(math.log10(scale))))
+    return tuple(_plain(f"{value:.{decimals}f}") for value in values)
+
+
+def _plain(text: str) -> str:
+    """No minus before zero."""
+    return text[1:] if text.startswith("-") and not text.strip("-0.") else text

@@ -1,0 +1,89 @@
+"""Whole commands on simulated scores: how often a sentence is false (benchmarks/calibration.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from conftest import say
+from sweeps import write_run
+
+from lorabench import compare, record
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+COMMANDS = 600
+# 5% of commands may err; three standard errors of so few.
+MOST = 0.05 + 3 * (0.05 * 0.95 / COMMANDS) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def calibration() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("calibration", BENCHMARKS / "calibration.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["calibration"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("spreads", "seeds", "rate", "effect"),
+    [
+        ((0.1, 0.1, 0.1), 2, None, 0.0),  # where Satterthwaite alone errs in 73% of commands
+        ((0.1, 0.1, 0.1), 3, None, 0.1),
+        ((0.05, 0.1, 0.3), 3, None, 0.0),
+        ((0.1, 0.1, 0.1), 5, 0.5, 0.1),
+        ((0.02, 0.3, 0.3), 3, 0.02, 0.0),
+    ],
+)
+def test_few_commands_have_a_false_verdict(
+    calibration: ModuleType, spreads: tuple, seeds: int, rate: float | None, effect: float
+) -> None:
+    cell = calibration.Cell(spreads, seeds, 50, rate, effect, 0.05)
+    found = calibration.simulate(cell, COMMANDS)
+    assert found["false"] <= MOST, found
+
+
+def test_the_simulation_would_show_a_test_that_errs(
+    calibration: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two-way test alone, without the t over seeds."""
+    whole = compare.statistics.test_of
+
+    def alone(found):
+        test = whole(found)
+        return type(test)(test.mean, (test.errors[0],) * 2, (test.freedoms[0],) * 2)
+
+    monkeypatch.setattr(calibration.statistics, "test_of", alone)
+    cell = calibration.Cell((0.1, 0.1, 0.1), 2, 256, None, 0.0, 0.05)
+    assert calibration.simulate(cell, 200)["false"] > 0.2
+
+
+def test_the_grid_is_every_row_of_it(calibration: ModuleType) -> None:
+    cells = list(calibration.cells())
+    assert len(calibration.questions()) == 13
+    assert {cell.seeds for cell in cells} == {2, 3, 5, 8}
+    assert len(cells) == len(set(cells)) == 2 * 4 * 5 * 3 * 2
+
+
+def test_simulated_commands_are_what_compare_says(calibration: ModuleType, tmp_path: Path) -> None:
+    """The same scores through the command line: the same questions found."""
+    cell = calibration.Cell((0.02, 0.1, 0.1), 5, 50, None, 0.3, 0.05)
+    y = calibration.scores(cell, 1, np.random.default_rng(0))[0].astype(np.float64)
+    for setting, of_seeds in zip(calibration.SETTINGS, y, strict=True):
+        for seed, values in enumerate(of_seeds):
+            head, r = setting["head.policy"], setting["lora.r"]
+            write_run(tmp_path / "s", head, r, seed, {"exact_match": values})
+    answers = compare.verdicts(record.find(tmp_path / "s"))
+    w = calibration.weights(calibration.questions())
+    gains = np.einsum("qk,ksn->qsn", w, y)
+    decided = calibration.statistics.decide(calibration.statistics.components(gains))
+    assert [one.outcome == "found" for one in answers.verdicts] == decided.found.tolist()
+    assert any(decided.found) and not all(decided.found)
+    p = [one.p for one in answers.verdicts]
+    assert p == pytest.approx(decided.p.tolist(), rel=1e-6)
+    assert say("compare", tmp_path / "s").code == 0
