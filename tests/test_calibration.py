@@ -15,7 +15,7 @@ from sweeps import write_run
 from lorabench import compare, record
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-COMMANDS = 600
+COMMANDS = 400
 # 5% of commands may err; three standard errors of so few.
 MOST = 0.05 + 3 * (0.05 * 0.95 / COMMANDS) ** 0.5
 

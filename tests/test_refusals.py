@@ -85,7 +85,7 @@ def test_an_export(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["runs"], ["compare", "a", "b"], ["export", "--to"], ["runs", "a", "--nosuch"]]
+    "words", [["runs"], ["compare", "a", "--nosuch"], ["export", "--to"], ["runs", "a", "--nosuch"]]
 )
 def test_words_that_argparse_refuses(words: list[str]) -> None:
     (one,) = refused(*words)

@@ -59,7 +59,7 @@ def test_where_only_seeds_vary_the_p_value_is_that_of_the_paired_t_test() -> Non
 def test_holm_is_statsmodels_and_the_interval_says_what_the_outcome_says() -> None:
     rng = np.random.default_rng(2)
     for count in (1, 2, 13):
-        for _ in range(50):
+        for _ in range(15):
             tables = drawn(rng, (0.05, 0.1, 0.3), count, 5, 30)
             tables = tables + rng.choice([0, 0, 0.2, 0.5], count)[:, None, None]
             found = decide(components(tables))
@@ -81,7 +81,7 @@ def test_holm_of_equal_and_of_certain_p_values() -> None:
 @pytest.mark.parametrize("spreads", GRID)
 @pytest.mark.parametrize("seeds", [3, 5, 8])
 def test_power_is_what_simulation_gives(spreads: tuple, seeds: int) -> None:
-    examples, commands = 50, 4000
+    examples, commands = 50, 1500
     named = dict(zip(("seeds", "examples", "rest"), map(float, spreads), strict=True))
     design = Design(named, seeds, examples, 0.05)
     difference = design.smallest()
@@ -89,15 +89,15 @@ def test_power_is_what_simulation_gives(spreads: tuple, seeds: int) -> None:
     for size in (difference, difference / 2):
         tables = drawn(np.random.default_rng(3), spreads, commands, seeds, examples) + size
         share = float((statistics.test_of(components(tables)).p <= 0.05).mean())
-        # Within the five points that are promised; the simulation errs by 0.6.
-        assert share == pytest.approx(design.power(size), abs=0.03)
+        # Five points are promised; the simulation errs by 1.3 (one standard error).
+        assert share == pytest.approx(design.power(size), abs=0.05)
 
 
 @pytest.mark.parametrize(("seeds", "factor"), [(3, 2.1), (5, 1.6), (8, 1.35)])
 def test_the_upper_limit_of_the_spread_over_seeds_holds_in_80_percent(
     seeds: int, factor: float
 ) -> None:
-    tables = drawn(np.random.default_rng(4), (0.1, 0.1, 0.1), 4000, seeds, 400)
+    tables = drawn(np.random.default_rng(4), (0.1, 0.1, 0.1), 2000, seeds, 200)
     found = components(tables)
     upper = statistics.upper_spreads(found)["seeds"]
     assert float((upper >= 0.1).mean()) == pytest.approx(0.8, abs=0.03)
@@ -123,25 +123,26 @@ def at_80_percent(degrees: int, error: float) -> float:
     limit = stats.t.isf(0.025, degrees)
 
     def missing(size: float) -> float:
-        return stats.nct.sf(limit, degrees, size) + stats.nct.cdf(-limit, degrees, size) - 0.8
+        # The other tail is below 1e-3 of it, and NaN in some versions of scipy.
+        return 0.2 - stats.nct.cdf(limit, degrees, size)
 
-    return error * optimize.brentq(missing, 1, 15)
+    return error * optimize.brentq(missing, 1, 3 + 12 / degrees)
 
 
 @pytest.mark.parametrize("seeds", [3, 5, 8])
 def test_where_only_seeds_vary_no_power_is_lost(seeds: int) -> None:
     size = at_80_percent(seeds - 1, 0.1 / np.sqrt(seeds))
-    tables = drawn(np.random.default_rng(5), (0.1, 0, 1e-9), 3000, seeds, 50) + size
-    assert share_found(tables) >= 0.95 * 0.8 - 0.02  # the simulation errs by 0.7 points
+    tables = drawn(np.random.default_rng(5), (0.1, 0, 1e-9), 2000, seeds, 20) + size
+    assert share_found(tables) >= 0.95 * 0.8 - 0.02  # the simulation errs by 0.9 points
 
 
 @pytest.mark.parametrize(("seeds", "share"), [(3, 0.65), (5, 0.9), (8, 0.95)])
 def test_where_only_examples_vary_most_of_the_power_is_left(seeds: int, share: float) -> None:
     """Against a t over examples, which knows that seeds do not matter."""
-    examples = 256
+    examples = 100
     error = np.sqrt((0.3**2 + 0.3**2 / seeds) / examples)
     size = at_80_percent(examples - 1, error)
-    tables = drawn(np.random.default_rng(6), (0, 0.3, 0.3), 2000, seeds, examples) + size
+    tables = drawn(np.random.default_rng(6), (0, 0.3, 0.3), 1500, seeds, examples) + size
     assert share_found(tables) >= share * 0.8 - 0.02
 
 

@@ -6,9 +6,9 @@ products and sums in the same order, so the same bits.
 
 from __future__ import annotations
 
-import inspect
+import functools
 import sys
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -59,20 +59,32 @@ def rotate(
 def fuse_rotary(tree: nn.Module) -> None:
     """Let every attention that rotates as Llama does call `rotate`."""
     for module in tree.modules():
-        forward = inspect.unwrap(type(module).forward)
-        if (
-            "forward" in vars(module)
-            or forward.__closure__
-            or NAME not in forward.__code__.co_names
-        ):
-            continue
-        if type(module).forward is not forward or not _is_llamas(sys.modules[forward.__module__]):
-            continue
-        # The same code with one name of its module bound to something else; no module is changed.
-        names = forward.__globals__ | {NAME: rotate}
-        own = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__)
-        own.__kwdefaults__ = forward.__kwdefaults__
-        module.forward = MethodType(own, module)
+        kind: Any = type(module)
+        now = getattr(sys.modules[kind.forward.__module__], NAME, None)
+        if now is not None and (own := _rotating(kind, now)) is not None:
+            module.__class__ = own
+
+
+@functools.cache
+def _rotating(kind: Any, now: Any) -> type[nn.Module] | None:
+    """A class of attention that calls `rotate`; None where it does not rotate as Llama does.
+
+    Its forward is the same code with one name of its module bound to something else: neither the
+    class nor its module is changed.
+
+    Args:
+        now: what that name is bound to: somebody else may put a kernel of their own there.
+    """
+    forward: Any = kind.forward
+    if not isinstance(forward, FunctionType) or forward.__closure__:
+        return None
+    module = sys.modules[forward.__module__]
+    if NAME not in forward.__code__.co_names or not _is_llamas(module):
+        return None
+    names = forward.__globals__ | {NAME: rotate}
+    own = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__)
+    own.__kwdefaults__ = forward.__kwdefaults__
+    return type(kind.__name__, (kind,), {"forward": own, "__module__": kind.__module__})
 
 
 def _is_llamas(module: Any) -> bool:
