@@ -196,7 +196,7 @@ class Planner:
 
     def _make(self, config: Config) -> Plan:
         from lorabench.evaluate import DEFINITIONS
-        from lorabench.pack.attention import why_padded
+        from lorabench.pack.probe import why_padded
 
         contents = base_model.identity(config.model) | data.content_hashes(config.data)
         labels: list[str] = []

@@ -1,4 +1,4 @@
-"""Fixtures: composed configs, tiny checkpoints of several architectures, short runs, small files.
+"""Fixtures: composed configs, short runs, small files; tiny checkpoints are in checkpoints.py.
 
 Stock PEFT's side of a comparison is in stock.py and stock_classifier.py.
 """
@@ -15,7 +15,6 @@ import os
 import random
 import shutil
 import signal
-import string
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -32,8 +31,8 @@ if "LORABENCH_TESTS" not in os.environ:  # xdist's workers share the folder of t
     atexit.register(shutil.rmtree, os.environ["LORABENCH_TESTS"])
 
 import pytest
+from checkpoints import classifiers, mixed_lengths, tiny_folder  # noqa: F401
 from processes import Elsewhere
-from tiny import tiny_config
 
 from lorabench import cli, config, interrupt
 
@@ -240,81 +239,6 @@ def float64_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
-# --- checkpoints -----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Makes a checkpoint folder of a tiny random model, with the embedded base's tokenizer."""
-    made: dict[str, Path] = {}
-
-    def make(kind: str) -> Path:
-        if kind not in made:
-            import torch
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-
-            from lorabench import model as base_model
-
-            folder = tmp_path_factory.mktemp("models") / kind
-            tokenizer = AutoTokenizer.from_pretrained(base_model.ZOO / "tiny-gemma")
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(tiny_config(kind, len(tokenizer)))
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            made[kind] = folder
-        return made[kind]
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def classifiers(
-    tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
-    """Checkpoints to classify with: an encoder, as BERT's are saved, and two decoders."""
-    import torch
-    import transformers as t
-
-    place = tmp_path_factory.mktemp("classifiers")
-    characters = string.ascii_lowercase + string.digits
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]
-    words += [f"##{c}" for c in characters]
-    tokenizer = t.BertTokenizer(vocab={word: i for i, word in enumerate(words)})
-    torch.manual_seed(0)
-    makers = {
-        "bert": t.BertForPreTraining,  # the architecture of bert-base-uncased, pooler included
-        "no-pooler": t.BertForMaskedLM,
-        "five": t.BertForSequenceClassification,
-    }
-    found = {}
-    for name, maker in makers.items():
-        shape = tiny_config("bert", len(words))
-        shape.is_decoder = False
-        if name == "five":
-            shape.num_labels = 5
-        found[name] = place / name
-        maker(shape).save_pretrained(found[name])
-        tokenizer.save_pretrained(found[name])
-    return found | {kind: tiny_folder(kind) for kind in ("gemma", "llama")}
-
-
-@pytest.fixture(scope="session")
-def mixed_lengths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides for examples of very different lengths: completions of 1 to 90 tokens."""
-    import random
-
-    draw, rows = random.Random(0), []
-    for i in range(120):
-        prompt = "".join(draw.choices(string.ascii_lowercase, k=draw.choice([1, 4, 20])))
-        length = draw.choice([1, 1, 2, 5, 10, 30, 90])
-        completion = "".join(draw.choices(string.ascii_lowercase, k=length))
-        rows.append(json.dumps({"prompt": f"{i}{prompt}", "completion": completion}) + "\n")
-    path = tmp_path_factory.mktemp("lengths") / "mixed.jsonl"
-    path.write_text("".join(rows))
-    # Without EOS a completion of one letter is a single token.
-    return ["data=jsonl", f"data.train.path={path}", "data.add_eos=false", "data.max_length=128"]
-
-
 # --- short runs ------------------------------------------------------------------------------
 
 SMOKE = [
@@ -342,7 +266,10 @@ SHORT_RUN = [
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable) -> Callable[..., Path]:
+def trained(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_folder: Callable,  # noqa: F811
+) -> Callable[..., Path]:
     """The folder of a short run on a tiny base, made once."""
     made: dict[tuple[str, ...], Path] = {}
     outputs = tmp_path_factory.mktemp("outputs")

@@ -11,7 +11,7 @@ import transformers
 from tiny import SMALL
 
 from lorabench import adapters
-from lorabench.pack import attention, head
+from lorabench.pack import head, probe
 from lorabench.pack.batch import Batch, Laid
 from lorabench.pack.rows import Spans
 
@@ -48,7 +48,7 @@ def examples() -> tuple[np.ndarray, np.ndarray]:
 
 def layouts(model: Any) -> list[bool]:
     """Padded, and end to end where the model takes it so."""
-    return [False, True] if attention.why_padded(model) is None else [False]
+    return [False, True] if probe.why_padded(model) is None else [False]
 
 
 def row_head(model: Any) -> head.RowHead:

@@ -5,7 +5,9 @@ stacked   several runs, their adapters stacked
 places    what PEFT trains of one run, and why some runs train alone
 storage   the dense blocks those tensors lie in
 rows      whose row is whose, and which of them anybody reads
-attention examples that lie end to end, one by one or in buckets of similar lengths
+attention what a model calls where examples lie end to end
+ways      how attention goes through them: one by one, or in buckets of similar lengths
+probe     which models compute the same so
 repeat    where a batch that runs share is computed once for all
 layers    the layers that serve all runs at once
 norms     frozen norms with a backward written by hand

@@ -61,7 +61,7 @@ class Laid:
     """A batch as a model takes it: examples end to end, or padded to the longest of all slabs.
 
     Args:
-        end_to_end: whether the model takes it so; see `attention.suits`.
+        end_to_end: whether the model takes it so; see `probe.suits`.
         spread: where a slab is repeated for each of its runs: at the "input", "inside" the model
             or at the "head".
     """

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lorabench import tasks
 from lorabench.adapters import Clock
-from lorabench.pack.attention import inputs
 from lorabench.pack.batch import Laid
 from lorabench.pack.head import Result, cross_entropy
+from lorabench.pack.probe import inputs
 from lorabench.pack.rows import Spans, pick
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorabench.adapters import Clock
-from lorabench.pack.attention import body_of, inputs
 from lorabench.pack.batch import Laid
+from lorabench.pack.probe import body_of, inputs
 from lorabench.pack.rows import Rows, Spans, choose_rows, pick
 
 CHUNK_BYTES = 1 << 28  # of float32 logits that exist at a time

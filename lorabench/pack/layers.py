@@ -4,7 +4,7 @@ Inputs hold the rows of all runs end to end, run by run; `Spans` says how many a
 
 Letters: R runs in the pack, M of them that train something here (members), P rows of all runs,
 N rows of one run, D inputs, O outputs, K rank: stored up to the largest of the members, computed to
-each run's own.
+each run's own or, on a GPU, to the largest.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from lorabench import adapters
 from lorabench.config import Config
-from lorabench.pack import attention
+from lorabench.pack import probe
 from lorabench.pack.batch import Batch, Laid
 from lorabench.pack.classes import ClassHead
 from lorabench.pack.head import RowHead
@@ -106,7 +106,7 @@ class ModulePack:
         return pack
 
     def _lay_out(self, base: PreTrainedModel) -> None:
-        self.end_to_end = attention.suits(base)
+        self.end_to_end = probe.suits(base)
         self.head = make_head(self.tree, [self.clock], self.configs[0], Spans(1))
 
     def _lay(self, batch: Batch) -> Laid:

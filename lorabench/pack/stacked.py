@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from lorabench import adapters
 from lorabench import model as base_model
 from lorabench.config import Config
-from lorabench.pack import attention
+from lorabench.pack import probe
 from lorabench.pack.batch import Batch, Laid
 from lorabench.pack.layers import PackedBias, PackedHead, PackedLinear, PackedNorm
 from lorabench.pack.norms import fuse_norms
@@ -38,6 +38,7 @@ from lorabench.pack.solo import (
     without_generation_config,
 )
 from lorabench.pack.storage import Members, Stacked
+from lorabench.pack.ways import few_calls
 
 
 class StackedPack:
@@ -76,7 +77,7 @@ class StackedPack:
         self.tree = cast(Any, base_model.share(base))
         self.dtype = torch.float64 if configs[0].trainer.dtype == "float64" else torch.float32
         self.anchor = torch.zeros((), device=device, requires_grad=True)
-        self.end_to_end = attention.suits(base)
+        self.end_to_end = probe.suits(base)
         self.spans = Spans(len(configs))
         self._allocate()
         self._fill(base)
@@ -168,7 +169,7 @@ class StackedPack:
                     dtype=self.dtype, device=self.device,
                 )  # fmt: skip
                 ranks = tuple(layer.r[adapters.ADAPTER] for layer in mine)
-                if not self.device.startswith("cpu"):  # a call costs more than columns of zeros
+                if few_calls(self.device):  # columns of zeros cost less than calls
                     ranks = (max(ranks),) * len(ranks)
                 dropouts = [
                     adapters.KeyedDropout(dropout.p, self.clocks[run], module)
