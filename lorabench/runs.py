@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 from lorabench.config import ConfigErrors, and_more, nearest
@@ -23,7 +24,7 @@ def folder_of(word: str | Path, must_exist: bool = True) -> Path:
     if path.exists():
         return path
     place = str(word).rpartition("/")[0]
-    pattern = f"{path.name}*/record.json"
+    pattern = f"{glob.escape(path.name)}*/record.json"
     found = Path(place).glob(pattern) if place else OUTPUTS.glob(f"*/{pattern}")
     runs = sorted(one.parent for one in found)
     if len(runs) == 1:

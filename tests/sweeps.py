@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,17 @@ def write_run(
     values: Mapping[str, np.ndarray],
     examples: list[str] | None = None,
     config: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    ended: str = "2026-11-25T12:00:00Z",
 ) -> Path:
     """Write a finished run with these scores of its test examples, by metric; return its folder."""
-    run = folder / f"{head}-{r}-{seed}"
+    run = folder / (name or f"{head}-{r}-{seed}")
     (run / "evaluations").mkdir(parents=True)
     count = len(next(iter(values.values())))
     examples = examples or [f"e{i}" for i in range(count)]
     columns = {"split": ["test"] * count, "example": examples, **values}
-    parquet.write_table(pa.table(columns), run / "evaluations" / f"{EVALUATION}.parquet")
+    place = run / "evaluations" / f"{EVALUATION}.parquet"
+    parquet.write_table(pa.table(columns), place)
     metrics = {
         name: Metric(value=float(np.mean(v)), num_examples=count, definition=f"{name}/1")
         for name, v in values.items()
@@ -41,7 +45,7 @@ def write_run(
         settings={},
         splits={"test": Scores(examples="the examples", tokens="", metrics=metrics)},
         predictions=f"evaluations/{EVALUATION}.parquet",
-        predictions_sha256="",
+        predictions_sha256=hashlib.sha256(place.read_bytes()).hexdigest(),
         batch_size=32,
         ended="2026-11-25T12:00:00Z",
     )
@@ -64,6 +68,7 @@ def write_run(
         evaluations=[evaluation],
         cost=Cost(train_seconds=1.0, total_seconds=2.0, tokens_per_second=3.0),
         steps_done=4,
+        ended=ended,
     ).write(run)
     return run
 

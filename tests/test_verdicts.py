@@ -189,6 +189,33 @@ def test_runs_that_cannot_be_compared_are_named_with_what_helps(tmp_path: Path) 
     assert len(at_16["seeds"]) == 2
 
 
+def test_edited_and_damaged_predictions_are_not_compared(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    write_sweep(folder, {("exclude", 16): 2.0, ("lora", 16): 1.0}, seeds=4)
+    path = folder / "lora-16-1" / "evaluations" / "0123456789ab.parquet"
+    rows = pd.read_parquet(path)
+    rows["nll"] -= 5
+    rows.to_parquet(path)
+    (folder / "lora-16-2" / "evaluations" / "0123456789ab.parquet").write_bytes(b"PAR1")
+    found = said_json(folder)
+    (one,) = found["verdicts"]
+    assert len(one["seeds"]) == 2 and one["gain"] == pytest.approx(1, abs=0.3)
+    (line,) = found["not_compared"]
+    assert "are not those that were recorded; `lorabench evaluate" in line
+    assert "lora-16-1" in line and "lora-16-2" in line
+
+
+def test_of_two_runs_of_one_setting_and_seed_the_newer_counts(tmp_path: Path) -> None:
+    folder, values = tmp_path / "s", np.arange(30.0)
+    for seed in range(3):
+        write_run(folder, "exclude", 16, seed, {"nll": values + 1})
+        write_run(folder, "lora", 16, seed, {"nll": values}, ended="2026-11-26T12:00:00Z")
+    write_run(folder, "lora", 16, 0, {"nll": values + 9}, name="older")
+    found = said_json(folder)
+    assert found["not_compared"] == ["there is a newer run of its setting and seeds: older"]
+    assert found["verdicts"][0]["gain"] == pytest.approx(1) and found["num_compared"] == 6
+
+
 def test_settings_without_a_common_seed_or_example(tmp_path: Path) -> None:
     values = np.arange(20.0)
     for head, seeds in (("exclude", (0, 1)), ("lora", (2, 3))):

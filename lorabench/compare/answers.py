@@ -110,6 +110,7 @@ def verdicts(
     by_seed: list[dict[Any, Scores]] = []
     for members in groups.values():
         mine: dict[Any, Scores] = {}
+        trained: dict[Any, str] = {}  # ids of the runs in `mine`
         for i in sorted(members, key=lambda i: records[i].ended or ""):
             found = _scores(reader, finished[i][0], evaluations[i])
             if isinstance(found, str):
@@ -117,8 +118,8 @@ def verdicts(
                 continue
             seeds = tuple(sorted(records[i].seeds.items()))
             if seeds in mine:
-                left_out.add("trained again with the same setting and seeds", records[i].run_id)
-            mine[seeds] = found
+                left_out.add("there is a newer run of its setting and seeds", trained[seeds])
+            mine[seeds], trained[seeds] = found, records[i].run_id
         by_seed.append(mine)
     judged = judge(questions, by_seed, metric, metric in HIGHER_IS_BETTER, margin)
     return Answers(metric, judged, factors, sum(map(len, by_seed)), left_out.lines())
@@ -133,7 +134,7 @@ def _scores(reader: Reader, folder: Path, evaluation: Evaluation | None) -> Scor
     if isinstance(found, str):
         return f"{found}; {again}"
     if not np.isfinite(found.values).any():
-        return f"no finite {reader.metric}"
+        return f"no finite {reader.metric}; `lorabench runs {folder.parent}` shows its status"
     return found
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from lorabench.compare.tables import order, short_keys
 from lorabench.config import ConfigErrors
 
 MOST_LEVELS = 6  # of a factor that are compared two by two; more are compared with one
@@ -33,7 +34,7 @@ class Question:
 
     factor: str
     levels: tuple[str, str]
-    at: dict[str, str] = field(compare=False)  # levels of other factors; averaged over: absent
+    at: dict[str, str]  # levels of other factors; averaged over: absent
     averaged: tuple[str, ...]  # factors
     pairs: tuple[tuple[int, int], ...]  # settings: one pair, or all that are averaged
 
@@ -62,14 +63,14 @@ def factors_of(settings: Sequence[dict[str, Any]]) -> list[Factor]:
         values = {repr(one.get(key)): one.get(key) for one in settings}
         if len(values) < 2:
             continue
-        ordered = sorted(values.values(), key=_order)
+        ordered = sorted(values.values(), key=order)
         places = {repr(value): place for place, value in enumerate(ordered)}
         pattern = [places[repr(one.get(key))] for one in settings]
         canonical = tuple(pattern.index(place) for place in pattern)
         groups.setdefault(canonical, []).append(key)
         values_of.setdefault(canonical, {})[key] = ordered
     found = []
-    names = _names([_telling(keys) for keys in groups.values()])
+    names = short_keys([_telling(keys) for keys in groups.values()])
     for name, (canonical, together) in zip(names, groups.items(), strict=True):
         key = _telling(together)
         ordered = values_of[canonical][key]
@@ -88,20 +89,6 @@ def factors_of(settings: Sequence[dict[str, Any]]) -> list[Factor]:
 def _telling(keys: list[str]) -> str:
     """The key people know a group by: a label, or the first."""
     return next((key for key in keys if key.endswith((".name", ".policy"))), keys[0])
-
-
-def _names(keys: list[str]) -> list[str]:
-    """The last part of each dotted key, or all of it where two end alike; a label's group."""
-    short = [key.removesuffix(".name").removesuffix(".policy") for key in keys]
-    last = [key.rpartition(".")[2] for key in short]
-    return [key if last.count(end) > 1 else end for key, end in zip(short, last, strict=True)]
-
-
-def _order(value: Any) -> tuple[int, float, str]:
-    """Numbers by size, then everything else by its text."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return (0, float(value), "")
-    return (1, 0.0, str(value))
 
 
 def _text(value: Any) -> str:

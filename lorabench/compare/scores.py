@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lorabench.hashes import file_hash
 from lorabench.record import Evaluation
 
 
@@ -39,15 +40,18 @@ class Reader:
         from pyarrow import compute, parquet
 
         path = folder / evaluation.predictions
+        recorded = evaluation.predictions_sha256
         column = "nll" if self.metric == "nll_per_token" else self.metric
         try:
+            if recorded and file_hash(path) != recorded:
+                return "its predictions are not those that were recorded"
+            if column not in parquet.read_schema(path).names:
+                return f"its predictions hold no {self.metric}"
             table = parquet.read_table(path, columns=["split", "example", column])
         except FileNotFoundError:
             return "its predictions are gone"
         except (OSError, pa.ArrowException):
-            return f"its predictions hold no {self.metric}"
-        if column not in table.column_names:
-            return f"its predictions hold no {self.metric}"
+            return "its predictions cannot be read"
         table = table.filter(compute.equal(table["split"], self.split))
         ids = table["example"].combine_chunks()
         values = table[column].cast(pa.float64()).to_numpy()

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from lorabench.compare.judging import Verdict
-
-
-def sentences(verdicts: Sequence[Verdict]) -> list[str]:
-    """One sentence per question, in order."""
-    return [sentence(one) for one in verdicts]
 
 
 def sentence(one: Verdict) -> str:
@@ -60,7 +54,7 @@ def _settling(one: Verdict) -> str:
 
 
 def numbers(*values: float) -> tuple[str, ...]:
-    """Numbers with as many decimals as tell the smallest of their gaps apart, two digits of it."""
+    """Numbers with one more decimal than the first that tells the largest from the smallest."""
     finite = [abs(value) for value in values if math.isfinite(value)]
     if len(values) > 1 and len(finite) == len(values):
         scale = max(values) - min(values)

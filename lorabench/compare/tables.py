@@ -196,7 +196,7 @@ def table(records: list[Record]) -> dict[str, Any]:
                 "runs": [records[i].run_id for i in members],
             }
         )
-    rows.sort(key=lambda row: [_order(row["setting"][key]) for key in varied])
+    rows.sort(key=lambda row: [order(row["setting"][key]) for key in varied])
     left_out: dict[str, list[str]] = {}
     for one in records:
         if one.status != "finished":
@@ -262,8 +262,16 @@ def _spreads(members: list[dict[str, dict[str, float | None]]]) -> dict[str, dic
     return found
 
 
-def _order(value: Any) -> tuple[int, float, str]:
+def order(value: Any) -> tuple[int, float, str]:
     """Numbers by size, then everything else by its text."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return (0, float(value), "")
     return (1, 0.0, str(value))
+
+
+def short_keys(keys: list[str]) -> list[str]:
+    """The last part of each dotted key, or all of it where two end alike; a label's group."""
+    keys = [key.removesuffix(".name") for key in keys]
+    last = [key.rpartition(".")[2] for key in keys]
+    names = [key if last.count(short) > 1 else short for key, short in zip(keys, last, strict=True)]
+    return ["head" if name == "policy" else name for name in names]

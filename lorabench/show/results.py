@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorabench.compare import HIGHER_IS_BETTER
+from lorabench.compare.tables import short_keys
 from lorabench.show.text import console, dump, quantity, setting, size, whole, with_spread
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def runs(found: Sequence[Checked], as_json: bool) -> None:
     own = [s for s in entries[0].seeds if any(r.seeds[s] != r.config["seed"] for r in entries)]
     for name in (
         "run",
-        *_short_keys(_columns(table)),
+        *short_keys(_columns(table)),
         "seed",
         *(f"seeds.{stream}" for stream in own),
         "status",
@@ -98,14 +99,6 @@ def _columns(table: dict[str, Any]) -> list[str]:
         if (label := labels.get(key.partition(".")[0])) in (None, key)
         or not is_told_by(str(label), key)
     ]
-
-
-def _short_keys(keys: list[str]) -> list[str]:
-    """The last part of each dotted key, or all of it where two end alike; a label's group."""
-    keys = [key.removesuffix(".name") for key in keys]
-    last = [key.rpartition(".")[2] for key in keys]
-    names = [key if last.count(short) > 1 else short for key, short in zip(keys, last, strict=True)]
-    return ["head" if name == "policy" else name for name in names]
 
 
 def _verdicts(answers: Answers) -> None:
@@ -149,7 +142,9 @@ def comparison(
         _verdicts(answers)
     out = console()
     if not rows:
-        out.print(f"{folder}: no run has finished; lorabench runs {folder} shows their status")
+        commands = " and ".join(f"lorabench runs {shlex.quote(str(one))}" for one in folders)
+        show = "shows" if len(folders) == 1 else "show"
+        out.print(f"{folder}: no run has finished; {commands} {show} their status")
         return
     metrics = list(
         dict.fromkeys((s, n) for row in rows for s in ("test",) for n in row["metrics"].get(s, {}))
@@ -158,7 +153,7 @@ def comparison(
     title = f"{folder}: {settings}, mean ± standard deviation over seeds"
     shown = Table(title=title, title_justify="left")
     columns = _columns(table)
-    for name in _short_keys(columns):
+    for name in short_keys(columns):
         shown.add_column(name)
     for split, name in metrics:
         arrow = "↑" if name in HIGHER_IS_BETTER else "↓"
@@ -203,11 +198,12 @@ def comparison(
         out.print(
             f"stack other: {text}; such rows differ by more than their setting", style="yellow"
         )
+    evaluations = " and ".join(f"`lorabench evaluate {shlex.quote(str(f))}`" for f in folders)
     for split, found in table["evaluations"].items():
         if not found["shared"]:
             out.print(
                 f"{split}: the runs were scored in different ways or on different examples, so "
-                f"their values are not comparable; `lorabench evaluate {folder}` scores all alike",
+                f"their values are not comparable; {evaluations} scores all alike",
                 style="yellow",
                 soft_wrap=True,
             )
