@@ -1,6 +1,6 @@
 """How often a verdict is false: whole `compare` commands on simulated scores.
 
-    python benchmarks/calibration.py                 every cell, 2,000 commands each: about an hour
+    python benchmarks/calibration.py                 every cell, 2,000 commands each: two minutes
     python benchmarks/calibration.py --commands 200  a first look
 
 A command compares two heads at three ranks: 13 questions. A cell says how scores come about: how
