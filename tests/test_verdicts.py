@@ -9,14 +9,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import anova
 import numpy as np
 import pandas as pd
 import pytest
-import statsmodels.api as sm
 from conftest import say
 from scipy import stats
-from statsmodels.formula.api import ols
-from statsmodels.stats.multitest import multipletests
 from sweeps import write_run, write_sweep
 
 from lorabench import compare, record
@@ -35,17 +33,12 @@ def said_json(*words: Any) -> dict[str, Any]:
 
 def by_hand(gains: np.ndarray, level: float) -> tuple[float, float, float]:
     """Mean, p-value and half of the interval of a table of gains, (S, N), from statsmodels' own."""
-    seeds, examples = gains.shape
-    long = pd.DataFrame(
-        [(s, e, gains[s, e]) for s in range(seeds) for e in range(examples)],
-        columns=["seed", "example", "d"],
-    )
-    found = sm.stats.anova_lm(ols("d ~ C(seed) + C(example)", long).fit(), typ=1)
-    squares = (found["sum_sq"] / found["df"]).tolist()
+    seeds = len(gains)
+    squares, degrees = anova.mean_squares(gains)
     of_seeds, of_examples, rest = squares
     total = of_seeds + of_examples - rest
     two_way = np.sqrt(max(total, of_seeds, of_examples) / gains.size)
-    df = total**2 / sum(ms**2 / n for ms, n in zip(squares, found["df"], strict=True))
+    df = total**2 / sum(ms**2 / n for ms, n in zip(squares, degrees, strict=True))
     df, mean = max(1.0, df), float(gains.mean())
     over_seeds = stats.ttest_1samp(gains.mean(1), 0)
     p = max(2 * stats.t.sf(abs(mean) / two_way, df), over_seeds.pvalue)
@@ -89,7 +82,7 @@ def test_every_number_is_an_independent_computation_on_the_predictions(tmp_path:
         ends = [mean - plain, mean + plain]
         assert [one["plain_low"], one["plain_high"]] == pytest.approx(ends, rel=1e-6)
         p_values.append(one["p"])
-    rejected, adjusted, *_ = multipletests(p_values, 0.05, method="holm")
+    rejected, adjusted = anova.holm(p_values)
     assert [one["outcome"] == "found" for one in found] == rejected.tolist()
     assert [one["p_adjusted"] for one in found] == pytest.approx(adjusted.tolist(), rel=1e-9)
     assert all((one["outcome"] == "found") == (one["low"] > 0) for one in found)
