@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from lorabench.compare import statistics
-from lorabench.compare.statistics import Components, Design, components, decide, holm
+from lorabench.compare import power, statistics
+from lorabench.compare.power import Design
+from lorabench.compare.statistics import Components, components, decide, holm
 
 # Standard deviations of a difference over seeds, over examples and of the rest.
 GRID = [(0, 0.3, 0.3), (0.02, 0.3, 0.3), (0.05, 0.1, 0.3), (0.1, 0.1, 0.1), (0.1, 0, 0.1)]
@@ -44,7 +45,7 @@ def test_where_only_seeds_vary_the_p_value_is_that_of_the_paired_t_test() -> Non
         expected = stats.ttest_1samp(by_seed, 0)
         assert found.p[0] == pytest.approx(expected.pvalue, rel=1e-6)
         interval = expected.confidence_interval(0.95)
-        ends = [found.mean[0] - found.half[0], found.mean[0] + found.half[0]]
+        ends = [found.low[0], found.high[0]]
         assert ends == pytest.approx([interval.low, interval.high], rel=1e-6)
 
 
@@ -58,9 +59,9 @@ def test_holm_is_statsmodels_and_the_interval_says_what_the_outcome_says() -> No
             rejected, adjusted = anova.holm(found.p)
             assert (found.found == rejected).all()
             assert found.adjusted == pytest.approx(adjusted, rel=1e-12)
-            without_zero = np.abs(found.mean) > found.half
+            without_zero = (found.low > 0) | (found.high < 0)
             assert (found.found == without_zero).all()
-            assert (found.half >= found.half_alone * (1 - 1e-12)).all()
+            assert (found.low <= found.alone[0] + 1e-12).all()
 
 
 def test_holm_of_equal_and_of_certain_p_values() -> None:
@@ -91,7 +92,7 @@ def test_the_upper_limit_of_the_spread_over_seeds_holds_in_80_percent(
 ) -> None:
     tables = drawn(np.random.default_rng(4), (0.1, 0.1, 0.1), 2000, seeds, 200)
     found = components(tables)
-    upper = statistics.upper_spreads(found)["seeds"]
+    upper = power.upper_spreads(found)["seeds"]
     assert float((upper >= 0.1).mean()) == pytest.approx(0.8, abs=0.03)
     ratio = upper / np.maximum(found.spreads["seeds"], 1e-9)
     assert float(np.median(ratio)) == pytest.approx(factor, rel=0.05)
@@ -99,9 +100,9 @@ def test_the_upper_limit_of_the_spread_over_seeds_holds_in_80_percent(
 
 def test_tables_without_any_spread() -> None:
     nothing = decide(components(np.zeros((1, 3, 10))))
-    assert nothing.p[0] == 1 and not nothing.found[0] and nothing.half[0] == 0
+    assert nothing.p[0] == 1 and not nothing.found[0] and nothing.low[0] == nothing.high[0] == 0
     same = decide(components(np.ones((1, 3, 10))))
-    assert same.p[0] == 0 and same.found[0] and same.half[0] == 0
+    assert same.p[0] == 0 and same.found[0] and same.low[0] == same.high[0] == 1
     with pytest.raises(ValueError, match="at least 2 examples"):
         components(np.zeros((3, 1)))
 

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lorabench.compare import statistics
 from lorabench.compare.judging import Verdict, judge
-from lorabench.compare.questions import Factor, factors_of, questions_of
-from lorabench.compare.scores import Reader, Scores
+from lorabench.compare.looks import Look, at_looks
+from lorabench.compare.questions import Factor, factors_of, find, questions_of
+from lorabench.compare.ranks import rank_intervals
+from lorabench.compare.scored import CHOOSER, Scored, metric_of, scored
+from lorabench.compare.selection import Chosen, Selection
+from lorabench.compare.selection import select as choose
 from lorabench.compare.sentences import sentence
-from lorabench.compare.tables import HIGHER_IS_BETTER, choose_evaluations, settings_of
+from lorabench.compare.tables import HIGHER_IS_BETTER, settings_of
 from lorabench.config import ConfigErrors
-from lorabench.record import Evaluation, Record
+from lorabench.record import Record
 
 if TYPE_CHECKING:
     import pandas
-
-SPLIT = "test"  # that judges
-FIRST = ("nll", "exact_match", "accuracy", "answer")  # metrics, in the order they are asked for
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,20 @@ class Answers:
     Args:
         metric: that the verdicts are on; None: no run was scored on the test split.
         verdicts: of every question, in order.
-        factors: what varies, seeds aside.
+        factors: what varies, seeds aside, and was not chosen on validation.
+        chosen: values of `select`, by the levels of the other factors.
+        ranks: best and worst rank that a run's setting may have, by run id.
         num_runs: that were compared.
         left_out: runs that were not, and what would bring them in, one text a reason.
     """
 
     metric: str | None
-    verdicts: list[Verdict]
-    factors: list[Factor]
-    num_runs: int
-    left_out: list[str]
+    verdicts: list[Verdict] = field(default_factory=list)
+    factors: list[Factor] = field(default_factory=list)
+    chosen: list[Chosen] = field(default_factory=list)
+    ranks: dict[str, tuple[int, int]] = field(default_factory=dict)
+    num_runs: int = 0
+    left_out: list[str] = field(default_factory=list)
 
     def sentences(self) -> list[str]:
         """One sentence a question."""
@@ -72,6 +78,9 @@ def verdicts(
     vary: Sequence[str] = (),
     baseline: dict[str, str] | None = None,
     margin: float | None = None,
+    select: str | None = None,
+    looks: Sequence[Look] = (),
+    planned_looks: int = 0,
 ) -> Answers:
     """Compare the settings of a sweep on the test split, by seed and by example.
 
@@ -81,71 +90,77 @@ def verdicts(
         vary: factors to ask about; none: all.
         baseline: of a factor, the level that all others are compared with.
         margin: a difference that does not matter, in the metric's unit.
+        select: a factor whose value is chosen on validation instead of compared, such as
+            trainer.lr.
+        looks: those that were taken of a sweep that was given seeds until it was settled.
+        planned_looks: how many there are in all.
     Raises:
-        ConfigErrors: no such metric, factor or level.
+        ConfigErrors: no such metric, factor or level; nothing to select by.
     """
     finished = [(path, one) for path, one in runs if one.status == "finished"]
     records = [one for _, one in finished]
-    chosen = choose_evaluations(records).get(SPLIT)
-    evaluations: list[Evaluation | None] = chosen["of_runs"] if chosen else [None] * len(records)
-    there = {name for one in evaluations if one is not None for name in one.splits[SPLIT].metrics}
-    if metric is not None and metric not in there:
-        raise ConfigErrors(
-            f"--metric: must be one that the runs were scored with on the {SPLIT} split "
-            f"({', '.join(sorted(there)) or 'none'}); got '{metric}'; "
-            f"`lorabench evaluate DIR 'data.metric=[{metric}]'` scores saved adapters"
-        )
-    if metric is None:
-        ordered = [name for name in FIRST if name in there] + sorted(there - set(FIRST))
-        metric = ordered[0] if ordered else None
-    settings = settings_of(records)
-    groups: dict[str, list[int]] = {}
-    for i, one in enumerate(settings):
-        groups.setdefault(repr(sorted(one.items())), []).append(i)
-    factors = factors_of([settings[members[0]] for members in groups.values()])
+    metric = metric_of(records, metric)
+    found = None if metric is None else scored(finished, metric)
+    settings = found.settings if found else settings_of(records)
+    factors = factors_of(settings)
+    selecting = None
+    if select is not None:
+        selecting = _Selecting(find(select, factors, "--select"), factors)
+        settings = selecting.settings(settings)
+        factors = factors_of(settings)
     questions = questions_of(factors, vary, baseline)
-    if metric is None:
-        return Answers(None, [], factors, 0, [])
-    reader, left_out = Reader(SPLIT, metric), _LeftOut()
-    by_seed: list[dict[Any, Scores]] = []
-    for members in groups.values():
-        mine: dict[Any, Scores] = {}
-        trained: dict[Any, str] = {}  # ids of the runs in `mine`
-        for i in sorted(members, key=lambda i: records[i].ended or ""):
-            found = _scores(reader, finished[i][0], evaluations[i])
-            if isinstance(found, str):
-                left_out.add(found, records[i].run_id)
-                continue
-            seeds = tuple(sorted(records[i].seeds.items()))
-            if seeds in mine:
-                left_out.add("there is a newer run of its setting and seeds", trained[seeds])
-            mine[seeds], trained[seeds] = found, records[i].run_id
-        by_seed.append(mine)
-    judged = judge(questions, by_seed, metric, metric in HIGHER_IS_BETTER, margin)
-    return Answers(metric, judged, factors, sum(map(len, by_seed)), left_out.lines())
+    if found is None:
+        return Answers(None, factors=factors)
+    higher = found.metric in HIGHER_IS_BETTER
+    chosen: list[Chosen] = []
+
+    def judged(look: Look | None, places: list[int]) -> list[Verdict]:
+        test = found.test if look is None else found.of_seeds(look.seeds)
+        flatteries = None
+        if selecting is not None:
+            selection = selecting.choose(found, test, higher)
+            test, flatteries = selection.runs, np.array(selection.flatteries)
+            chosen[:] = [one for one in selection.chosen if one is not None]
+        level = statistics.LEVEL if look is None else look.level
+        asked = [questions[i] for i in places]
+        return judge(asked, test, found.metric, higher, margin, level, flatteries)
+
+    every = list(range(len(questions)))
+    judgements = at_looks(looks, planned_looks, every, judged) if looks else judged(None, every)
+    ranked = rank_intervals(found.test, higher, looks[-1].level if looks else statistics.LEVEL)
+    ranks = {
+        run: rank
+        for ids, rank in zip(found.members, ranked, strict=True)
+        if rank is not None
+        for run in ids
+    }
+    num_runs = sum(map(len, found.test))
+    return Answers(found.metric, judgements, factors, chosen, ranks, num_runs, found.left_out)
 
 
-def _scores(reader: Reader, folder: Path, evaluation: Evaluation | None) -> Scores | str:
-    """A run's scores, or why there are none, and the command that helps."""
-    again = f"`lorabench evaluate {folder.parent}` scores its adapter again"
-    if evaluation is None:
-        return f"no scores of the {SPLIT} split; {again}"
-    found = reader.read(folder, evaluation)
-    if isinstance(found, str):
-        return f"{found}; {again}"
-    if not np.isfinite(found.values).any():
-        return f"no finite {reader.metric}; `lorabench runs {folder.parent}` shows its status"
-    return found
+@dataclass(frozen=True)
+class _Selecting:
+    """A factor that is chosen on validation."""
 
+    factor: Factor
+    factors: Sequence[Factor]
 
-class _LeftOut:
-    """Runs that are not compared, by reason."""
+    def settings(self, settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The settings that are left when it is chosen."""
+        return choose(self.factor, self.factors, settings).settings
 
-    def __init__(self) -> None:
-        self._runs: dict[str, list[str]] = {}
+    def choose(self, found: Scored, test: list[Any], higher_is_better: bool) -> Selection:
+        """Choose it by the validation scores of these runs.
 
-    def add(self, reason: str, run_id: str) -> None:
-        self._runs.setdefault(reason, []).append(run_id)
-
-    def lines(self) -> list[str]:
-        return [f"{reason}: {', '.join(ids)}" for reason, ids in self._runs.items()]
+        Raises:
+            ConfigErrors: there are none.
+        """
+        values = [one for by_seed in found.validation for one in by_seed.values()]
+        if not np.isfinite(values).any():
+            raise ConfigErrors(
+                f"--select: must have {found.metric} of the {CHOOSER} split to choose by; the runs "
+                f"have none; `lorabench evaluate DIR` scores it, or choose another --metric"
+            )
+        return choose(
+            self.factor, self.factors, found.settings, test, found.validation, higher_is_better
+        )

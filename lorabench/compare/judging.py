@@ -9,12 +9,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lorabench.compare import statistics
+from lorabench.compare import power, statistics
 from lorabench.compare.questions import Question
 from lorabench.compare.scores import Scores, aligned
 
 Outcome = Literal["found", "no worse", "not settled", "no verdict"]
-MOST_SEEDS = 64  # that are asked for to settle a question
 
 
 @dataclass
@@ -46,6 +45,9 @@ class Verdict:
     settles: float | None = None
     no_worse: list[str] = field(default_factory=list)  # levels no worse than the other by `margin`
     margin: float | None = None
+    flattery: float = 0.0  # what `better` may owe to a choice on the same seeds; in low and high
+    look: int | None = None  # of planned looks: the one that the verdict is of
+    looks: int | None = None  # how many are planned
     why: str = ""  # of `no verdict`
 
 
@@ -79,12 +81,16 @@ def judge(
     metric: str,
     higher_is_better: bool,
     margin: float | None = None,
+    level: float = statistics.LEVEL,
+    flatteries: NDArray[np.float64] | None = None,
 ) -> list[Verdict]:
-    """Answer all questions of a command on one metric: at most 5% of commands err in any of them.
+    """Answer all questions of a command on one metric.
 
     Args:
         runs: scores of every setting, by seed.
         margin: a difference that does not matter, in the metric's unit.
+        level: share of commands that may err in any of their questions.
+        flatteries: of every setting, what it may owe to a choice on the same seeds.
     """
     found = [differences(question, runs, higher_is_better) for question in questions]
     tables = {
@@ -94,9 +100,11 @@ def judge(
     }
     decided: dict[int, tuple[int, statistics.Decisions]] = {}
     if tables:
-        decisions = statistics.decide(statistics.Components.stacked([*tables.values()]))
+        flattery = np.array([_flattery(questions[i], flatteries) for i in tables])
+        stacked = statistics.Components.stacked([*tables.values()])
+        decisions = statistics.decide(stacked, level, flattery)
         decided = {i: (place, decisions) for place, i in enumerate(tables)}
-    first_level = statistics.LEVEL / max(1, len(tables))
+    first_level = level / max(1, len(tables))
     verdicts = []
     for i, (question, one) in enumerate(zip(questions, found, strict=True)):
         if isinstance(one, str):
@@ -105,9 +113,19 @@ def judge(
             verdicts.append(_of_one_seed(question, metric, *one))
         else:
             verdict = _decided(question, metric, one[0], tables[i], *decided[i], margin)
+            verdict.flattery = _flattery(question, flatteries)
+            if verdict.better != question.levels[0]:
+                verdict.flattery = -verdict.flattery
             _reckon(verdict, tables[i], first_level)
             verdicts.append(verdict)
     return verdicts
+
+
+def _flattery(question: Question, flatteries: NDArray[np.float64] | None) -> float:
+    """By how much the gain of a question's first level may be too high."""
+    if flatteries is None:
+        return 0.0
+    return float(np.mean([flatteries[a] - flatteries[b] for a, b in question.pairs]))
 
 
 def _of_one_seed(
@@ -138,15 +156,16 @@ def _decided(
     margin: float | None,
 ) -> Verdict:
     """The answer, seen from the level with the better mean."""
-    names = ("mean", "p", "adjusted", "level", "half", "half_alone")
-    gain, p, adjusted, level, half, alone = (
-        float(getattr(decisions, name)[place]) for name in names
+    gain, p, adjusted, level = (
+        float(getattr(decisions, name)[place]) for name in ("mean", "p", "adjusted", "level")
     )
+    ends = np.array([(decisions.low[place], decisions.high[place]),
+                     (decisions.alone[0][place], decisions.alone[1][place])])  # fmt: skip
     better, worse = question.levels if gain >= 0 else question.levels[::-1]
-    size = abs(gain)
+    (low, high), (plain_low, plain_high) = (ends if gain >= 0 else -ends[:, ::-1]).tolist()
     verdict = Verdict(
         question, metric, better, worse, "found" if decisions.found[place] else "not settled",
-        seeds, int(table.num_examples), size, size - half, size + half, size - alone, size + alone,
+        seeds, int(table.num_examples), abs(gain), low, high, plain_low, plain_high,
         p, adjusted, level,
         {name: float(value) for name, value in table.spreads.items()}, margin=margin,
     )  # fmt: skip
@@ -163,8 +182,8 @@ def _reckon(verdict: Verdict, table: statistics.Components, level: float) -> Non
 
     From few seeds their own spread is uncertain: its upper 80% limit counts.
     """
-    careful = {name: float(value) for name, value in statistics.upper_spreads(table).items()}
-    design = statistics.Design(careful, table.num_seeds, table.num_examples, level)
+    careful = {name: float(value) for name, value in power.upper_spreads(table).items()}
+    design = power.Design(careful, table.num_seeds, table.num_examples, level)
     verdict.smallest = design.smallest()
     if verdict.outcome == "not settled":
         _settle(verdict, careful, table, level)
@@ -179,9 +198,9 @@ def _settle(
         if seeds is None:
             wanted = verdict.gain
         else:
-            wanted = statistics.Design(spreads, seeds, examples, level).smallest()
-        most = min(MOST_SEEDS, 4 * have + 8)
-        needed = statistics.seeds_to_find(wanted, spreads, examples, level, most)
+            wanted = power.Design(spreads, seeds, examples, level).smallest()
+        most = min(power.MOST_SEEDS, 4 * have + 8)
+        needed = power.seeds_to_find(wanted, spreads, examples, level, most)
         if needed is not None and needed > have:
             verdict.more_seeds, verdict.settles = needed - have, wanted
             return

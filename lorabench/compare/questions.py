@@ -109,10 +109,10 @@ def questions_of(
     Raises:
         ConfigErrors: no such factor or level.
     """
-    chosen = [_find(name, factors, "--vary") for name in vary] or list(factors)
+    chosen = [find(name, factors, "--vary") for name in vary] or list(factors)
     against: dict[str, int] = {}
     for name, level in (baseline or {}).items():
-        factor = _find(name, factors, "--baseline")
+        factor = find(name, factors, "--baseline")
         if level not in factor.levels:
             raise ConfigErrors(
                 f"--baseline: must name a level of {factor.name} "
@@ -129,7 +129,12 @@ def questions_of(
     return found
 
 
-def _find(name: str, factors: Sequence[Factor], option: str) -> Factor:
+def find(name: str, factors: Sequence[Factor], option: str) -> Factor:
+    """Return the factor of a name or a key.
+
+    Raises:
+        ConfigErrors: nothing of that name varies.
+    """
     for factor in factors:
         if name == factor.name or name in factor.keys:
             return factor

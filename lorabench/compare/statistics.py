@@ -10,18 +10,17 @@ Letters: S seeds, N examples, `...` any dimensions before them.
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, special
+from scipy import special
 
 Array = NDArray[np.float64]
 LEVEL = 0.05  # false verdicts of a whole command, at most
-POWER = 0.8  # chance of finding what is called findable
 
 
 @dataclass(frozen=True)
@@ -176,130 +175,45 @@ def holm(p: Array, level: float = LEVEL) -> tuple[Array, Array, NDArray[np.bool_
 class Decisions:
     """What a command says of its questions, (..., Q) each.
 
-    The interval is mean - half to mean + half: at the level of the question's own step, so that it
-    is without zero exactly where the difference is found.
+    The interval from `low` to `high` is at the level of the question's own step, so that it is
+    without zero exactly where the difference is found; `alone` is the 95% interval of a question
+    that is asked alone.
     """
 
     mean: Array
     p: Array
     adjusted: Array
     level: Array
-    half: Array
-    half_alone: Array  # of the 95% interval of a question that is asked alone
+    low: Array
+    high: Array
+    alone: tuple[Array, Array]
     found: NDArray[np.bool_]
 
     def no_worse(self, margin: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Where the first level is no worse than the second by more than this, and the reverse."""
-        return self.mean - self.half > -margin, self.mean + self.half < margin
+        return self.low > -margin, self.high < margin
 
 
-def decide(tables: Components, level: float = LEVEL) -> Decisions:
-    """Answer all questions of a command, (..., Q): at most 5% of commands err in any of them."""
-    test = test_of(tables)
-    p = test.p
-    levels, adjusted, found = holm(p, level)
-    return Decisions(
-        tables.mean, p, adjusted, levels, test.half_width(levels), test.half_width(level), found
-    )
-
-
-# --- what could be found ---------------------------------------------------------------------
-
-
-def upper_spreads(found: Components) -> dict[str, Array]:
-    """The same as `Components.spreads`, with the upper 80% limit of the spread over seeds.
-
-    Few seeds tell little about their own spread: the estimate times 2.1, 1.6 or 1.35 at 3, 5 or 8.
-    """
-    freedom = found.num_seeds - 1
-    largest = found.seeds * freedom / special.chdtri(freedom, 0.8)
-    over_seeds = np.maximum(largest - found.rest, 0) / found.num_examples
-    return found.spreads | {"seeds": np.sqrt(over_seeds)}
-
-
-class Design:
-    """What S seeds and N examples can find at one level, given the spreads of d.
+def decide(tables: Components, level: float = LEVEL, flattery: Array | float = 0.0) -> Decisions:
+    """Answer all questions of a command, (..., Q).
 
     Args:
-        spreads: standard deviations of d over "seeds", over "examples" and of the "rest".
-        level: of one question: for the first of Q the command's over Q.
+        level: share of commands that may err in any of their questions.
+        flattery: by how much the mean may be too high (negative: too low), because a level was
+            chosen on the same seeds. Both the mean and what is left of it must be found.
     """
-
-    def __init__(self, spreads: dict[str, float], seeds: int, examples: int, level: float):
-        rest = spreads["rest"] ** 2
-        over_seeds = rest + examples * spreads["seeds"] ** 2
-        over_examples = rest + seeds * spreads["examples"] ** 2
-        cells = seeds * examples
-        self.error = float(np.sqrt((over_seeds + over_examples - rest) / cells))
-        draws = _draws(seeds, examples)
-        found = [e * d for e, d in zip((over_seeds, over_examples, rest), draws, strict=True)]
-        table = Components(np.zeros_like(found[0]), found[0], found[1], found[2], seeds, examples)
-        self.least = test_of(table).half_width(level)  # a mean that is found, draw by draw
-
-    def power(self, difference: float) -> float:
-        """Chance that a true difference is found."""
-        if self.error == 0:
-            return float(difference != 0)
-        # The mean is independent of the mean squares: its part is known without drawing it.
-        above = special.ndtr((difference - self.least) / self.error)
-        below = special.ndtr((-difference - self.least) / self.error)
-        return float(np.mean(above + below))
-
-    def smallest(self, wanted: float = POWER) -> float:
-        """The true difference that is found with this chance."""
-        if self.error == 0:
-            return 0.0
-        high = self.error
-        while self.power(high) < wanted:
-            high *= 2
-        found = optimize.brentq(lambda x: self.power(x) - wanted, 0, high, rtol=1e-4)
-        return float(found)
-
-
-@functools.cache
-def _draws(seeds: int, examples: int, count: int = 1000) -> tuple[Array, Array, Array]:
-    """Mean squares over their expectation, as chance spreads them: chi-squared, independent.
-
-    Evenly spread instead of random (the Halton sequence of 2, 3 and 5): the same in every command.
-    """
-    freedoms = (seeds - 1, examples - 1, (seeds - 1) * (examples - 1))
-    index = np.arange(1, count + 1)
-    first, second, third = (
-        special.chdtri(n, _radical_inverse(index, base)) / n
-        for n, base in zip(freedoms, (2, 3, 5), strict=True)
-    )
-    return first, second, third
-
-
-def _radical_inverse(index: NDArray[np.int64], base: int) -> Array:
-    """The digits of whole numbers mirrored at the point: evenly spread in (0, 1)."""
-    found, scale = np.zeros(len(index)), 1.0 / base
-    while index.any():
-        found += scale * (index % base)
-        index, scale = index // base, scale / base
-    return found
-
-
-def seeds_to_find(
-    difference: float,
-    spreads: dict[str, float],
-    examples: int,
-    level: float,
-    most: int = 64,
-    wanted: float = POWER,
-) -> int | None:
-    """The fewest seeds with which a true difference is found; None: `most` are too few."""
-
-    def enough(seeds: int) -> bool:
-        return Design(spreads, seeds, examples, level).power(difference) >= wanted
-
-    if not enough(most):
-        return None
-    low, high = 1, most  # too few, enough
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+    ends = tables.mean, tables.mean - flattery
+    same_sign = np.sign(ends[0]) == np.sign(ends[1])
+    nearer = np.where(same_sign, np.where(np.abs(ends[0]) < np.abs(ends[1]), *ends), 0.0)
+    test = dataclasses.replace(test_of(tables), mean=nearer)
+    p = test.p
+    levels, adjusted, found = holm(p, level)
+    low, high = np.minimum(*ends), np.maximum(*ends)
+    half, alone = test.half_width(levels), test.half_width(LEVEL)
+    return Decisions(
+        tables.mean, p, adjusted, levels, low - half, high + half, (low - alone, high + alone),
+        found,
+    )  # fmt: skip
 
 
 def t_quantile(freedom: float, level: float) -> float:

@@ -1,0 +1,126 @@
+"""One factor's value chosen on validation, so that test can judge the choice.
+
+The same run has the same luck on validation and on test: a setting that was the best of four is
+better than it would be with other seeds. How much better is estimated, and the verdict allows for
+it; without that, a comparison of the best of four with the best of one errs in up to 16 of 100
+commands where seeds matter most (benchmarks/calibration.py has a cell of it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorabench.compare.questions import Factor
+from lorabench.compare.scores import Scores
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What was chosen where the other factors have these levels.
+
+    Args:
+        at: levels of the other factors.
+        value: the best on validation, by its mean over seeds.
+        means: of validation, by value; a value that diverged or lacks seeds has none.
+        flattery: how much better than with other seeds the choice makes its runs look.
+    """
+
+    factor: str
+    at: dict[str, str]
+    value: str
+    means: dict[str, float]
+    flattery: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Settings after a choice: one for each combination of the other factors.
+
+    Args:
+        settings: without the keys that were chosen.
+        runs: scores by seed.
+        members: indices of the settings that each was chosen from.
+    """
+
+    settings: list[dict[str, Any]]
+    runs: list[dict[Any, Scores]]
+    members: list[list[int]]
+    chosen: list[Chosen | None]  # None: no value can be chosen there
+
+    @property
+    def flatteries(self) -> list[float]:
+        """Of each setting."""
+        return [0.0 if one is None else one.flattery for one in self.chosen]
+
+
+def flattery(loss: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Estimate how much the best of several values owes to the seeds it was chosen on.
+
+    The best by its mean over S seeds loses to each seed's own best by b (1 - 1 / sqrt(S)) on
+    average where only luck tells the values apart, and its mean flatters it by b / sqrt(S). Where
+    one value is clearly the best, it is each seed's own best, and nothing is owed. After Tibshirani
+    and Tibshirani 2009 (arXiv:0908.2904), for means instead of folds.
+
+    Args:
+        loss: (..., V, S) of values and seeds, less is better.
+    """
+    seeds = loss.shape[-1]
+    if seeds < 2:
+        return np.zeros(loss.shape[:-2])
+    best = loss.mean(-1).argmin(-1)[..., None, None]
+    lost = np.take_along_axis(loss, best, -2)[..., 0, :] - loss.min(-2)
+    return np.asarray(lost.mean(-1) / (np.sqrt(seeds) - 1))
+
+
+def select(
+    factor: Factor,
+    factors: Sequence[Factor],
+    settings: Sequence[dict[str, Any]],
+    runs: Sequence[Mapping[Any, Scores]] = (),
+    validation: Sequence[Mapping[Any, float]] = (),
+    higher_is_better: bool = False,
+) -> Selection:
+    """Choose one value of a factor at each combination of the others.
+
+    Args:
+        runs: test scores of every setting, by seed; none: only settings and members are of use.
+        validation: means of the validation split of the same runs; a value with a run that has
+            none, or diverged, is not chosen.
+    """
+    others = [one for one in factors if one is not factor]
+    groups: dict[tuple[int, ...], dict[int, int]] = {}
+    for i, level in enumerate(factor.of_settings):
+        at = tuple(one.of_settings[i] for one in others)
+        groups.setdefault(at, {})[level] = i
+    found = Selection([], [], [], [])
+    runs, validation = runs or [{}] * len(settings), validation or [{}] * len(settings)
+    for at, members in sorted(groups.items()):
+        members = dict(sorted(members.items()))
+        # A value that lacks a seed which another has (it diverged there) cannot be the best.
+        seeds = {i: [s for s in runs[i] if np.isfinite(validation[i].get(s, np.nan))]
+                 for i in members.values()}  # fmt: skip
+        most = max(map(len, seeds.values()))
+        able = [level for level, i in members.items() if len(seeds[i]) == most]
+        shared = [s for s in seeds[members[able[0]]] if all(s in seeds[members[v]] for v in able)]
+        first = members[able[0]]
+        setting = {k: v for k, v in settings[first].items() if k not in factor.keys}
+        found.settings.append(setting)
+        found.members.append(list(members.values()))
+        if not shared:
+            found.runs.append({})
+            found.chosen.append(None)
+            continue
+        table = np.array([[validation[members[v]][s] for s in shared] for v in able])
+        loss = -table if higher_is_better else table
+        best = able[int(loss.mean(-1).argmin())]
+        found.runs.append({s: runs[members[best]][s] for s in shared})
+        where = {one.name: one.levels[level] for one, level in zip(others, at, strict=True)}
+        means = {factor.levels[v]: float(m) for v, m in zip(able, table.mean(-1), strict=True)}
+        chosen = Chosen(factor.name, where, factor.levels[best], means, float(flattery(loss)))
+        found.chosen.append(chosen)
+    return found
