@@ -10,12 +10,14 @@ import sys
 from collections.abc import Callable
 
 from lorabench import masking
+from lorabench.cli.comparing import compare
 from lorabench.cli.composing import compose, register
 from lorabench.cli.exporting import export
 from lorabench.cli.mistakes import guarded
-from lorabench.cli.reading import compare, runs
+from lorabench.cli.reading import runs
 from lorabench.cli.replaying import diff, replay
 from lorabench.cli.serving import evaluate, work
+from lorabench.cli.settling import settle
 from lorabench.cli.training import PLAN_FLAGS, plan, train
 from lorabench.cli.verbs import EXAMPLES, EXIT_CODES, VERBS
 from lorabench.cli.words import conf_folder
@@ -42,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         "evaluate": evaluate,
         "runs": runs,
         "compare": compare,
+        "settle": settle,
         "export": export,
         "replay": replay,
         "diff": diff,

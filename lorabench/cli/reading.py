@@ -1,4 +1,4 @@
-"""The verbs that read what runs left: runs and compare."""
+"""The runs of a sweep folder, and the verb that lists them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _folder_parser(verb: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _records(folder: Path, hash_of: Callable[[Path], str] | None = None) -> list[Checked]:
+def records_of(folder: Path, hash_of: Callable[[Path], str] | None = None) -> list[Checked]:
     """Runs of a folder; what is damaged is told on stderr.
 
     Args:
@@ -74,7 +74,7 @@ def runs(arguments: list[str]) -> int:
         help="read every file of every run; exit code 1 if one is not what was recorded",
     )
     options = parser.parse_args(arguments)
-    found = _records(options.folder, hashes.fresh_hash if options.verify else None)
+    found = records_of(options.folder, hashes.fresh_hash if options.verify else None)
     show.runs(found, options.json)
     if not options.verify:
         return 0
@@ -82,61 +82,3 @@ def runs(arguments: list[str]) -> int:
     damaged = [one for one in recorded if one.damaged]
     tell([f"{len(recorded) - len(damaged)} of {len(recorded)} runs are as they were recorded"])
     return 1 if damaged else 0
-
-
-def compare(arguments: list[str]) -> int:
-    """lorabench compare FOLDER [FOLDER ...] [--vary ...] [--baseline ...] [--margin X] [--json]"""
-    from lorabench import compare as comparing
-    from lorabench import show
-
-    parser = Parser(prog="lorabench compare", description=VERBS["compare"])
-    parser.add_argument(
-        "folders", type=Path, nargs="+", metavar="folder",
-        help="folder of a sweep, such as outputs/lm_head; several are compared as one",
-    )  # fmt: skip
-    parser.add_argument(
-        "--vary", type=_words, default=[], metavar="KEY,...",
-        help="ask about these alone, such as head; default: everything that varies",
-    )  # fmt: skip
-    parser.add_argument(
-        "--baseline", type=_baseline, action="append", default=[], metavar="KEY=VALUE",
-        help="compare every other value of a key with this one, such as lora.r=16",
-    )  # fmt: skip
-    parser.add_argument(
-        "--metric", help="that the verdicts are on; default: nll where there is one"
-    )
-    parser.add_argument(
-        "--margin", type=_margin, metavar="X",
-        help="a difference that does not matter: also ask what is no worse by more than X",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
-    options = parser.parse_args(arguments)
-    found = [one for folder in options.folders for one in _records(folder)]
-    table = comparing.table([one.entry for one in found])
-    answers = comparing.verdicts(
-        [(one.folder, one.entry) for one in found],
-        options.metric, options.vary, dict(options.baseline), options.margin,
-    )  # fmt: skip
-    show.comparison(table, answers, options.folders, options.json)
-    return 0
-
-
-def _words(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
-
-
-def _baseline(text: str) -> tuple[str, str]:
-    key, sign, value = text.partition("=")
-    if not (key and sign and value):
-        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, such as lora.r=16; got '{text}'")
-    return key, value
-
-
-def _margin(text: str) -> float:
-    try:
-        margin = float(text)
-    except ValueError:
-        margin = float("nan")
-    if not 0 < margin < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0; got '{text}'")
-    return margin

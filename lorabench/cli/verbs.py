@@ -7,6 +7,7 @@ VERBS = {
     "evaluate": "score the saved adapters of a sweep again; trains nothing",
     "runs": "list every run of a sweep and its status",
     "compare": "what a sweep has found, in sentences, and its table: one row per setting",
+    "settle": "add seeds to a sweep until its questions are settled, at looks fixed before",
     "export": "a run's adapter, or base and adapter merged, checked against the run",
     "replay": "train a run again from its record alone; --verify says whether it is the same",
     "diff": "what differs between two runs: config, data, stack, losses, results",

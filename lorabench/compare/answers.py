@@ -35,6 +35,7 @@ class Answers:
         verdicts: of every question, in order.
         factors: what varies, seeds aside, and was not chosen on validation.
         chosen: values of `select`, by the levels of the other factors.
+        runs: of each setting of the questions, one run of each setting it was chosen from.
         ranks: best and worst rank that a run's setting may have, by run id.
         num_runs: that were compared.
         left_out: runs that were not, and what would bring them in, one text a reason.
@@ -44,6 +45,7 @@ class Answers:
     verdicts: list[Verdict] = field(default_factory=list)
     factors: list[Factor] = field(default_factory=list)
     chosen: list[Chosen] = field(default_factory=list)
+    runs: list[list[str]] = field(default_factory=list)
     ranks: dict[str, tuple[int, int]] = field(default_factory=dict)
     num_runs: int = 0
     left_out: list[str] = field(default_factory=list)
@@ -105,8 +107,8 @@ def verdicts(
     factors = factors_of(settings)
     selecting = None
     if select is not None:
-        selecting = _Selecting(find(select, factors, "--select"), factors)
-        settings = selecting.settings(settings)
+        selecting = _Selecting(find(select, factors, "--select"), factors, settings)
+        settings = selecting.left.settings
         factors = factors_of(settings)
     questions = questions_of(factors, vary, baseline)
     if found is None:
@@ -134,20 +136,24 @@ def verdicts(
         if rank is not None
         for run in ids
     }
+    members = [[i] for i in range(len(settings))] if selecting is None else selecting.members
+    runs_of = [[found.members[i][0] for i in mine] for mine in members]
     num_runs = sum(map(len, found.test))
-    return Answers(found.metric, judgements, factors, chosen, ranks, num_runs, found.left_out)
+    return Answers(
+        found.metric, judgements, factors, chosen, runs_of, ranks, num_runs, found.left_out
+    )
 
 
-@dataclass(frozen=True)
 class _Selecting:
     """A factor that is chosen on validation."""
 
-    factor: Factor
-    factors: Sequence[Factor]
+    def __init__(self, factor: Factor, factors: list[Factor], settings: list[dict[str, Any]]):
+        self.factor, self.factors = factor, factors
+        self.left = choose(factor, factors, settings)  # the settings when it is chosen
 
-    def settings(self, settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The settings that are left when it is chosen."""
-        return choose(self.factor, self.factors, settings).settings
+    @property
+    def members(self) -> list[list[int]]:
+        return self.left.members
 
     def choose(self, found: Scored, test: list[Any], higher_is_better: bool) -> Selection:
         """Choose it by the validation scores of these runs.

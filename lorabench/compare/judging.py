@@ -43,6 +43,8 @@ class Verdict:
     smallest: float = float("inf")  # difference that this many seeds and examples find, 80% power
     more_seeds: int | None = None  # that would settle `settles`; None: no number up to 64 would
     settles: float | None = None
+    hopeless: bool = False  # even 64 seeds would not find the largest difference in the interval
+    more_examples: int | None = None  # in all, that would find the difference seen, if seeds do not
     no_worse: list[str] = field(default_factory=list)  # levels no worse than the other by `margin`
     margin: float | None = None
     flattery: float = 0.0  # what `better` may owe to a choice on the same seeds; in low and high
@@ -194,6 +196,9 @@ def _settle(
 ) -> None:
     """How many more seeds would find the difference seen, or one that some number finds."""
     have, examples = table.num_seeds, table.num_examples
+    far = power.Design(spreads, power.MOST_SEEDS, examples, level).smallest()
+    room = verdict.high if verdict.margin is None else max(verdict.high, verdict.margin)
+    verdict.hopeless = far > room
     for seeds in (None, 2 * have, 4 * have):
         if seeds is None:
             wanted = verdict.gain
@@ -204,3 +209,5 @@ def _settle(
         if needed is not None and needed > have:
             verdict.more_seeds, verdict.settles = needed - have, wanted
             return
+    seeds = max(have, 8)
+    verdict.more_examples = power.examples_to_find(verdict.gain, spreads, seeds, level)

@@ -80,7 +80,7 @@ def factors_of(settings: Sequence[dict[str, Any]]) -> list[Factor]:
                 name,
                 (key, *(other for other in together if other != key)),
                 tuple(places[repr(one.get(key))] for one in settings),
-                tuple(_text(value) for value in ordered),
+                tuple(text_of(value) for value in ordered),
             )
         )
     return found
@@ -91,9 +91,10 @@ def _telling(keys: list[str]) -> str:
     return next((key for key in keys if key.endswith((".name", ".policy"))), keys[0])
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """A level as people write it."""
     if isinstance(value, list):
-        return ",".join(map(_text, value)) or "none"
+        return ",".join(map(text_of, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

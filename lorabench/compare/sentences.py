@@ -10,8 +10,7 @@ from lorabench.compare.judging import Verdict
 def sentence(one: Verdict) -> str:
     """Found, not settled, or no worse than X; with its interval, and what would settle it."""
     question, unit = one.question, one.metric
-    better, worse = (f"{question.factor}={level}" for level in (one.better, one.worse))
-    where = question.where
+    better, where = f"{question.factor}={one.better}", question.where
     if one.outcome == "no verdict" and not one.seeds:
         return f"{question.name}: no verdict, because {one.why}"
     if one.outcome == "no verdict":
@@ -20,6 +19,13 @@ def sentence(one: Verdict) -> str:
             f"{better} has the better {unit} by {gain} [{low}, {high}, over examples "
             f"alone]{where}: no verdict, because one seed does not tell how much seeds matter"
         )
+    return _of_several_seeds(one) + _at_look(one)
+
+
+def _of_several_seeds(one: Verdict) -> str:
+    question, unit = one.question, one.metric
+    better, worse = (f"{question.factor}={level}" for level in (one.better, one.worse))
+    where = question.where
     low, high, gain = numbers(one.low, one.high, one.gain)
     if one.outcome == "found":
         return f"{better} beats {worse} by {gain} {unit} [{low}, {high}]{where}{_within(one)}"
@@ -38,6 +44,13 @@ def sentence(one: Verdict) -> str:
     )
 
 
+def _at_look(one: Verdict) -> str:
+    """Such as " (look 1 of 2, at 4 seeds)"; nothing for a sweep that is looked at once."""
+    if one.look is None:
+        return ""
+    return f" (look {one.look} of {one.looks}, at {len(one.seeds)} seeds)"
+
+
 def _within(one: Verdict) -> str:
     """What a found difference says of a margin."""
     if one.margin is None or one.worse not in one.no_worse:
@@ -47,10 +60,20 @@ def _within(one: Verdict) -> str:
 
 def _settling(one: Verdict) -> str:
     if one.more_seeds is None or one.settles is None:
-        return f": more seeds would not settle it, more than {one.examples} test examples might"
+        return f": {hopeless(one)}"
     seeds = f"{one.more_seeds} more seed{'s' if one.more_seeds > 1 else ''}"
     (size,) = numbers(one.settles)
     return f": {seeds} would settle {size}"
+
+
+def hopeless(one: Verdict) -> str:
+    """What would settle a question that more seeds do not."""
+    if one.more_examples is None:
+        return f"more seeds would not settle it, more than {one.examples} test examples might"
+    return (
+        f"more seeds would not settle it, {one.more_examples:,} test examples in place of "
+        f"{one.examples:,} might"
+    )
 
 
 def numbers(*values: float) -> tuple[str, ...]:

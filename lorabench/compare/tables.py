@@ -24,6 +24,7 @@ NOT_A_SETTING = (
     "trainer.checkpoint_minutes",
     "trainer.log_every",
     "worker.",
+    "compare.",
 )
 # Metrics where more is better; of the others less is.
 HIGHER_IS_BETTER = {"exact_match", "answer", "answer_flexible", "accuracy"}

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from lorabench.config.errors import did_you_mean
-from lorabench.config.schema import Config, DataConfig, LoraSettings
+from lorabench.config.schema import CompareConfig, Config, DataConfig, LoraSettings, keys
 
 TASKS = ("causal_lm", "seq_cls")
 DTYPES = ("float64", "float32", "bfloat16")
@@ -64,6 +64,7 @@ def range_errors(config: Config) -> list[str]:
     _trainer(found, config)
     _stages(found, config)
     _rest(found, config)
+    _compare(found, config.compare)
     return found.errors
 
 
@@ -357,3 +358,19 @@ def _rest(found: Found, config: Config) -> None:
         "one folder name of letters, digits, '.', '_' and '-'",
         config.sweep,
     )
+
+
+def _compare(found: Found, compare: CompareConfig) -> None:
+    """Names of keys, whole or their last part: what varies is known when there are runs."""
+    known = [key for key in keys() if not key.startswith("compare")]
+    names = {*known, *(key.rpartition(".")[2] for key in known)}
+    baseline = {} if compare.baseline is None else compare.baseline
+    remedy = "for example compare.baseline={lora.r: 16}"
+    found.must(isinstance(baseline, dict), "compare.baseline", "{key: value}", baseline, remedy)
+    given = {"vary": compare.vary, "baseline": list(baseline) if isinstance(baseline, dict) else []}
+    given["select"] = [] if compare.select is None else [compare.select]
+    for key, values in given.items():
+        for name in values:
+            if name not in names:
+                got = did_you_mean(str(name), known)
+                found.errors.append(f"compare.{key}: must name a key of the config; got {got}")

@@ -160,6 +160,16 @@ class WorkerConfig:
 
 
 @dataclass
+class CompareConfig:
+    """What `lorabench compare` and `settle` ask of a sweep, where their options do not."""
+
+    vary: list[str] = field(default_factory=list)  # what to ask about; none: all that varies
+    select: str | None = None  # key chosen on validation instead of compared, such as trainer.lr
+    baseline: Any = None  # {key: value}: the value that all others of a key are compared with
+    selected_on: list[int] = field(default_factory=list)  # seeds that this design was chosen on
+
+
+@dataclass
 class SeedsConfig:
     """Three independent random streams, so that one can vary while the others stay."""
 
@@ -182,6 +192,7 @@ class Config:
     stages: list[Any] = field(default_factory=list)  # what trains when; see conf/stages/
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     worker: WorkerConfig = field(default_factory=WorkerConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
     objective: str = "validation/nll"  # split/metric that a job returns to a Hydra sweeper
     seed: int = 0  # value of the three seeds that are not set themselves
     seeds: SeedsConfig = field(default_factory=SeedsConfig)

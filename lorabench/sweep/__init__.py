@@ -7,15 +7,26 @@ folder   sweep.json, and how far each run is
 """
 
 from lorabench.sweep.disk import check_room
-from lorabench.sweep.folder import PackEntry, RunEntry, SweepFile, SweepFolder, entry_of, pack_id
+from lorabench.sweep.folder import (
+    LookEntry,
+    PackEntry,
+    RunEntry,
+    SettlingEntry,
+    SweepFile,
+    SweepFolder,
+    entry_of,
+    pack_id,
+)
 from lorabench.sweep.jobs import Job, Mistakes, distinct, first_of_each, plan_jobs
 from lorabench.sweep.packs import form_packs
 
 __all__ = [
     "Job",
+    "LookEntry",
     "Mistakes",
     "PackEntry",
     "RunEntry",
+    "SettlingEntry",
     "SweepFile",
     "SweepFolder",
     "check_room",

@@ -22,7 +22,7 @@ from lorabench.files import replace
 from lorabench.record import Record
 from lorabench.sweep.jobs import Job
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 LOCK_TIMEOUT = 120.0  # seconds to wait for another process that adds to sweep.json
 
 
@@ -56,6 +56,26 @@ class CommandEntry(Strict):
     runs: list[str]
 
 
+class LookEntry(Strict):
+    """A look at the sweep while seeds are added to it, fixed before the first of them."""
+
+    seeds: list[int]  # values of the config key `seed`
+    level: float  # share of sweeps that may have a false verdict at this look
+    taken: str | None = None  # when it was
+
+
+class SettlingEntry(Strict):
+    """What `lorabench settle` was asked, and its looks."""
+
+    vary: list[str] = Field(default_factory=list)
+    select: str | None = None
+    baseline: dict[str, str] = Field(default_factory=dict)
+    metric: str
+    margin: float | None = None
+    looks: list[LookEntry]
+    started: str
+
+
 class SweepFile(Strict):
     """sweep.json."""
 
@@ -63,6 +83,7 @@ class SweepFile(Strict):
     runs: dict[str, RunEntry] = Field(default_factory=dict)
     packs: list[PackEntry] = Field(default_factory=list)
     commands: list[CommandEntry] = Field(default_factory=list)
+    settling: SettlingEntry | None = None
 
     def current_packs(self) -> list[PackEntry]:
         """The packs that were not split, in the order in which they were asked for."""
@@ -170,6 +191,25 @@ class SweepFolder:
             content.packs += _parts(pack, parts, reason)
             self._write(content)
 
+    def begin_settling(self, entry: SettlingEntry) -> SettlingEntry:
+        """Fix the looks, unless they are; return those that hold."""
+        with self._lock():
+            content = self.read()
+            if content.settling is None:
+                content.settling = entry
+                self._write(content)
+            return content.settling
+
+    def take_look(self, number: int) -> SettlingEntry:
+        """Note that a look, counted from 0, is taken now."""
+        with self._lock():
+            content = self.read()
+            assert content.settling is not None
+            look = content.settling.looks[number]
+            look.taken = look.taken or record.now()
+            self._write(content)
+            return content.settling
+
     def _has_begun(self, pack: PackEntry) -> bool:
         if lease.holder_of(self.lease_path(pack)) is not None:
             return True
@@ -180,6 +220,7 @@ class SweepFolder:
         return FileLock(self.locks / "sweep.lock", timeout=LOCK_TIMEOUT)
 
     def _write(self, content: SweepFile) -> None:
+        content.schema_version = SCHEMA_VERSION
         masked = SweepFile.model_validate(masking.mask(content.model_dump()))
         replace(self.path / "sweep.json", masked.model_dump_json(indent=1) + "\n")
 

@@ -1,0 +1,165 @@
+"""The verb compare, and what is asked of a sweep."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorabench.cli.reading import records_of
+from lorabench.cli.telling import Parser, tell
+from lorabench.cli.verbs import VERBS
+
+if TYPE_CHECKING:
+    from lorabench.compare import Answers
+    from lorabench.intact import Checked
+    from lorabench.sweep import SettlingEntry
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked: the options, then what `settle` was asked, then the experiment's `compare`.
+
+    Args:
+        metrics: the first judges, all are shown; none: those that the runs have.
+    """
+
+    vary: list[str] = field(default_factory=list)
+    select: str | None = None
+    baseline: dict[str, str] = field(default_factory=dict)
+    metrics: list[str] = field(default_factory=list)
+    margin: float | None = None
+    settling: SettlingEntry | None = None
+
+    def answers(self, found: Sequence[Checked]) -> Answers:
+        """Ask it of these runs."""
+        from lorabench import compare
+        from lorabench.compare.looks import Look
+
+        planned = self.settling.looks if self.settling else []
+        taken = [Look(tuple(one.seeds), one.level) for one in planned if one.taken]
+        return compare.verdicts(
+            [(one.folder, one.entry) for one in found],
+            self.metrics[0] if self.metrics else None,
+            self.vary, self.baseline, self.margin, self.select, taken, len(planned),
+        )  # fmt: skip
+
+
+def compare(arguments: list[str]) -> int:
+    """lorabench compare DIR [DIR ...] [--vary ...] [--select KEY] [--baseline ...] [--margin X]"""
+    from lorabench import compare as comparing
+    from lorabench import show
+
+    parser = Parser(prog="lorabench compare", description=VERBS["compare"])
+    parser.add_argument(
+        "folders", type=Path, nargs="+", metavar="folder",
+        help="folder of a sweep, such as outputs/lm_head; several are compared as one",
+    )  # fmt: skip
+    add_questions(parser)
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    options = parser.parse_args(arguments)
+    found = [one for folder in options.folders for one in records_of(folder)]
+    asked = asked_of(options, options.folders, found)
+    answers = asked.answers(found)
+    table = comparing.table([one.entry for one in found])
+    show.comparison(table, answers, options.folders, asked.metrics, options.json)
+    return 0
+
+
+def add_questions(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is asked."""
+    parser.add_argument(
+        "--vary", type=_words, metavar="KEY,...",
+        help="ask about these alone, such as head; default: everything that varies",
+    )  # fmt: skip
+    parser.add_argument(
+        "--select", metavar="KEY",
+        help="choose the value of a key, such as trainer.lr, on validation; test judges",
+    )  # fmt: skip
+    parser.add_argument(
+        "--baseline", type=_baseline, action="append", metavar="KEY=VALUE",
+        help="compare every other value of a key with this one, such as lora.r=16",
+    )  # fmt: skip
+    parser.add_argument(
+        "--metric", type=_words, metavar="NAME,...",
+        help="the first judges, all are shown; default: nll where there is one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--margin", type=_margin, metavar="X",
+        help="a difference that does not matter: also ask what is no worse by more than X",
+    )  # fmt: skip
+
+
+def asked_of(options: Any, folders: Sequence[Path], found: Sequence[Checked]) -> Asked:
+    """What options and folders ask, the options first."""
+    settling = _settling(folders)
+    vary, select, baseline = _of_experiment(folders, found)
+    metrics, margin = [], None
+    if settling is not None:
+        vary, select, baseline = settling.vary, settling.select, settling.baseline
+        metrics, margin = [settling.metric], settling.margin
+    return Asked(
+        vary if options.vary is None else options.vary,
+        select if options.select is None else options.select,
+        baseline if options.baseline is None else dict(options.baseline),
+        metrics if options.metric is None else options.metric,
+        margin if options.margin is None else options.margin,
+        settling,
+    )
+
+
+def _settling(folders: Sequence[Path]) -> SettlingEntry | None:
+    """What `settle` was asked of a sweep."""
+    from lorabench.sweep import SweepFolder
+
+    found = [one for folder in folders if (one := SweepFolder(folder).read().settling)]
+    if found and len(folders) > 1:
+        tell(["settled sweeps are compared with others as if their seeds had been planned at once"])
+        return None
+    return found[0] if found else None
+
+
+def _of_experiment(
+    folders: Sequence[Path], found: Sequence[Checked]
+) -> tuple[list[str], str | None, dict[str, str]]:
+    """What the newest command of the first folder asks; what does not vary is left out."""
+    from lorabench.compare.questions import factors_of, text_of
+    from lorabench.compare.tables import settings_of
+    from lorabench.sweep import SweepFolder
+
+    content = SweepFolder(folders[0]).read()
+    runs = content.commands[-1].runs if content.commands else []
+    asked = content.runs[runs[0]].config.get("compare") if runs else None
+    if not asked:
+        return [], None, {}
+    factors = factors_of(settings_of([one.entry for one in found]))
+    known = {name: one for one in factors for name in (one.name, *one.keys)}
+    baseline = {key: text_of(value) for key, value in (asked.get("baseline") or {}).items()}
+    return (
+        [name for name in asked.get("vary", ()) if name in known],
+        select if (select := asked.get("select")) in known else None,
+        {k: v for k, v in baseline.items() if k in known and v in known[k].levels},
+    )
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _baseline(text: str) -> tuple[str, str]:
+    key, sign, value = text.partition("=")
+    if not (key and sign and value):
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, such as lora.r=16; got '{text}'")
+    return key, value
+
+
+def _margin(text: str) -> float:
+    try:
+        margin = float(text)
+    except ValueError:
+        margin = float("nan")
+    if not 0 < margin < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0; got '{text}'")
+    return margin

@@ -1,0 +1,206 @@
+"""What a sweep found: sentences, then one row per setting."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lorabench.compare import HIGHER_IS_BETTER
+from lorabench.compare.tables import short_keys
+from lorabench.show.results import columns_of
+from lorabench.show.text import console, dump, quantity, setting, size, whole, with_spread
+
+if TYPE_CHECKING:
+    from lorabench.compare import Answers
+
+OUTCOMES = {"found": "green", "no worse": "green", "not settled": "yellow", "no verdict": "yellow"}
+SPLITS = ("test", "validation")
+FIRST = ("nll", "exact_match", "accuracy", "answer")
+BEST = " *"
+
+
+def comparison(
+    table: dict[str, Any],
+    answers: Answers,
+    folders: Sequence[Path],
+    metrics: Sequence[str],
+    as_json: bool,
+) -> None:
+    """Show verdicts in sentences, then the table; the best setting on validation is marked.
+
+    Args:
+        metrics: to show, the judge first; none: all.
+    """
+    if as_json:
+        dump(_content(table, answers))
+        return
+    folder = shlex.join(map(str, folders))
+    out = console()
+    if not table["rows"]:
+        commands = " and ".join(f"lorabench runs {shlex.quote(str(one))}" for one in folders)
+        show = "shows" if len(folders) == 1 else "show"
+        out.print(f"{folder}: no run has finished; {commands} {show} their status")
+        return
+    _sentences(out, answers)
+    _settings(out, table, answers, folder, metrics)
+    _remarks(out, table, folders)
+
+
+def _content(table: dict[str, Any], answers: Answers) -> dict[str, Any]:
+    for row in table["rows"]:
+        row["rank"] = answers.ranks.get(row["runs"][0])
+    return table | {
+        "metric": answers.metric,
+        "verdicts": answers.rows(),
+        "chosen": [vars(one) for one in answers.chosen],
+        "not_compared": answers.left_out,
+        "num_compared": answers.num_runs,
+    }
+
+
+def _sentences(out: Console, answers: Answers) -> None:
+    """One factor after the other."""
+    factor = None
+    for one, text in zip(answers.verdicts, answers.sentences(), strict=True):
+        if one.question.factor != factor:
+            factor = one.question.factor
+            out.print(factor, style="bold")
+        out.print(f"  {text}", style=OUTCOMES[one.outcome], soft_wrap=True)
+    if not answers.verdicts and answers.num_runs:
+        out.print("one setting alone: there is nothing to compare it with")
+    for chosen in answers.chosen:
+        where = ", ".join(f"{name}={level}" for name, level in chosen.at.items())
+        means = ", ".join(f"{value} {mean:.4f}" for value, mean in chosen.means.items())
+        out.print(
+            f"chosen on validation{f' at {where}' if where else ''}: "
+            f"{chosen.factor}={chosen.value} ({means})",
+            soft_wrap=True,
+        )
+    for text in answers.left_out:
+        out.print(f"not compared, {text}", style="yellow", soft_wrap=True)
+    if answers.verdicts:
+        looked = any(one.look for one in answers.verdicts)
+        out.print(
+            f"{answers.num_runs} runs, {len(answers.verdicts)} questions on test "
+            f"{answers.metric}, paired by seed and example; at most one command in twenty has a "
+            f"false verdict among its sentences{', all looks together' if looked else ''}",
+            style="dim", soft_wrap=True,
+        )  # fmt: skip
+        out.print()
+
+
+def _settings(
+    out: Console, table: dict[str, Any], answers: Answers, folder: str, metrics: Sequence[str]
+) -> None:
+    rows = table["rows"]
+    there = {name for row in rows for split in SPLITS for name in row["metrics"].get(split, {})}
+    ordered = [name for name in dict.fromkeys([answers.metric, *FIRST, *sorted(there)])
+               if name in there and (not metrics or name in metrics)]  # fmt: skip
+    scores = [
+        (split, name)
+        for name in ordered
+        for split in SPLITS
+        if any(name in row["metrics"].get(split, {}) for row in rows)
+    ]
+    settings = f"{len(rows)} setting{'s' if len(rows) > 1 else ''}"
+    title = f"{folder}: {settings}, mean ± standard deviation over seeds"
+    shown = Table(title=title, title_justify="left")
+    columns = columns_of(table)
+    for name in short_keys(columns):
+        shown.add_column(name)
+    if answers.ranks:
+        shown.add_column("rank", justify="right")
+    for split, name in scores:
+        arrow = "↑" if name in HIGHER_IS_BETTER else "↓"
+        shown.add_column(f"{split} {name} {arrow}", justify="right")
+    # In a pack nobody has a time of their own: its seconds over its size is a share, called one.
+    packed = any(row["pack_size"]["max"] > 1 for row in rows)
+    timed = ["pack s", "share s"] if packed else ["train s"]
+    for name in ("seeds", "trainable", *timed, "peak memory"):
+        shown.add_column(name, justify="right")
+    marked = any(row["other_stack"] for row in rows)
+    if marked:
+        shown.add_column("stack")
+    judge = ("validation", ordered[0]) if ordered else None
+    best = _best(rows, *judge) if judge in scores and len(rows) > 1 else None
+    for place, row in enumerate(rows):
+        cells: list[str | Text] = [setting(row["setting"][key]) for key in columns]
+        if answers.ranks:
+            cells.append(_rank(answers.ranks.get(row["runs"][0])))
+        for score in scores:
+            text = _score(row, *score)
+            chosen = place == best and score == judge
+            cells.append(Text(text + BEST, "bold") if chosen else text)
+        cells += [
+            str(row["train_seconds"]["n"]),
+            quantity(row["trainable_parameters"]),
+            f"{row['train_seconds']['mean']:.1f}",
+            *([f"{row['train_seconds_share']['mean']:.1f}"] if packed else []),
+            size(row["peak_memory_bytes"]["max"]),
+            *(["other" if row["other_stack"] else ""] if marked else []),
+        ]
+        shown.add_row(*cells)
+    others = [column.header for column in shown.columns if str(column.header).startswith("valid")]
+    whole(out, shown, ("share s", "peak memory", *timed, "trainable", *map(str, others[::-1])))
+    if best is not None and judge is not None:
+        out.print(f"* the best on validation {judge[1]}; test judges", style="dim")
+
+
+def _rank(rank: tuple[int, int] | None) -> str:
+    """The ranks that a setting may have."""
+    if rank is None:
+        return ""
+    low, high = rank
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def _score(row: dict[str, Any], split: str, name: str) -> str:
+    value = row["metrics"].get(split, {}).get(name)
+    if value is None:
+        return ""
+    text = with_spread(value)
+    if value["n"] < row["train_seconds"]["n"]:
+        text += f" ({value['n']} of {row['train_seconds']['n']} finite)"
+    return text
+
+
+def _best(rows: Sequence[dict[str, Any]], split: str, name: str) -> int | None:
+    """The row with the best mean."""
+    means = {
+        place: value["mean"]
+        for place, row in enumerate(rows)
+        if (value := row["metrics"].get(split, {}).get(name)) and not math.isnan(value["mean"])
+    }
+    choose = max if name in HIGHER_IS_BETTER else min
+    return choose(means, key=lambda place: means[place]) if means else None
+
+
+def _remarks(out: Console, table: dict[str, Any], folders: Sequence[Path]) -> None:
+    """What else a reader should know: runs left out, other stacks, other evaluations, notes."""
+    rows = table["rows"]
+    for status, ids in table["left_out"].items():
+        out.print(f"left out, {status}: {', '.join(ids)}", style="yellow", soft_wrap=True)
+    for text in dict.fromkeys(text for row in rows for text in row["other_stack"]):
+        out.print(
+            f"stack other: {text}; such rows differ by more than their setting", style="yellow"
+        )
+    evaluations = " and ".join(f"`lorabench evaluate {shlex.quote(str(f))}`" for f in folders)
+    for split, found in table["evaluations"].items():
+        if not found["shared"]:
+            out.print(
+                f"{split}: the runs were scored in different ways or on different examples, so "
+                f"their values are not comparable; {evaluations} scores all alike",
+                style="yellow",
+                soft_wrap=True,
+            )
+    finished = sum(len(row["runs"]) for row in rows)
+    for note, count in table["notes"].items():
+        of = "" if count == finished else f" ({count} of {finished} runs)"
+        out.print(f"note: {note}{of}", style="yellow", soft_wrap=True)
