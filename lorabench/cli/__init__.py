@@ -6,6 +6,7 @@ Only this room and the launcher know Hydra.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable
 
@@ -14,11 +15,13 @@ from lorabench.cli.comparing import compare
 from lorabench.cli.composing import compose, register
 from lorabench.cli.exporting import export
 from lorabench.cli.mistakes import guarded
+from lorabench.cli.planning import plan
+from lorabench.cli.planning import split as split_plan
 from lorabench.cli.reading import runs
 from lorabench.cli.replaying import diff, replay
 from lorabench.cli.serving import evaluate, work
 from lorabench.cli.settling import settle
-from lorabench.cli.training import PLAN_FLAGS, plan, train
+from lorabench.cli.training import train
 from lorabench.cli.verbs import EXAMPLES, EXIT_CODES, VERBS
 from lorabench.cli.words import conf_folder
 
@@ -49,11 +52,21 @@ def main(arguments: list[str] | None = None) -> int:
         "replay": replay,
         "diff": diff,
     }
-    composes = verb in ("train", "plan")
-    composed = [word for word in arguments[1:] if word not in PLAN_FLAGS] if composes else None
     as_json = "--json" in arguments
     with masking.applied(arguments[1:]):
-        return guarded(lambda: handlers.get(verb, _refuse(verb))(arguments[1:]), composed, as_json)
+        return guarded(
+            lambda: handlers.get(verb, _refuse(verb))(arguments[1:]),
+            _composed(verb, arguments[1:]),
+            as_json,
+        )
+
+
+def _composed(verb: str, arguments: list[str]) -> list[str] | None:
+    """The words that configs are composed from; None: the verb composes none."""
+    if verb == "plan":
+        with contextlib.suppress(ValueError):  # the verb itself refuses them
+            return split_plan(arguments)[1]
+    return arguments if verb == "train" else None
 
 
 def _refuse(verb: str) -> Callable[[list[str]], int]:

@@ -93,7 +93,7 @@ def _fixed(
     from lorabench.config import ConfigErrors
     from lorabench.sweep import LookEntry, SettlingEntry
 
-    if (before := asked.settling) is not None:
+    if (before := asked.settling) is not None and _has_begun(folder, before, found):
         changed = {
             "--vary": (asked.vary, before.vary), "--select": (asked.select, before.select),
             "--baseline": (asked.baseline, before.baseline),
@@ -139,6 +139,13 @@ def _fixed(
             margin=asked.margin, looks=looks, started=record.now(),
         )
     )  # fmt: skip
+
+
+def _has_begun(folder: SweepFolder, settling: SettlingEntry, found: Sequence[Checked]) -> bool:
+    """Whether a look was taken or a seed added; until then the looks can be fixed anew."""
+    asked = {run.config["seed"] for run in folder.read().runs.values()}
+    have = {one.entry.config["seed"] for one in found if one.entry.status == "finished"}
+    return asked != have or any(look.taken for look in settling.looks)
 
 
 def _open_runs(answers: Answers, looked: bool) -> list[str]:
@@ -196,9 +203,11 @@ def _train(
             if seed not in lacking:
                 continue
             label, own = entries[run]
-            cfg: Any = OmegaConf.merge(OmegaConf.structured(configs.Config), own)
-            cfg.seed, cfg.seeds = seed, dict.fromkeys(STREAMS, seed)
-            cfg.output_dir, cfg.sweep = str(folder.path.parent), folder.path.name
+            mine = {
+                "seed": seed, "seeds": dict.fromkeys(STREAMS, seed),
+                "output_dir": str(folder.path.parent), "sweep": folder.path.name,
+            }  # fmt: skip
+            cfg: Any = OmegaConf.merge(OmegaConf.structured(configs.Config), own | mine)
             jobs.append(cfg)
             labels.append(f"{re.sub(r'(^| )seed=[^ ]*', '', label).strip()} seed={seed}".strip())
     size = max(len(pack.runs) for pack in content.packs)

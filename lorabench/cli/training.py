@@ -1,11 +1,11 @@
-"""The verbs that plan: train and plan."""
+"""The verb train, and what Hydra runs for it."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +18,6 @@ if TYPE_CHECKING:
     from lorabench.cli.sessions import Command, Session
 
 SHOWS = {"--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help", "--version"}  # and no more
-PLAN_FLAGS = ("--json", "--smoke")
-PLAN_HELP = """\
-lorabench plan [-m] [--json] [--smoke] KEY=VALUE ...
-
-what `lorabench train` with the same words would do
-
---json   the same for programs, with every adapted module; refusals too
---smoke  also two steps of every pack on two examples, in each of its stages, and
-         its adapters reloaded
-
-exit code 0: it can be trained; 1: --smoke failed; 2: refused"""
 
 
 def train(arguments: list[str]) -> int:
@@ -42,7 +31,7 @@ def train(arguments: list[str]) -> int:
     refuse_flags("train", arguments)
     if SHOWS.intersection(arguments):
         register()
-        _run_hydra(lambda _: None, arguments)  # prints what was asked for
+        run_hydra(lambda _: None, arguments)  # prints what was asked for
         return 0
     command = Command(["train", *arguments])
     # Before Hydra makes a folder: nothing is left of a command that is refused.
@@ -53,7 +42,7 @@ def train(arguments: list[str]) -> int:
         single = command.begin(composed.configs, composed.labels, 1)
     try:
         with tracking.of_command():
-            _run_hydra(_task(command, single), arguments)
+            run_hydra(_task(command, single), arguments)
     except ConfigErrors:  # of a later launch of the same command
         closing(list(command.outcomes.values()))
         raise
@@ -62,7 +51,7 @@ def train(arguments: list[str]) -> int:
     return closing(list(command.outcomes.values()))
 
 
-def _run_hydra(function: Callable[[Any], Any], arguments: Sequence[str]) -> None:
+def run_hydra(function: Callable[[Any], Any], arguments: Sequence[str]) -> None:
     import hydra
 
     sys.argv = ["lorabench", *in_hydras_order(arguments)]
@@ -120,55 +109,3 @@ def closing(outcomes: Sequence[Any]) -> int:
         for folder, runs in sorted(folders.items())
     ]
     return tell(lines, 0)
-
-
-def plan(arguments: list[str]) -> int:
-    """lorabench plan [-m] [--json] [--smoke] OVERRIDES"""
-    if "-h" in arguments or "--help" in arguments:
-        print(PLAN_HELP)
-        return 0
-    refuse_flags("plan", arguments, PLAN_FLAGS)
-    words = [word for word in arguments if word not in PLAN_FLAGS]
-    if SHOWS.intersection(words):
-        register()
-        _run_hydra(lambda _: None, words)  # prints what was asked for
-        return 0
-    from lorabench import machine, show, sweep
-    from lorabench.config import ConfigErrors
-    from lorabench.plan import Planner
-
-    as_json = "--json" in arguments
-    planner = Planner()
-    composed = compose(words, planner)
-    if not composed.is_sweep:
-        say_if_sweep(composed.hydra)
-    planned = sweep.plan_jobs(composed.configs, composed.labels, planner)
-    jobs = sweep.first_of_each(planned)
-    from lorabench.worker import Shared  # heavy: after all mistakes were told
-
-    shared, unread = Shared(planner), ""
-    notes: Iterable[str] = ()
-    try:
-        notes = shared.check_data(jobs)
-    except ConfigErrors as error:
-        # A hub may be out of reach; what is wrong with files here is refused, as by `train`.
-        if "--smoke" in arguments or any(job.config.data.source != "hub" for job in jobs):
-            raise
-        unread = error.errors[0]
-    memory = machine.free_memory(machine.choose_device(jobs[0].config.trainer.device))
-    packs = sweep.form_packs(jobs, composed.pack_size, memory)
-    trained = {i for i, job in enumerate(jobs) if (found := job.record()) and found.has_trained()}
-    sweep.check_room([[jobs[i] for i in members if i not in trained] for members in packs])
-    attempts: list[Any] = []
-
-    def tried() -> Iterator[Any]:
-        from lorabench import smoke
-
-        for members in packs:
-            attempts.append(smoke.attempt([jobs[i] for i in members], shared))
-            yield attempts[-1]
-
-    if len(jobs) < len(planned) and not as_json:
-        print(f"{len(planned)} grid points, {len(planned) - len(jobs)} the same run as another")
-    show.plan(jobs, packs, as_json, tried() if "--smoke" in arguments else (), notes, unread)
-    return 1 if any(attempt.error is not None for attempt in attempts) else 0

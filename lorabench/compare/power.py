@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +16,17 @@ MOST_SEEDS = 64  # that a sweep is ever advised to have
 MOST_EXAMPLES = 1_000_000
 
 
-def upper_spreads(found: Components) -> dict[str, Array]:
-    """The same as `Components.spreads`, with the upper 80% limit of the spread over seeds.
+def upper_factor(seeds: Any) -> Any:
+    """What the spread over so few seeds is at most, in 80 of 100 cases, times its estimate.
 
-    Few seeds tell little about their own spread: the estimate times 2.1, 1.6 or 1.35 at 3, 5 or 8.
+    2.1, 1.6 and 1.35 at 3, 5 and 8 seeds: few of them tell little about their own spread.
     """
-    freedom = found.num_seeds - 1
-    largest = found.seeds * freedom / special.chdtri(freedom, 0.8)
+    return np.sqrt((seeds - 1) / special.chdtri(seeds - 1, 0.8))
+
+
+def upper_spreads(found: Components) -> dict[str, Array]:
+    """The same as `Components.spreads`, with the upper 80% limit of the spread over seeds."""
+    largest = found.seeds * upper_factor(found.num_seeds) ** 2
     over_seeds = np.maximum(largest - found.rest, 0) / found.num_examples
     return found.spreads | {"seeds": np.sqrt(over_seeds)}
 

@@ -30,11 +30,11 @@ NOT_A_SETTING = (
 HIGHER_IS_BETTER = {"exact_match", "answer", "answer_flexible", "accuracy"}
 
 
-def setting(one: Record) -> dict[str, Any]:
+def setting(config: dict[str, Any]) -> dict[str, Any]:
     """What was chosen for a run, seeds and places aside."""
     return {
         key: value
-        for key, value in flatten(one.config).items()
+        for key, value in flatten(config).items()
         if not identity.is_of_evaluation(key)
         and not any(
             key == name or (name.endswith(".") and key.startswith(name)) for name in NOT_A_SETTING
@@ -48,7 +48,7 @@ def settings_of(records: list[Record]) -> list[dict[str, Any]]:
     Where the same words stood for other data or another base (a file that was edited), their
     hashes are part of it: such runs are no repetitions over seeds.
     """
-    settings = [setting(one) for one in records]
+    settings = [setting(one.config) for one in records]
     for key, name in (("data.data_hash", "train"), ("model.base_hash", "base")):
         contents: dict[str, set[str]] = {}
         for words, one in zip(settings, records, strict=True):

@@ -14,6 +14,7 @@ from lorabench import machine, stages, versions
 from lorabench.show.text import console, dump, quantity, size, whole
 
 if TYPE_CHECKING:
+    from lorabench.compare.outlook import Outlook
     from lorabench.smoke import Attempt
     from lorabench.sweep import Job
 
@@ -25,6 +26,8 @@ def plan(
     attempts: Iterable[Attempt] = (),
     notes: Iterable[str] = (),
     unread: str = "",
+    told: Outlook | None = None,
+    difference: float | None = None,
 ) -> None:
     """Show what a command will do.
 
@@ -32,6 +35,8 @@ def plan(
         attempts: of --smoke, one per pack, made while they are shown.
         notes: what is to be said about the data.
         unread: why the data could not be read.
+        told: what the sweep will be able to tell.
+        difference: that is to be found, in the unit of its metric.
     """
     peak = machine.matmul_flops()
     plans = [
@@ -41,6 +46,7 @@ def plan(
         named = [[jobs[i].plan.run_id for i in members] for members in packs]
         content = {"runs": plans, "packs": named, "seconds": sum(p["seconds"] for p in plans)}
         content |= {"versions": versions.shown(), "notes": list(notes), "unread": unread}
+        content["outlook"] = _outlook_content(told, difference)
         tried = [dataclasses.asdict(attempt) for attempt in attempts]
         dump(content | ({"smoke": tried} if tried else {}))
         return
@@ -105,6 +111,10 @@ def plan(
     out.print(
         f"time      ~{total_seconds:.0f} s for all runs, from a short measurement of this machine"
     )
+    if told is not None:
+        each = total_seconds / len(jobs) * told.settings
+        for text in _outlook(told, difference, each):
+            out.print(text, soft_wrap=True)
     for warning in dict.fromkeys(w for job in jobs for w in job.plan.warnings):
         out.print(f"warning   {warning}", style="yellow")
     for note in notes:
@@ -113,6 +123,64 @@ def plan(
         out.print("`--json` lists every adapted module.", style="dim")
     for attempt in attempts:
         out.print(f"smoke     {attempt}", style="red" if attempt.error else None, soft_wrap=True)
+
+
+def _outlook(told: Outlook, difference: float | None, seconds: float) -> list[str]:
+    """What the sweep will be able to tell.
+
+    Args:
+        seconds: of one seed of every setting.
+    """
+    metric, of = told.spreads.metric, told.spreads.of
+    asked = f"{told.questions} question{'s' if told.questions > 1 else ''}"
+    seeds = f"{told.seeds} seed{'s' if told.seeds > 1 else ''}"
+    if told.smallest is None:
+        lines = [f"verdict   {asked}, but one seed settles none; add seed=0,1,2,3,4"]
+    else:
+        lines = [
+            f"verdict   {asked}, {seeds} and {told.examples:,} test examples: a difference of "
+            f"{told.smallest:.2g} {metric} between two settings is found in 4 of 5 such sweeps"
+        ]
+    lines.append(
+        f"          if their difference varies by {of['seeds']:.2g} over seeds, "
+        f"{of['examples']:.2g} over examples and {of['rest']:.2g} besides ({told.spreads.source})"
+    )
+    if difference is not None:
+        lines.append(f"settle    {difference:g} {metric} {_needs(told, difference, seconds)}")
+    return lines
+
+
+def _needs(told: Outlook, difference: float, seconds: float) -> str:
+    seeds, examples = told.needed(difference)
+    if seeds is not None:
+        return (
+            f"needs {seeds} seeds of {told.settings} settings with {told.examples:,} test "
+            f"examples: {seeds * told.settings} runs, {_hours(seeds * seconds)}"
+        )
+    if examples is not None:
+        fewest = max(8, told.seeds)
+        return (
+            f"is not found with {told.examples:,} test examples, however many seeds there are; "
+            f"{examples:,} of them and {fewest} seeds find it: {fewest * told.settings} runs, "
+            f"{_hours(fewest * seconds)} and more scoring"
+        )
+    return "is found with no number of seeds or test examples"
+
+
+def _hours(seconds: float) -> str:
+    if seconds < 5400:
+        return f"~{seconds / 60:.0f} minutes" if seconds > 90 else f"~{seconds:.0f} s"
+    return f"~{seconds / 3600:.1f} hours"
+
+
+def _outlook_content(told: Outlook | None, difference: float | None) -> dict[str, Any] | None:
+    if told is None:
+        return None
+    content = dataclasses.asdict(told)
+    if difference is not None:
+        seeds, examples = told.needed(difference)
+        content["settle"] = {"difference": difference, "seeds": seeds, "examples": examples}
+    return content
 
 
 def _each(jobs: list[Job], describe: Callable[[Job], str]) -> list[str]:

@@ -192,12 +192,14 @@ class SweepFolder:
             self._write(content)
 
     def begin_settling(self, entry: SettlingEntry) -> SettlingEntry:
-        """Fix the looks, unless they are; return those that hold."""
+        """Fix the looks; those of another process that has taken one hold."""
         with self._lock():
             content = self.read()
-            if content.settling is None:
+            before = content.settling
+            if before is None or not any(look.taken for look in before.looks):
                 content.settling = entry
                 self._write(content)
+            assert content.settling is not None
             return content.settling
 
     def take_look(self, number: int) -> SettlingEntry:
