@@ -23,13 +23,15 @@ class Asked:
     """What is asked: the options, then what `settle` was asked, then the experiment's `compare`.
 
     Args:
-        metrics: the first judges, all are shown; none: those that the runs have.
+        metric: that the verdicts are on; None: the first that the runs have.
+        shown: metrics in the table; none: all.
     """
 
     vary: list[str] = field(default_factory=list)
     select: str | None = None
     baseline: dict[str, str] = field(default_factory=dict)
-    metrics: list[str] = field(default_factory=list)
+    metric: str | None = None
+    shown: list[str] = field(default_factory=list)
     margin: float | None = None
     settling: SettlingEntry | None = None
 
@@ -42,8 +44,7 @@ class Asked:
         taken = [Look(tuple(one.seeds), one.level) for one in planned if one.taken]
         return compare.verdicts(
             [(one.folder, one.entry) for one in found],
-            self.metrics[0] if self.metrics else None,
-            self.vary, self.baseline, self.margin, self.select, taken, len(planned),
+            self.metric, self.vary, self.baseline, self.margin, self.select, taken, len(planned),
         )  # fmt: skip
 
 
@@ -60,12 +61,34 @@ def compare(arguments: list[str]) -> int:
     add_questions(parser)
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     options = parser.parse_args(arguments)
-    found = [one for folder in options.folders for one in records_of(folder)]
-    asked = asked_of(options, options.folders, found)
+    foreign = [folder for folder in options.folders if _is_foreign(folder)]
+    sweeps = [folder for folder in options.folders if folder not in foreign]
+    found = [one for folder in sweeps for one in records_of(folder)]
+    asked = asked_of(options, sweeps, found)
     answers = asked.answers(found)
     table = comparing.table([one.entry for one in found])
-    show.comparison(table, answers, options.folders, asked.metrics, options.json)
+    if foreign:
+        table["foreign"] = _foreign_rows(foreign, table["varied"])
+    show.comparison(table, answers, options.folders, asked.shown, options.json)
     return 0
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether it holds results of PEFT's own benchmark, and no sweep."""
+    from lorabench.compare.foreign import is_foreign
+
+    if (folder / "sweep.json").exists() or any(folder.glob("*/record.json")):
+        return False
+    return is_foreign(folder)
+
+
+def _foreign_rows(folders: Sequence[Path], varied: Sequence[str]) -> list[dict[str, Any]]:
+    """Results of PEFT's own benchmark; what cannot be read is told on stderr."""
+    from lorabench.compare.foreign import SHOWN, read, table_rows
+
+    rows = [row for folder in folders for row in read(folder)]
+    tell([row.error for row in rows if row.error])
+    return table_rows(rows, list(dict.fromkeys([*varied, *SHOWN])))
 
 
 def add_questions(parser: argparse.ArgumentParser) -> None:
@@ -96,15 +119,16 @@ def asked_of(options: Any, folders: Sequence[Path], found: Sequence[Checked]) ->
     """What options and folders ask, the options first."""
     settling = _settling(folders)
     vary, select, baseline = _of_experiment(folders, found)
-    metrics, margin = [], None
+    metric, margin = None, None
     if settling is not None:
         vary, select, baseline = settling.vary, settling.select, settling.baseline
-        metrics, margin = [settling.metric], settling.margin
+        metric, margin = settling.metric, settling.margin
     return Asked(
         vary if options.vary is None else options.vary,
         select if options.select is None else options.select,
         baseline if options.baseline is None else dict(options.baseline),
-        metrics if options.metric is None else options.metric,
+        options.metric[0] if options.metric else metric,
+        options.metric or [],
         margin if options.margin is None else options.margin,
         settling,
     )
@@ -118,7 +142,14 @@ def _settling(folders: Sequence[Path]) -> SettlingEntry | None:
     if found and len(folders) > 1:
         tell(["settled sweeps are compared with others as if their seeds had been planned at once"])
         return None
-    return found[0] if found else None
+    if not found:
+        return None
+    if not any(look.taken for look in found[0].looks):
+        tell(
+            [f"{folders[0]}: no look was taken yet; `lorabench settle {folders[0]}` takes the "
+             f"first; until then the verdicts are as if nobody had looked before"]
+        )  # fmt: skip
+    return found[0]
 
 
 def _of_experiment(
@@ -129,6 +160,8 @@ def _of_experiment(
     from lorabench.compare.tables import settings_of
     from lorabench.sweep import SweepFolder
 
+    if not folders:
+        return [], None, {}
     content = SweepFolder(folders[0]).read()
     runs = content.commands[-1].runs if content.commands else []
     asked = content.runs[runs[0]].config.get("compare") if runs else None

@@ -68,7 +68,7 @@ def settle(arguments: list[str]) -> int:
     asked = asked_of(options, [options.folder], found)
     answers = asked.answers(found)
     table = compare.table([one.entry for one in found])
-    show.comparison(table, answers, [options.folder], asked.metrics, options.json)
+    show.comparison(table, answers, [options.folder], asked.shown, options.json)
     tell(_closing(answers))
     return 0
 
@@ -98,7 +98,7 @@ def _fixed(
             "--vary": (asked.vary, before.vary), "--select": (asked.select, before.select),
             "--baseline": (asked.baseline, before.baseline),
             "--margin": (asked.margin, before.margin),
-            "--metric": (asked.metrics[0], before.metric),
+            "--metric": (asked.metric, before.metric),
             "--max-seeds": (most or len(before.looks[-1].seeds), len(before.looks[-1].seeds)),
         }  # fmt: skip
         refused = [
@@ -111,7 +111,7 @@ def _fixed(
             raise ConfigErrors(refused)
         return before
     finished = [one.entry for one in found if one.entry.status == "finished"]
-    metric = metric_of(finished, asked.metrics[0] if asked.metrics else None)
+    metric = metric_of(finished, asked.metric)
     if metric is None:
         raise ConfigErrors(
             f"DIR: must hold finished runs that were scored on the test split; '{folder.path}' has "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lorabench.compare import HIGHER_IS_BETTER
+from lorabench.compare import HIGHER_IS_BETTER as OURS
+from lorabench.compare.foreign import HIGHER_IS_BETTER as FOREIGN
 from lorabench.compare.tables import short_keys
 from lorabench.show.results import columns_of
 from lorabench.show.text import console, dump, quantity, setting, size, whole, with_spread
@@ -20,10 +21,10 @@ from lorabench.show.text import console, dump, quantity, setting, size, whole, w
 if TYPE_CHECKING:
     from lorabench.compare import Answers
 
+HIGHER_IS_BETTER = OURS | FOREIGN
 OUTCOMES = {"found": "green", "no worse": "green", "not settled": "yellow", "no verdict": "yellow"}
 SPLITS = ("test", "validation")
 FIRST = ("nll", "exact_match", "accuracy", "answer")
-BEST = " *"
 
 
 def comparison(
@@ -43,7 +44,7 @@ def comparison(
         return
     folder = shlex.join(map(str, folders))
     out = console()
-    if not table["rows"]:
+    if not table["rows"] and not table.get("foreign"):
         commands = " and ".join(f"lorabench runs {shlex.quote(str(one))}" for one in folders)
         show = "shows" if len(folders) == 1 else "show"
         out.print(f"{folder}: no run has finished; {commands} {show} their status")
@@ -99,20 +100,23 @@ def _sentences(out: Console, answers: Answers) -> None:
 def _settings(
     out: Console, table: dict[str, Any], answers: Answers, folder: str, metrics: Sequence[str]
 ) -> None:
-    rows = table["rows"]
-    there = {name for row in rows for split in SPLITS for name in row["metrics"].get(split, {})}
+    rows, foreign = table["rows"], table.get("foreign", [])
+    every = [*rows, *foreign]
+    there = {name for row in every for split in SPLITS for name in row["metrics"].get(split, {})}
     ordered = [name for name in dict.fromkeys([answers.metric, *FIRST, *sorted(there)])
                if name in there and (not metrics or name in metrics)]  # fmt: skip
     scores = [
         (split, name)
         for name in ordered
         for split in SPLITS
-        if any(name in row["metrics"].get(split, {}) for row in rows)
+        if any(
+            name in row["metrics"].get(split, {}) for row in (every if split == "test" else rows)
+        )
     ]
-    settings = f"{len(rows)} setting{'s' if len(rows) > 1 else ''}"
+    settings = f"{len(every)} setting{'s' if len(every) > 1 else ''}"
     title = f"{folder}: {settings}, mean ± standard deviation over seeds"
     shown = Table(title=title, title_justify="left")
-    columns = columns_of(table)
+    columns = [*columns_of(table), *_columns_of_foreign(foreign, table["varied"], bool(rows))]
     for name in short_keys(columns):
         shown.add_column(name)
     if answers.ranks:
@@ -131,13 +135,12 @@ def _settings(
     judge = ("validation", ordered[0]) if ordered else None
     best = _best(rows, *judge) if judge in scores and len(rows) > 1 else None
     for place, row in enumerate(rows):
-        cells: list[str | Text] = [setting(row["setting"][key]) for key in columns]
+        cells: list[str | Text] = [setting(row["setting"].get(key, "")) for key in columns]
+        if place == best:
+            cells[0] = Text(f"{cells[0]} *", "bold")
         if answers.ranks:
             cells.append(_rank(answers.ranks.get(row["runs"][0])))
-        for score in scores:
-            text = _score(row, *score)
-            chosen = place == best and score == judge
-            cells.append(Text(text + BEST, "bold") if chosen else text)
+        cells += [_score(row, *score) for score in scores]
         cells += [
             str(row["train_seconds"]["n"]),
             quantity(row["trainable_parameters"]),
@@ -147,10 +150,62 @@ def _settings(
             *(["other" if row["other_stack"] else ""] if marked else []),
         ]
         shown.add_row(*cells)
-    others = [column.header for column in shown.columns if str(column.header).startswith("valid")]
-    whole(out, shown, ("share s", "peak memory", *timed, "trainable", *map(str, others[::-1])))
+    shown.add_section()
+    for row in foreign:
+        known = [row["setting"].get(key) for key in columns]
+        shown.add_row(
+            *("" if value is None else setting(value) for value in known),
+            *([""] if answers.ranks else []),
+            *(_foreign_score(row, *score) for score in scores),
+            "one",
+            _or_nothing(row["trainable_parameters"], quantity),
+            _or_nothing(row["train_seconds"], lambda spread: f"{spread['mean']:.1f}"),
+            *([""] if packed else []),
+            _or_nothing(row["peak_memory_bytes"], lambda spread: size(spread["max"])),
+            *(["other"] if marked else []),
+        )
+    least = ["share s", "peak memory", *timed, "trainable"]
+    least += [name for name in ("names", "path", "peft_type") if foreign]
+    # Columns of scores, the judge last.
+    headers = [text for one in shown.columns if (text := str(one.header)).endswith(("↑", "↓"))]
+    least += sorted(headers[:0:-1], key=lambda header: header.startswith("test"))
+    whole(out, shown, least)
     if best is not None and judge is not None:
         out.print(f"* the best on validation {judge[1]}; test judges", style="dim")
+    if foreign:
+        out.print(
+            f"{len(foreign)} results of PEFT's benchmark: one seed each, so no verdict; the 95% "
+            f"interval is over its questions alone",
+            style="dim", soft_wrap=True,
+        )  # fmt: skip
+        for text in dict.fromkeys(text for row in foreign for text in row["foreign"]["notes"]):
+            out.print(f"note: {text}", style="yellow", soft_wrap=True)
+
+
+def _columns_of_foreign(
+    rows: Sequence[dict[str, Any]], known: Sequence[str], beside_ours: bool
+) -> list[str]:
+    """Keys by which people know foreign rows, and where they stand alone those that differ."""
+    keys = dict.fromkeys(key for row in rows for key in row["setting"] if key not in known)
+    return [
+        key
+        for key in keys
+        if key in ("experiment", "peft_type")
+        or (not beside_ours and len({repr(row["setting"].get(key)) for row in rows}) > 1)
+    ]
+
+
+def _foreign_score(row: dict[str, Any], split: str, name: str) -> str:
+    value = row["metrics"].get(split, {}).get(name)
+    if value is None:
+        return ""
+    text = f"{value['mean']:.4f}"
+    interval = row["foreign"]["intervals"].get(split) if name == "accuracy" else None
+    return f"{text} [{interval['low']:.3f}, {interval['high']:.3f}]" if interval else text
+
+
+def _or_nothing(value: Any, shown: Callable[[Any], str]) -> str:
+    return "" if value is None else shown(value)
 
 
 def _rank(rank: tuple[int, int] | None) -> str:

@@ -54,6 +54,8 @@ def whole(out: Console, table: Table, least: Iterable[str]) -> None:
         table.columns = kept
     for column in table.columns:
         column.overflow = "fold"
+    if not out.is_terminal:
+        out.width = max(out.width, Measurement.get(out, wide, table).maximum)
     out.print(table)
     if left_out:
         out.print(
