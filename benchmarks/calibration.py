@@ -1,6 +1,6 @@
-"""How often a verdict is false: whole `compare` commands on simulated scores.
+"""How often a verdict is false: whole commands on simulated scores.
 
-    python benchmarks/calibration.py                 every cell, 2,000 commands each: two minutes
+    python benchmarks/calibration.py                 every cell, 10,000 commands each: half an hour
     python benchmarks/calibration.py --commands 200  a first look
 
 A command compares two heads at three ranks: 13 questions. A cell says how scores come about: how
@@ -8,8 +8,12 @@ much seeds, examples and chance change a difference, how many seeds and examples
 scores are normal or 0 and 1, and whether no setting differs or one does. False is "found" where the
 true difference is zero or of the other sign, and "no worse than X" where it is worse than X.
 
+Three kinds of commands: `compare`; `compare --select trainer.lr`, where one head has four learning
+rates to choose from and the other one; and `settle`, which looks at a sweep two or three times
+while seeds are added to what is not settled.
+
 Results: benchmarks/results/calibration.json. Exit code 1 if a cell has more than 6% of commands
-with a false verdict: 5% and two standard errors of 2,000 commands.
+with a false verdict.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorabench.compare import statistics
+from lorabench.compare import looks, selection, statistics
 from lorabench.compare.questions import Question, factors_of, questions_of
 
 # Standard deviations of the difference of two runs over seeds, over examples, and of the rest.
@@ -35,7 +39,8 @@ BASE_RATES = (None, 0.5, 0.02)  # None: normal scores
 HEADS, RANKS = ("exclude", "lora"), (16, 32, 64)
 SETTINGS = [{"head.policy": head, "lora.r": r} for head in HEADS for r in RANKS]
 CHANGED = 4  # the setting with a true difference
-MOST = 0.06  # of commands with a false verdict: 5% and two standard errors of 2,000
+PARTS = ("mean", "seeds", "examples", "rest")
+MOST = 0.06  # of commands with a false verdict
 
 
 class Cell(NamedTuple):
@@ -47,6 +52,8 @@ class Cell(NamedTuple):
     base_rate: float | None
     effect: float  # of one setting, in the unit of normal scores
     margin: float  # in that of the scores
+    rates: int = 1  # learning rates of the second head, of which the best on validation is judged
+    looks: tuple[int, ...] = ()  # seeds at each look; none: one look at all of them
 
 
 def cells() -> Iterator[Cell]:
@@ -55,6 +62,17 @@ def cells() -> Iterator[Cell]:
         EXAMPLES, SEEDS, SPREADS, BASE_RATES, (0.0, 0.1)
     ):
         yield Cell(spreads, seeds, examples, rate, effect, 0.05)
+    for seeds, spreads, rate in itertools.product(SEEDS, SPREADS, BASE_RATES[:2]):
+        yield Cell(spreads, seeds, 50, rate, 0.0, 0.05, rates=4)
+    for have, spreads, rate, effect in itertools.product(
+        (2, 3), SPREADS, BASE_RATES[:2], (0.0, 0.1)
+    ):
+        yield Cell(spreads, 8, 50, rate, effect, 0.05, looks=looks_of(have))
+
+
+def looks_of(have: int) -> tuple[int, ...]:
+    """Seeds at the looks of `settle`, at a sweep that has so many."""
+    return tuple(len(look.seeds) for look in looks.plan_looks(range(have), 8))
 
 
 def questions() -> list[Question]:
@@ -72,27 +90,50 @@ def weights(asked: list[Question]) -> np.ndarray:
     return found
 
 
-def scores(cell: Cell, commands: int, rng: np.random.Generator) -> np.ndarray:
-    """Scores of every run, (commands, settings, S, N): of one sweep each.
+class Drawn(NamedTuple):
+    """Scores of so many commands; K settings."""
+
+    test: np.ndarray  # (commands, K, S, N)
+    flattery: np.ndarray  # (commands, K): what a setting may owe to a choice on its seeds
+
+
+def scores(cell: Cell, commands: int, rng: np.random.Generator) -> Drawn:
+    """Draw the scores of every run, of one sweep each.
 
     Scores of 0 and 1 are whether a normal one is above a threshold, with examples that are hard or
     easy for all settings.
     """
     over_seeds, over_examples, rest = (sd / np.sqrt(2) for sd in cell.spreads)  # of one run
-    shape = (commands, len(SETTINGS), cell.seeds, cell.examples)
+    spread = np.sqrt(over_seeds**2 + over_examples**2 + rest**2)
 
     def normal(*parts: int) -> np.ndarray:
         return rng.standard_normal(parts, dtype=np.float32)
 
-    found = rest * normal(*shape)
-    found += over_seeds * normal(*shape[:3], 1)
-    found += over_examples * normal(*shape[:2], 1, shape[3])
-    found[:, CHANGED] += cell.effect
-    if cell.base_rate is None:
-        return found
-    spread = np.sqrt(over_seeds**2 + over_examples**2 + rest**2)
-    found += spread * normal(commands, 1, 1, cell.examples)
-    return found > threshold(cell)
+    def seen(of_seeds: np.ndarray, hard: np.ndarray | float) -> np.ndarray:
+        """Scores of a split, (..., S, N), of runs that their seeds made so good, (..., S)."""
+        shape = (*of_seeds.shape, cell.examples)
+        found = rest * normal(*shape) + of_seeds[..., None]
+        found += over_examples * normal(*shape[:-2], 1, shape[-1])
+        if cell.base_rate is None:
+            return found
+        return (found + spread * hard > threshold(cell)).astype(np.float32)
+
+    shape = (commands, len(SETTINGS), cell.seeds)
+    of_seeds = over_seeds * normal(*shape)
+    of_seeds[:, CHANGED] += cell.effect
+    flattery = np.zeros(shape[:2])
+    if cell.rates > 1:
+        hard_validation = normal(commands, 1, 1, cell.examples)
+        for place, setting in enumerate(SETTINGS):
+            if setting["head.policy"] != HEADS[1]:
+                continue
+            tried = over_seeds * normal(commands, cell.rates, cell.seeds)
+            tried += cell.effect * (place == CHANGED)
+            loss = -seen(tried, hard_validation).mean(-1)
+            best = loss.mean(-1).argmin(-1)
+            of_seeds[:, place] = np.take_along_axis(tried, best[:, None, None], 1)[:, 0]
+            flattery[:, place] = selection.flattery(loss.astype(np.float64))
+    return Drawn(seen(of_seeds, normal(commands, 1, 1, cell.examples)), flattery)
 
 
 def threshold(cell: Cell) -> float:
@@ -118,37 +159,56 @@ def simulate(cell: Cell, commands: int, seed: int = 0) -> dict[str, float]:
     """Shares of commands with a false verdict, and of questions found and left open."""
     rng = np.random.default_rng([seed, *map(ord, repr(cell))])
     w = weights(questions())
-    true = true_gains(cell, w)
-    false_found = false_margin = found_questions = open_questions = 0.0
-    wrong_commands = 0
+    true = np.round(true_gains(cell, w), 12)
+    sums = np.zeros(5)
     step = max(1, 20_000_000 // (len(w) * cell.seeds * cell.examples * 8))
     for first in range(0, commands, step):
         count = min(step, commands - first)
-        y = scores(cell, count, rng)
-        gains = np.einsum("qk,cksn->cqsn", w.astype(np.float32), y.astype(np.float32))
-        decided = statistics.decide(statistics.components(gains.astype(np.float64)))
-        wrong = decided.found & (np.sign(decided.mean) != np.sign(np.round(true, 12)))
-        no_worse, reverse = decided.no_worse(cell.margin)
+        drawn = scores(cell, count, rng)
+        gains = np.einsum("qk,cksn->cqsn", w.astype(np.float32), drawn.test)
+        answer = _answers_at_looks if cell.looks else _answers
+        found, sign, no_worse, reverse = answer(cell, gains, drawn.flattery @ w.T)
+        wrong = found & (sign != np.sign(true))
         bad = (no_worse & (true < -cell.margin)) | (reverse & (true > cell.margin))
-        false_found += wrong.any(-1).sum()
-        false_margin += bad.any(-1).sum()
-        wrong_commands += (wrong | bad).any(-1).sum()
-        found_questions += decided.found.sum()
-        open_questions += (~(decided.found | no_worse | reverse)).sum()
-    total = commands * len(w)
-    return {
-        "false": float(wrong_commands / commands),
-        "false_found": float(false_found / commands),
-        "false_no_worse": float(false_margin / commands),
-        "found": float(found_questions / total),
-        "not_settled": float(open_questions / total),
-    }
+        still_open = ~(found | no_worse | reverse)
+        sums += [
+            (wrong | bad).any(-1).sum(), wrong.any(-1).sum(), bad.any(-1).sum(),
+            found.sum() / len(w), still_open.sum() / len(w),
+        ]  # fmt: skip
+    names = ("false", "false_found", "false_no_worse", "found", "not_settled")
+    return dict(zip(names, (sums / commands).tolist(), strict=True))
+
+
+def _answers(cell: Cell, gains: np.ndarray, flattery: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What `compare` says: found, its sign, and what is no worse either way, (commands, Q)."""
+    tables = statistics.components(gains.astype(np.float64))
+    decided = statistics.decide(tables, statistics.LEVEL, flattery)
+    return decided.found, np.sign(decided.mean), *decided.no_worse(cell.margin)
+
+
+def _answers_at_looks(cell: Cell, gains: np.ndarray, _: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What `settle` says: each question at the first look that settles it."""
+    shares = looks.SHARES[len(cell.looks)]
+    found, no_worse, reverse = (np.zeros(gains.shape[:2], dtype=bool) for _ in range(3))
+    sign = np.zeros(gains.shape[:2])
+    for seeds, share in zip(cell.looks, shares, strict=True):
+        tables = statistics.components(gains[:, :, :seeds].astype(np.float64))
+        for c in range(len(gains)):  # each has other questions left
+            left = np.flatnonzero(~(found | no_worse | reverse)[c])
+            if len(left):
+                mine = statistics.Components(
+                    *(getattr(tables, name)[c, left] for name in PARTS), seeds, cell.examples
+                )
+                decided = statistics.decide(mine, statistics.LEVEL * share)
+                found[c, left], sign[c, left] = decided.found, np.sign(decided.mean)
+                no_worse[c, left], reverse[c, left] = decided.no_worse(cell.margin)
+    return found, sign, no_worse, reverse
 
 
 def main(arguments: list[str]) -> int:
     """Simulate every cell; return 1 where one errs too often."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--commands", type=int, default=2000)
+    parser.add_argument("--commands", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=Path(__file__).parent / "results", type=Path)
     options = parser.parse_args(arguments)

@@ -73,7 +73,7 @@ def test_the_grid_is_every_row_of_it(calibration: ModuleType) -> None:
 def test_simulated_commands_are_what_compare_says(calibration: ModuleType, tmp_path: Path) -> None:
     """The same scores through the command line: the same questions found."""
     cell = calibration.Cell((0.02, 0.1, 0.1), 5, 50, None, 0.3, 0.05)
-    y = calibration.scores(cell, 1, np.random.default_rng(0))[0].astype(np.float64)
+    y = calibration.scores(cell, 1, np.random.default_rng(0)).test[0].astype(np.float64)
     for setting, of_seeds in zip(calibration.SETTINGS, y, strict=True):
         for seed, values in enumerate(of_seeds):
             head, r = setting["head.policy"], setting["lora.r"]
