@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 MINIMUM := .venv-minimum
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep plan compare test test-slow test-faults test-minimum lint docs bench scan base clean
+.PHONY: help setup sweep plan compare test test-slow test-faults test-minimum lint docs bench experiments calibration scan base clean
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,14 +18,14 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $(READY)
 
-sweep: $(READY) ## does LoRA on lm_head help? 12 runs on the embedded base, then the table
+sweep: $(READY) ## does LoRA on lm_head help? 30 runs on the embedded base, then verdicts and table
 	$(BIN)/lorabench train -m experiment=lm_head
 	$(BIN)/lorabench compare outputs/lm_head
 
 plan: $(READY) ## what `make sweep` will do; trains nothing
 	$(BIN)/lorabench plan -m experiment=lm_head
 
-compare: $(READY) ## the table of `make sweep` again
+compare: $(READY) ## verdicts and table of `make sweep` again
 	$(BIN)/lorabench compare outputs/lm_head
 
 test: $(READY) ## the fast tests, minutes on two cores
@@ -55,6 +55,12 @@ docs: $(READY) ## the generated pages of docs/
 bench: $(READY) ## the same sweeps packed, one by one, and by stock PEFT; about an hour
 	$(BIN)/python benchmarks/sweep.py --threads 2 --repeats 3
 	$(BIN)/python benchmarks/sweep.py --lengths --threads 2 --repeats 3
+
+experiments: $(READY) ## every experiment on fresh seeds, written to docs/experiments.md; half an hour
+	$(BIN)/python benchmarks/experiments.py
+
+calibration: $(READY) ## how often a verdict is false, in simulated commands; half an hour
+	$(BIN)/python benchmarks/calibration.py
 
 scan: $(READY) ## how the embedded question was chosen; about 20 minutes
 	$(BIN)/python benchmarks/scan.py

@@ -165,7 +165,7 @@ def test_the_run_id_follows_the_stages_and_not_their_spelling() -> None:
 
 
 def test_the_experiment_plans_both_ways_of_training(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["-m", "experiment=bert_stages", "tracker=none"]
+    arguments = ["-m", "experiment=stages", "tracker=none"]
     assert cli.main(["plan", "--json", *arguments]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert sorted(len(pack) for pack in planned["packs"]) == [2, 2]  # never one with the other
@@ -196,7 +196,7 @@ def test_a_killed_sweep_ends_with_the_same_bits_and_the_whole_history(
     from lorabench.progress import Display
 
     command = [
-        "train", "-m", "experiment=bert_stages", f"stages={written(tmp_path, SHORT)}",
+        "train", "-m", "experiment=stages", f"stages={written(tmp_path, SHORT)}",
         f"hydra.searchpath=[file://{tmp_path}]", "model=local",
         f"model.path={tiny_folder('bert12')}", "task=causal_lm", "head=exclude",
         "data=jsonl", f"data.train.path={jsonl}", "data.max_length=64", "tracker=none",

@@ -156,7 +156,7 @@ def _of_experiment(
     folders: Sequence[Path], found: Sequence[Checked]
 ) -> tuple[list[str], str | None, dict[str, str]]:
     """What the newest command of the first folder asks; what does not vary is left out."""
-    from lorabench.compare.questions import factors_of, text_of
+    from lorabench.compare.questions import factors_of, that_vary
     from lorabench.compare.tables import settings_of
     from lorabench.sweep import SweepFolder
 
@@ -168,13 +168,9 @@ def _of_experiment(
     if not asked:
         return [], None, {}
     factors = factors_of(settings_of([one.entry for one in found]))
-    known = {name: one for one in factors for name in (one.name, *one.keys)}
-    baseline = {key: text_of(value) for key, value in (asked.get("baseline") or {}).items()}
-    return (
-        [name for name in asked.get("vary", ()) if name in known],
-        select if (select := asked.get("select")) in known else None,
-        {k: v for k, v in baseline.items() if k in known and v in known[k].levels},
-    )
+    vary, baseline = that_vary(factors, asked.get("vary", ()), asked.get("baseline"))
+    select = that_vary(factors, [asked["select"]] if asked.get("select") else [], None)[0]
+    return vary, select[0] if select else None, baseline
 
 
 def _words(text: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorabench.compare import power, statistics
-from lorabench.compare.questions import factors_of, find, questions_of, text_of
+from lorabench.compare.questions import factors_of, find, questions_of, that_vary
 from lorabench.compare.selection import select
 
 if TYPE_CHECKING:
@@ -113,17 +113,10 @@ def outlook(
         distinct[name] = setting
     left = list(distinct.values())
     factors = factors_of(left)
-    known = {name: one for one in factors for name in (one.name, *one.keys)}
-    if asked.select in known:
-        left = select(find(str(asked.select), factors, "compare.select"), factors, left).settings
+    if asked.select and that_vary(factors, [asked.select], None)[0]:
+        left = select(find(asked.select, factors, "compare.select"), factors, left).settings
         factors = factors_of(left)
-        known = {name: one for one in factors for name in (one.name, *one.keys)}
-    baseline = {
-        key: text
-        for key, value in (asked.baseline or {}).items()
-        if key in known and (text := text_of(value)) in known[key].levels
-    }
-    questions = questions_of(factors, [name for name in asked.vary if name in known], baseline)
+    questions = questions_of(factors, *that_vary(factors, asked.vary, asked.baseline))
     if not questions or examples < 2:
         return None
     seeds = min(map(len, seeds_of.values()))

@@ -41,7 +41,7 @@ class Question:
     @property
     def name(self) -> str:
         """Such as "head=lora against head=exclude at r=16"."""
-        first, second = (f"{self.factor}={level}" for level in self.levels)
+        first, second = (told(self.factor, level) for level in self.levels)
         return f"{first} against {second}{self.where}"
 
     @property
@@ -52,6 +52,14 @@ class Question:
             for i, (name, level) in enumerate(self.at.items())
         )
         return text + (f" averaged over {', '.join(self.averaged)}" if self.averaged else "")
+
+
+def told(factor: str, level: str) -> str:
+    """Such as "r=16"; of factors that are one, "head=lora r=16"."""
+    names, levels = factor.split("+"), level.split("+")
+    if len(names) != len(levels):
+        return f"{factor}={level}"
+    return " ".join(f"{name}={level}" for name, level in zip(names, levels, strict=True))
 
 
 def factors_of(settings: Sequence[dict[str, Any]]) -> list[Factor]:
@@ -104,13 +112,16 @@ def questions_of(
     """Every factor's effect: at each combination of the others' levels, and averaged over them.
 
     Args:
-        vary: factors to ask about, by name or key; none: all.
+        vary: factors to ask about, by name or key; none: all. With a plus between them, several
+            are one: head+lora.r has the levels exclude+16, lora+16 and so on.
         baseline: of a factor, the level that all others are compared with; without one a factor of
             more than MOST_LEVELS levels is compared with its first.
     Raises:
         ConfigErrors: no such factor or level.
     """
-    chosen = [find(name, factors, "--vary") for name in vary] or list(factors)
+    names = dict.fromkeys([*vary, *(name for name in baseline or {} if "+" in name)])
+    named = {one.name: one for one in (find(name, factors, "--vary") for name in names)}
+    chosen = list(named.values()) or list(factors)
     against: dict[str, int] = {}
     for name, level in (baseline or {}).items():
         factor = find(name, factors, "--baseline")
@@ -122,7 +133,7 @@ def questions_of(
         against[factor.name] = factor.levels.index(level)
     found = []
     for factor in chosen:
-        # Another factor that follows from this one is no condition to hold.
+        # Another factor that follows from this one, or is a part of it, is no condition to hold.
         others = [one for one in factors if one is not factor and not _follows(one, factor)]
         if len(factor.levels) > MOST_LEVELS:
             against.setdefault(factor.name, 0)
@@ -130,17 +141,50 @@ def questions_of(
     return found
 
 
+def that_vary(
+    factors: Sequence[Factor], vary: Sequence[str], baseline: dict[str, Any] | None
+) -> tuple[list[str], dict[str, str]]:
+    """Return of what an experiment asks that which varies between these runs."""
+    names = {name for one in factors for name in (one.name, *one.keys)}
+
+    def varies(name: str) -> bool:
+        return all(part in names for part in name.split("+"))
+
+    levels = {key: text_of(value) for key, value in (baseline or {}).items() if varies(key)}
+    return (
+        [name for name in vary if varies(name)],
+        {k: v for k, v in levels.items() if v in find(k, factors, "compare.baseline").levels},
+    )
+
+
 def find(name: str, factors: Sequence[Factor], option: str) -> Factor:
-    """Return the factor of a name or a key.
+    """Return the factor of a name or a key; with a plus between several names, all as one.
 
     Raises:
         ConfigErrors: nothing of that name varies.
     """
+    if "+" in name:
+        return _together(name, factors, option)
     for factor in factors:
         if name == factor.name or name in factor.keys:
             return factor
     there = ", ".join(factor.name for factor in factors) or "nothing"
     raise ConfigErrors(f"{option}: must name what varies between the runs ({there}); got '{name}'")
+
+
+def _together(name: str, factors: Sequence[Factor], option: str) -> Factor:
+    parts = [find(part, factors, option) for part in name.split("+")]
+    combinations = list(zip(*(part.of_settings for part in parts), strict=True))
+    levels = sorted(set(combinations))
+    return Factor(
+        "+".join(part.name for part in parts),
+        (name, *(key for part in parts for key in part.keys)),
+        tuple(levels.index(one) for one in combinations),
+        tuple(
+            "+".join(part.levels[level] for part, level in zip(parts, one, strict=True))
+            for one in levels
+        ),
+    )
 
 
 def _follows(one: Factor, other: Factor) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 from lorabench.compare.judging import Verdict
+from lorabench.compare.questions import told
 
 
 def sentence(one: Verdict) -> str:
     """Found, not settled, or no worse than X; with its interval, and what would settle it."""
     question, unit = one.question, one.metric
-    better, where = f"{question.factor}={one.better}", question.where
+    better, where = told(question.factor, one.better), question.where
     if one.outcome == "no verdict" and not one.seeds:
         return f"{question.name}: no verdict, because {one.why}"
     if one.outcome == "no verdict":
@@ -24,7 +25,7 @@ def sentence(one: Verdict) -> str:
 
 def _of_several_seeds(one: Verdict) -> str:
     question, unit = one.question, one.metric
-    better, worse = (f"{question.factor}={level}" for level in (one.better, one.worse))
+    better, worse = (told(question.factor, level) for level in (one.better, one.worse))
     where = question.where
     low, high, gain = numbers(one.low, one.high, one.gain)
     if one.outcome == "found":
@@ -32,12 +33,12 @@ def _of_several_seeds(one: Verdict) -> str:
     if one.outcome == "no worse":
         margin = f"{one.margin:g} {unit}"
         if len(one.no_worse) == 2:
-            told = f"{better} and {worse} differ by less than {margin}"
+            text = f"{better} and {worse} differ by less than {margin}"
         else:
-            told = f"{question.factor}={one.no_worse[0]} is no worse than "
+            text = f"{told(question.factor, one.no_worse[0])} is no worse than "
             other = worse if one.no_worse[0] == one.better else better
-            told += f"{other} by more than {margin}"
-        return f"{told}{where}: the difference is {gain} [{low}, {high}]"
+            text += f"{other} by more than {margin}"
+        return f"{text}{where}: the difference is {gain} [{low}, {high}]"
     return (
         f"{better} against {worse}{where}: the difference, {gain} {unit} [{low}, {high}], is not "
         f"settled{_settling(one)}"

@@ -370,7 +370,7 @@ def _compare(found: Found, compare: CompareConfig) -> None:
     given = {"vary": compare.vary, "baseline": list(baseline) if isinstance(baseline, dict) else []}
     given["select"] = [] if compare.select is None else [compare.select]
     for key, values in given.items():
-        for name in values:
+        for name in (part for value in values for part in str(value).split("+")):
             if name not in names:
                 got = did_you_mean(str(name), known)
                 found.errors.append(f"compare.{key}: must name a key of the config; got {got}")
