@@ -27,8 +27,13 @@ def write_run(
     config: Mapping[str, Any] | None = None,
     name: str | None = None,
     ended: str = "2026-11-25T12:00:00Z",
+    validation: Mapping[str, float | None] | None = None,
 ) -> Path:
-    """Write a finished run with these scores of its test examples, by metric; return its folder."""
+    """Write a finished run with these scores of its test examples, by metric; return its folder.
+
+    Args:
+        validation: means of the validation split, by metric.
+    """
     run = folder / (name or f"{head}-{r}-{seed}")
     (run / "evaluations").mkdir(parents=True)
     count = len(next(iter(values.values())))
@@ -40,10 +45,17 @@ def write_run(
         name: Metric(value=float(np.mean(v)), num_examples=count, definition=f"{name}/1")
         for name, v in values.items()
     }
+    splits = {"test": Scores(examples="the examples", tokens="", metrics=metrics)}
+    if validation is not None:
+        means = {
+            name: Metric(value=value, num_examples=count, definition=f"{name}/1")
+            for name, value in validation.items()
+        }
+        splits["validation"] = Scores(examples="others", tokens="", metrics=means)
     evaluation = Evaluation(
         id=EVALUATION,
         settings={},
-        splits={"test": Scores(examples="the examples", tokens="", metrics=metrics)},
+        splits=splits,
         predictions=f"evaluations/{EVALUATION}.parquet",
         predictions_sha256=hashlib.sha256(place.read_bytes()).hexdigest(),
         batch_size=32,

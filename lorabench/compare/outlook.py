@@ -86,12 +86,18 @@ class Outlook:
         return statistics.LEVEL / self.questions
 
     def needed(self, difference: float) -> tuple[int | None, int | None]:
-        """Seeds that find a difference with these examples; if none do, examples for 8 seeds."""
+        """Return the fewest seeds that find a difference, and None: the examples are enough.
+
+        Where they are not, seeds and the examples they need; None, None: no numbers are enough.
+        """
         seeds = power.seeds_to_find(difference, self.spreads.of, self.examples, self.level)
         if seeds is not None:
             return seeds, None
-        fewest = max(8, self.seeds)
-        return None, power.examples_to_find(difference, self.spreads.of, fewest, self.level)
+        for seeds in (8, 16, 32, power.MOST_SEEDS):
+            found = power.examples_to_find(difference, self.spreads.of, seeds, self.level)
+            if found is not None:
+                return seeds, found
+        return None, None
 
 
 def outlook(

@@ -152,19 +152,18 @@ def _outlook(told: Outlook, difference: float | None, seconds: float) -> list[st
 
 def _needs(told: Outlook, difference: float, seconds: float) -> str:
     seeds, examples = told.needed(difference)
-    if seeds is not None:
+    if seeds is None:
+        return "is found with no number of seeds or test examples"
+    runs = f"{seeds * told.settings} runs, {_hours(seeds * seconds)}"
+    if examples is None:
         return (
             f"needs {seeds} seeds of {told.settings} settings with {told.examples:,} test "
-            f"examples: {seeds * told.settings} runs, {_hours(seeds * seconds)}"
+            f"examples: {runs}"
         )
-    if examples is not None:
-        fewest = max(8, told.seeds)
-        return (
-            f"is not found with {told.examples:,} test examples, however many seeds there are; "
-            f"{examples:,} of them and {fewest} seeds find it: {fewest * told.settings} runs, "
-            f"{_hours(fewest * seconds)} and more scoring"
-        )
-    return "is found with no number of seeds or test examples"
+    return (
+        f"is not found with {told.examples:,} test examples, however many seeds there are; "
+        f"{examples:,} of them and {seeds} seeds find it: {runs} and more scoring"
+    )
 
 
 def _hours(seconds: float) -> str:
