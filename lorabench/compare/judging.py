@@ -13,6 +13,7 @@ from lorabench.compare import power, statistics
 from lorabench.compare.questions import Question
 from lorabench.compare.scores import Scores, aligned
 
+WORTHWHILE = 0.9  # of the smallest difference now: what twice the seeds must find to be worth it
 Outcome = Literal["found", "no worse", "not settled", "no verdict"]
 
 
@@ -194,20 +195,19 @@ def _reckon(verdict: Verdict, table: statistics.Components, level: float) -> Non
 def _settle(
     verdict: Verdict, spreads: dict[str, float], table: statistics.Components, level: float
 ) -> None:
-    """How many more seeds would find the difference seen, or one that some number finds."""
+    """How many more seeds would find the difference seen, or one that twice as many find."""
     have, examples = table.num_seeds, table.num_examples
+    most = min(power.MOST_SEEDS, 4 * have + 8)
+    needed = power.seeds_to_find(verdict.gain, spreads, examples, level, most)
+    if needed is not None and needed > have:
+        verdict.more_seeds, verdict.settles = needed - have, verdict.gain
+        return
+    twice = power.Design(spreads, 2 * have, examples, level).smallest()
+    if twice < WORTHWHILE * verdict.smallest:
+        verdict.more_seeds, verdict.settles = have, twice
     far = power.Design(spreads, power.MOST_SEEDS, examples, level).smallest()
     room = verdict.high if verdict.margin is None else max(verdict.high, verdict.margin)
     verdict.hopeless = far > room
-    for seeds in (None, 2 * have, 4 * have):
-        if seeds is None:
-            wanted = verdict.gain
-        else:
-            wanted = power.Design(spreads, seeds, examples, level).smallest()
-        most = min(power.MOST_SEEDS, 4 * have + 8)
-        needed = power.seeds_to_find(wanted, spreads, examples, level, most)
-        if needed is not None and needed > have:
-            verdict.more_seeds, verdict.settles = needed - have, wanted
-            return
-    seeds = max(have, 8)
-    verdict.more_examples = power.examples_to_find(verdict.gain, spreads, seeds, level)
+    if verdict.more_seeds is None:
+        seeds = max(have, 8)
+        verdict.more_examples = power.examples_to_find(verdict.gain, spreads, seeds, level)

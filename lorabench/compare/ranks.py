@@ -39,15 +39,7 @@ def rank_intervals(
     if table.shape[1] < 2:
         return found
     scores = table.reshape(len(there), len(seeds), -1) * (1 if higher_is_better else -1)
-    # Row by row: all pairs of a hundred settings at once would fill the memory.
-    rows = [statistics.components(scores[i] - scores[i + 1 :]) for i in range(len(there) - 1)]
-    mean, of_seeds, of_examples, rest = (
-        np.concatenate([getattr(row, name) for row in rows])
-        for name in ("mean", "seeds", "examples", "rest")
-    )
-    count = len(seeds), table.shape[1]
-    pairs = statistics.Components(mean, of_seeds, of_examples, rest, *count)
-    decided = statistics.decide(pairs, level)
+    decided = statistics.decide(statistics.components_of_pairs(scores), level)
     first, second = np.triu_indices(len(there), 1)
     better = np.where(decided.mean > 0, first, second)[decided.found]
     worse = np.where(decided.mean > 0, second, first)[decided.found]

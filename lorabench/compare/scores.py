@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorabench.hashes import file_hash
 from lorabench.record import Evaluation
 
 
@@ -39,15 +39,16 @@ class Reader:
         import pyarrow as pa
         from pyarrow import compute, parquet
 
-        path = folder / evaluation.predictions
         recorded = evaluation.predictions_sha256
         column = "nll" if self.metric == "nll_per_token" else self.metric
         try:
-            if recorded and file_hash(path) != recorded:
+            content = (folder / evaluation.predictions).read_bytes()
+            if recorded and hashlib.sha256(content).hexdigest() != recorded:
                 return "its predictions are not those that were recorded"
-            if column not in parquet.read_schema(path).names:
+            file = parquet.ParquetFile(pa.BufferReader(content))
+            if column not in file.schema_arrow.names:
                 return f"its predictions hold no {self.metric}"
-            table = parquet.read_table(path, columns=["split", "example", column])
+            table = file.read(["split", "example", column], use_threads=False)
         except FileNotFoundError:
             return "its predictions are gone"
         except (OSError, pa.ArrowException):

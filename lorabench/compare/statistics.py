@@ -68,9 +68,9 @@ def components(differences: Array) -> Components:
     if examples < 2:
         raise ValueError(f"a comparison needs at least 2 examples; got {examples}")
     mean = differences.mean((-2, -1))
-    of_seeds = differences.mean(-1) - mean[..., None]
-    of_examples = differences.mean(-2) - mean[..., None]
-    total = np.square(differences - mean[..., None, None]).sum((-2, -1))
+    centred = differences - mean[..., None, None]
+    of_seeds, of_examples = centred.mean(-1), centred.mean(-2)
+    total = np.einsum("...sn,...sn->...", centred, centred)
     between_seeds = examples * np.square(of_seeds).sum(-1)
     between_examples = seeds * np.square(of_examples).sum(-1)
     # What is left of a difference of equal sums is rounding.
@@ -85,6 +85,38 @@ def components(differences: Array) -> Components:
             seeds,
             examples,
         )
+
+
+def components_of_pairs(scores: Array) -> Components:
+    """Mean squares of the differences of all tables two by two, from (K, S, N).
+
+    The same as `components` of scores[a] - scores[b] for a < b, in the order of
+    `np.triu_indices(K, 1)`, without a table of each pair.
+    """
+    tables, seeds, examples = scores.shape
+    first, second = np.triu_indices(tables, 1)
+    mean = scores.mean((1, 2))
+    of_seeds = scores.mean(2) - mean[:, None]
+    of_examples = scores.mean(1) - mean[:, None]
+    rest = scores - mean[:, None, None] - of_seeds[:, :, None] - of_examples[:, None, :]
+    rest = rest.reshape(tables, -1)
+
+    def apart(rows: Array) -> Array:
+        """Squared distances of all rows two by two, where rounding leaves any."""
+        products = rows @ rows.T
+        own = np.diag(products)
+        sums = own[first] + own[second]
+        found = sums - 2 * products[first, second]
+        return np.where(found > 1e-12 * sums, found, 0.0)
+
+    return Components(
+        mean[first] - mean[second],
+        examples * apart(of_seeds) / (seeds - 1),
+        seeds * apart(of_examples) / (examples - 1),
+        apart(rest) / ((seeds - 1) * (examples - 1)),
+        seeds,
+        examples,
+    )
 
 
 @dataclass(frozen=True)
@@ -136,7 +168,7 @@ def test_of(found: Components) -> Test:
             + found.rest**2 / ((found.num_seeds - 1) * (found.num_examples - 1))
         )
         freedom = np.where(weights > 0, sum_of**2 / weights, 1.0)
-    by_seeds = found.num_seeds - 1 + np.zeros_like(found.mean)
+    by_seeds = np.asarray(found.num_seeds - 1, dtype=np.float64)
     return Test(
         found.mean,
         (np.sqrt(squares / cells), np.sqrt(found.seeds / cells)),
