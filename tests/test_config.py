@@ -129,6 +129,19 @@ def test_a_value_out_of_range_is_refused_with_the_law_and_what_came(override, be
     assert errors[0].startswith(begins) and holds in errors[0]
 
 
+def test_an_orthogonal_init_needs_even_ranks():
+    orthogonal = "lora.init=orthogonal"
+    assert refused_values(orthogonal, "lora.r=3") == [
+        "lora.r: must be even with lora.init=orthogonal; got 3; use 4"
+    ]
+    assert refused_values(orthogonal, "lora.rank_pattern={q_proj: 5, v_proj: 4}") == [
+        "lora.rank_pattern.q_proj: must be even with lora.init=orthogonal; got 5; use 6"
+    ]
+    (error,) = refused_values(orthogonal, "lora.r=-1")  # once
+    assert error.startswith("lora.r: must be at least 1")
+    assert config.typed(with_values(orthogonal, "lora.r=2")).lora.init == "orthogonal"
+
+
 @pytest.mark.parametrize(
     "override",
     [

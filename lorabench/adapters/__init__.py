@@ -24,7 +24,7 @@ from lorabench.adapters.inject import (
     seed_weights,
     trainable,
 )
-from lorabench.adapters.seeding import initial_a, key
+from lorabench.adapters.seeding import initial_a, initial_ab, key
 from lorabench.adapters.targets import notes, resolve_modules
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "decayed",
     "experts",
     "initial_a",
+    "initial_ab",
     "initial_head",
     "key",
     "key_dropout",

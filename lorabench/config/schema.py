@@ -163,7 +163,7 @@ class WorkerConfig:
 class SeedsConfig:
     """Three independent random streams, so that one can vary while the others stay."""
 
-    init: int = 0  # initial A of every module
+    init: int = 0  # initial A of every module; B too with lora.init=orthogonal
     data: int = 0  # order of the training examples
     dropout: int = 0  # masks of lora_dropout
 

@@ -65,7 +65,7 @@ def why_alone(
     """The reason a run must train by itself on PEFT's own modules; None where it packs."""
     if config.lora.use_dora:
         return "DoRA rescales the base weight"
-    if config.lora.init not in ("default", "gaussian"):
+    if config.lora.init in adapters.CHANGES_BASE:
         return f"init={config.lora.init} changes the base weight"
     if adapters.experts(skeleton):
         return "experts route tokens of all runs together"

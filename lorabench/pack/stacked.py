@@ -134,14 +134,17 @@ class StackedPack:
     @torch.no_grad()
     def _fill(self, base: PreTrainedModel) -> None:
         for run, (config, found) in enumerate(zip(self.configs, self.places, strict=True)):
+            b_of = {place.module: place for place in found if place.kind == "lora_B"}
             for place in found:
                 view = self._view(run, place)
                 if place.kind == "lora_A":
-                    r, width = place.shape
-                    drawn = adapters.initial_a(
-                        config.seeds.init, place.module, r, width, config.lora.init
-                    )
-                    view.copy_(drawn)
+                    (r, in_features), b = place.shape, b_of[place.module]
+                    drawn_a, drawn_b = adapters.initial_ab(
+                        config.seeds.init, place.module, r, in_features, b.shape[0],
+                        config.lora.init,
+                    )  # fmt: skip
+                    view.copy_(drawn_a)
+                    self._view(run, b).copy_(drawn_b)
                 elif place.kind in ("copy", "copy_bias"):
                     part = "weight" if place.kind == "copy" else "bias"
                     view.copy_(adapters.initial_head(base, config, part))
