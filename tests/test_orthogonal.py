@@ -195,11 +195,11 @@ def test_a_saved_adapter_says_so_and_reloads_in_plain_peft(kind: str, tmp_path: 
 # --- the command line ------------------------------------------------------------------------
 
 
-def test_init_from_the_command_line(tmp_path: Path) -> None:
+def test_init_and_ratio_from_the_command_line(tmp_path: Path) -> None:
     """Planned, trained in one pack, scored; plain PEFT gives the recorded scores."""
     words = [
         *TINY, "target_modules=attention", "lora.r=4", ORTHOGONAL,
-        "trainer.lr=1e-3,1e-2", "trainer.steps=2", "trainer.batch_size=2",
+        "lora.loraplus_lr_ratio=16,null", "trainer.steps=2", "trainer.batch_size=2",
         "trainer.num_threads=1", f"output_dir={tmp_path}",
     ]  # fmt: skip
     planned = say("plan", "-m", *words, "--json")
@@ -209,6 +209,8 @@ def test_init_from_the_command_line(tmp_path: Path) -> None:
     found = recorded_runs(tmp_path)
     assert [record["status"] for _, record in found] == ["finished"] * 2
     assert [record["plan"]["pack"]["size"] for _, record in found] == [2, 2]
+    ratios = {record["config"]["lora"]["loraplus_lr_ratio"] for _, record in found}
+    assert ratios == {16.0, None}
     assert len({record["hashes"]["initial_adapter"] for _, record in found}) == 1
     assert len({record["hashes"]["adapter"] for _, record in found}) == 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import re
 import warnings
@@ -127,7 +128,8 @@ def attach_skeleton(
         ConfigErrors: PEFT refuses a module, or leaves one out.
     """
     known = {} if known is None else known
-    key = repr((config.model, config.task, config.lora, config.head, modules))
+    lora = dataclasses.replace(config.lora, loraplus_lr_ratio=None)  # a rate
+    key = repr((config.model, config.task, lora, config.head, modules))
     if key not in known:
         known[key] = _attach_skeleton(skeleton, config, modules)
     return known[key]

@@ -133,7 +133,7 @@ def _lora(found: Found, lora: LoraSettings) -> None:
             "lora: lora_alpha and alpha_ratio both set the scale, give one of them; "
             f"got lora_alpha={lora.lora_alpha:g} and alpha_ratio={lora.alpha_ratio:g}"
         )
-    for key in ("lora_alpha", "alpha_ratio"):
+    for key in ("lora_alpha", "alpha_ratio", "loraplus_lr_ratio"):
         value = getattr(lora, key)
         must(value is None or (math.isfinite(value) and value > 0), f"lora.{key}", "above 0", value)
     must(0 <= lora.lora_dropout < 1, "lora.lora_dropout", "in [0, 1)", lora.lora_dropout)

@@ -34,6 +34,11 @@ class Place:
     shape: tuple[int, ...]  # as PEFT saves it
     decays: bool  # whether weight decay shrinks it
 
+    @property
+    def group_b(self) -> bool:
+        """Whether LoRA+ gives it B's learning rate."""
+        return adapters.is_group_b(self.state_name, len(self.shape))
+
 
 def places(wrapped: PeftModel) -> list[Place]:
     """Everything PEFT would train of one run, in its order."""
