@@ -49,7 +49,7 @@ NOT_DECIDING = {
     "trainer": {"device", "num_threads", "checkpoint_every", "checkpoint_minutes", "log_every"},
 }
 # Keys added since arithmetic version 3, at the value that does what runs before them did.
-NEUTRAL: dict[str, Any] = {}
+NEUTRAL: dict[str, Any] = {"lora.loraplus_lr_ratio": None}
 
 
 def is_of_evaluation(key: str) -> bool:

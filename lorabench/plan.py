@@ -191,6 +191,7 @@ class Planner:
             scales = {name: float(layers[name].scaling[adapters.ADAPTER]) for name in modules}
             ranks = {name: int(layers[name].r[adapters.ADAPTER]) for name in modules}
             notes = adapters.notes(base, modules)
+            notes += adapters.embedding_notes(base, config, modules)
             self._resolved[key] = Resolved(modules, trained, count, alone, notes, scales, ranks)
         return self._resolved[key]
 

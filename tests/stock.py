@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from conftest import composed, stock_state
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 
 from lorabench import adapters, data, plan
@@ -201,6 +202,7 @@ class Stock:
                     lora_alpha=lora_alpha(lora),  # type: ignore[arg-type]
                     lora_dropout=lora.lora_dropout,
                     use_rslora=lora.use_rslora,
+                    use_dora=lora.use_dora,
                     rank_pattern=dict(lora.rank_pattern or {}),
                     alpha_pattern=dict(lora.alpha_pattern or {}),
                     target_modules=planned.lora_modules,
@@ -277,16 +279,35 @@ class Stock:
         self.loss(step)
         return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
 
+    def optimizer(self) -> torch.optim.Optimizer:
+        """torch's AdamW in the groups of the HF Trainer, or of PEFT's LoRA+."""
+        trainer, ratio = self.config.trainer, self.config.lora.loraplus_lr_ratio
+        betas, eps = (trainer.beta1, trainer.beta2), trainer.eps
+        if ratio is None:
+            groups = decay_groups(self.wrapped, trainer.weight_decay)
+            return torch.optim.AdamW(groups, lr=trainer.lr, betas=betas, eps=eps)
+        optimizer = create_loraplus_optimizer(
+            self.wrapped,
+            torch.optim.AdamW,
+            lr=trainer.lr,
+            loraplus_lr_ratio=ratio,
+            loraplus_weight_decay=trainer.weight_decay,
+            betas=betas,
+            eps=eps,
+        )
+        group_a, embedding, *_ = optimizer.param_groups
+        inside = {id(p) for n, p in self.parameters.items() if "lora_embedding_" in n}
+        if not embedding["params"]:  # PEFT 0.19 looks for their layer under the parameter's name
+            embedding["params"] = [p for p in group_a["params"] if id(p) in inside]
+            group_a["params"] = [p for p in group_a["params"] if id(p) not in inside]
+        assert {id(p) for p in embedding["params"]} == inside
+        return optimizer
+
     def train(self) -> list[float]:
         from transformers import get_scheduler
 
         trainer, parameters = self.config.trainer, list(self.parameters.values())
-        optimizer = torch.optim.AdamW(
-            decay_groups(self.wrapped, trainer.weight_decay),
-            lr=trainer.lr,
-            betas=(trainer.beta1, trainer.beta2),
-            eps=trainer.eps,
-        )
+        optimizer = self.optimizer()
         constant = trainer.schedule == "constant"
         schedule = "constant_with_warmup" if constant else trainer.schedule
         scheduler = get_scheduler(schedule, optimizer, trainer.warmup_steps, trainer.steps)

@@ -68,6 +68,8 @@ OUT_OF_RANGE = [  # override, how its only error begins, what it must also hold
     ("lora.lora_dropout=.nan", "lora.lora_dropout: must be in [0, 1)", "got nan"),
     ("lora.bias=some", "lora.bias: must be one of none, lora_only, all", "'some'"),
     ("lora.init=gausian", "lora.init: must be one of", "'gaussian'"),
+    ("lora.loraplus_lr_ratio=0", "lora.loraplus_lr_ratio: must be above 0", "got 0"),
+    ("lora.loraplus_lr_ratio=.inf", "lora.loraplus_lr_ratio: must be above 0", "got inf"),
     ("lora.rank_pattern={q_proj: 0}", "lora.rank_pattern.q_proj: must be a", "got 0"),
     ("lora.alpha_pattern={q_proj: 0}", "lora.alpha_pattern.q_proj: must be above 0", "got 0"),
     ("data.skills=[]", "data.skills: must be at least one skill", "[]"),
@@ -127,6 +129,19 @@ def test_a_value_out_of_range_is_refused_with_the_law_and_what_came(override, be
     errors = errors[:1] if override.startswith("trainer.dtype=") else errors
     assert len(errors) == 1
     assert errors[0].startswith(begins) and holds in errors[0]
+
+
+def test_an_orthogonal_init_needs_even_ranks():
+    orthogonal = "lora.init=orthogonal"
+    assert refused_values(orthogonal, "lora.r=3") == [
+        "lora.r: must be even with lora.init=orthogonal; got 3; use 4"
+    ]
+    assert refused_values(orthogonal, "lora.rank_pattern={q_proj: 5, v_proj: 4}") == [
+        "lora.rank_pattern.q_proj: must be even with lora.init=orthogonal; got 5; use 6"
+    ]
+    (error,) = refused_values(orthogonal, "lora.r=-1")  # once
+    assert error.startswith("lora.r: must be at least 1")
+    assert config.typed(with_values(orthogonal, "lora.r=2")).lora.init == "orthogonal"
 
 
 @pytest.mark.parametrize(

@@ -25,15 +25,16 @@ def test_the_optimizer_is_adamw_with_clipping_run_by_run(dtype: torch.dtype, bou
         TrainerConfig(lr=1e-3),  # as the first: moved by the same kernel
         TrainerConfig(lr=5e-3, max_grad_norm=1e3),
     ]
+    ratios = [None, 16.0, 4.0, 2.0, None]  # LoRA+; run 3 shares group A's rate with run 0
     # Runs 0..4 share a module and a bias, which is not decayed; some train something more.
     groups = [
-        Stacked(Members(runs, 5), shape, dtype, None, "cpu", decays)
-        for runs, shape, decays in (
-            ([0, 1, 2, 3, 4], (5, 7), True),
-            ([0, 1, 2, 3, 4], (16,), False),
-            ([1, 3], (12,), True),
-            ([2, 3, 4], (2, 3), True),
-            ([2], (5,), False),
+        Stacked(Members(runs, 5), shape, dtype, None, "cpu", decays, group_b)
+        for runs, shape, decays, group_b in (
+            ([0, 1, 2, 3, 4], (5, 7), True, False),
+            ([0, 1, 2, 3, 4], (16,), False, True),
+            ([1, 3], (12,), True, True),
+            ([2, 3, 4], (2, 3), True, False),
+            ([2], (5,), False, True),
         )
     ]
     generator = torch.Generator().manual_seed(0)
@@ -45,6 +46,10 @@ def test_the_optimizer_is_adamw_with_clipping_run_by_run(dtype: torch.dtype, bou
     ]
     theirs = [[nn.Parameter(row.clone()) for row in rows] for rows in mine]
     decays = [[g.decays for g in groups if run in g.members.runs] for run in range(len(trainers))]
+    factors = [
+        [ratios[run] or 1.0 if g.group_b else 1.0 for g in groups if run in g.members.runs]
+        for run in range(len(trainers))
+    ]
     references = [
         torch.optim.AdamW(
             [
@@ -55,7 +60,7 @@ def test_the_optimizer_is_adamw_with_clipping_run_by_run(dtype: torch.dtype, bou
         )
         for parameters, flags, t in zip(theirs, decays, trainers, strict=True)
     ]  # fmt: skip
-    packs_optimizer = StackedAdamW(groups, trainers)
+    packs_optimizer = StackedAdamW(groups, trainers, ratios)
     stopped_at = 120  # run 4
     kept = None
     for step in range(200):
@@ -79,8 +84,8 @@ def test_the_optimizer_is_adamw_with_clipping_run_by_run(dtype: torch.dtype, bou
             expected.append(nn.utils.clip_grad_norm_(parameters, limit).item())
             if run == 4 and step >= stopped_at:
                 continue
-            for param_group in reference.param_groups:
-                param_group["lr"] = rates[run]
+            for param_group, factor in zip(reference.param_groups, factors[run], strict=True):
+                param_group["lr"] = rates[run] * factor
             reference.step()
         norm = packs_optimizer.step(rates, [run != 4 or step < stopped_at for run in range(5)])
         assert norm.tolist() == pytest.approx(expected, rel=1e-6)
@@ -101,9 +106,9 @@ def test_the_optimizer_is_adamw_with_clipping_run_by_run(dtype: torch.dtype, bou
 def test_a_neighbours_settings_do_not_change_a_bit(shape: tuple[int, ...]) -> None:
     """Neighbours of one rate are moved by one call of the kernel, others by two."""
 
-    def moved(lr: list[float], alive: list[bool]) -> torch.Tensor:
-        one = Stacked(Members([0, 1], 2), shape, torch.float32, None, "cpu")
-        optimizer = StackedAdamW([one], [TrainerConfig(max_grad_norm=None)] * 2)
+    def moved(lr: list[float], alive: list[bool], ratio: float | None = None) -> torch.Tensor:
+        one = Stacked(Members([0, 1], 2), shape, torch.float32, None, "cpu", group_b=True)
+        optimizer = StackedAdamW([one], [TrainerConfig(max_grad_norm=None)] * 2, [ratio, None])
         generator = torch.Generator().manual_seed(0)
         for _ in range(20):
             one.add([(slice(None), torch.randn(one.grad.shape, generator=generator))])
@@ -113,3 +118,4 @@ def test_a_neighbours_settings_do_not_change_a_bit(shape: tuple[int, ...]) -> No
     expected = moved([1e-3, 1e-3], [True, True])
     assert torch.equal(moved([1e-2, 1e-3], [True, True]), expected)
     assert torch.equal(moved([1e-3, 1e-3], [False, True]), expected)
+    assert torch.equal(moved([1e-3, 1e-3], [True, True], ratio=16), expected)

@@ -24,7 +24,8 @@ from lorabench.adapters.inject import (
     seed_weights,
     trainable,
 )
-from lorabench.adapters.seeding import initial_a, key
+from lorabench.adapters.loraplus import embedding_notes, is_group_b, lr_factors
+from lorabench.adapters.seeding import initial_a, initial_ab, key
 from lorabench.adapters.targets import notes, resolve_modules
 
 __all__ = [
@@ -40,12 +41,16 @@ __all__ = [
     "check_init",
     "check_saved",
     "decayed",
+    "embedding_notes",
     "experts",
     "initial_a",
+    "initial_ab",
     "initial_head",
+    "is_group_b",
     "key",
     "key_dropout",
     "lora_layers",
+    "lr_factors",
     "notes",
     "owner",
     "peft_config",

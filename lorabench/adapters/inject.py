@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import re
 import warnings
@@ -17,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorabench import model as base_model
 from lorabench import tasks
-from lorabench.adapters.seeding import drawn_head, initial_a
+from lorabench.adapters.seeding import drawn_head, initial_a, initial_ab
 from lorabench.config import Config, ConfigErrors, and_more, first_line, lora_alpha, model_name
 
 if TYPE_CHECKING:
@@ -67,16 +68,17 @@ def attach(base: PreTrainedModel, config: Config, modules: list[str]) -> PeftMod
     if config.lora.init in CHANGES_BASE:
         owned |= {f"{name}.weight" for name in modules}
     tree = base_model.share(base, owned=owned.__contains__)
+    settings = peft_config(config, modules, head[0] if head else None)
+    asked = settings.init_lora_weights
+    if config.lora.init == "orthogonal":
+        # seed_weights draws A and B; until then B = 0, so that DoRA's norms are the base weight's.
+        settings.init_lora_weights = True
     # Initialisations that are PEFT's own (pissa, olora) draw from the global stream.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(config.seeds.init)
         warnings.simplefilter("ignore")  # tied-layer warnings: the plan says it in full
-        wrapped = get_peft_model(
-            tree,
-            peft_config(config, modules, head[0] if head else None),
-            adapter_name=ADAPTER,
-            low_cpu_mem_usage=False,
-        )
+        wrapped = get_peft_model(tree, settings, adapter_name=ADAPTER, low_cpu_mem_usage=False)
+    _name_init(wrapped, asked)
     seed_weights(wrapped, config)
     _raise_precision(wrapped, torch.float64 if config.trainer.dtype == "float64" else torch.float32)
     if config.task == "seq_cls" and head:
@@ -85,6 +87,12 @@ def attach(base: PreTrainedModel, config: Config, modules: list[str]) -> PeftMod
             for part, parameter in copy_of_head.modules_to_save[ADAPTER].named_parameters():
                 parameter.copy_(initial_head(base, config, part))
     return wrapped
+
+
+def _name_init(wrapped: PeftModel, init: Any) -> None:
+    """Put the init that was asked for in the config that is saved with the adapter."""
+    settings: Any = wrapped.peft_config[ADAPTER]
+    settings.init_lora_weights = init
 
 
 # Modules that compute with a float32 bias over a bfloat16 base; others may add it as it is, and
@@ -120,7 +128,8 @@ def attach_skeleton(
         ConfigErrors: PEFT refuses a module, or leaves one out.
     """
     known = {} if known is None else known
-    key = repr((config.model, config.task, config.lora, config.head, modules))
+    lora = dataclasses.replace(config.lora, loraplus_lr_ratio=None)  # a rate
+    key = repr((config.model, config.task, lora, config.head, modules))
     if key not in known:
         known[key] = _attach_skeleton(skeleton, config, modules)
     return known[key]
@@ -133,8 +142,9 @@ def _attach_skeleton(skeleton: PreTrainedModel, config: Config, modules: list[st
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         settings = peft_config(config, modules, head[0] if head else None)
-        if settings.init_lora_weights not in (True, "gaussian"):
-            settings.init_lora_weights = True  # pissa and olora need weights; shapes are the same
+        asked_init = settings.init_lora_weights
+        if asked_init not in (True, "gaussian"):
+            settings.init_lora_weights = True  # others need real weights; shapes are the same
         try:
             wrapped = get_peft_model(
                 base_model.share(skeleton, owned=lambda name: name.endswith("bias")),
@@ -144,6 +154,7 @@ def _attach_skeleton(skeleton: PreTrainedModel, config: Config, modules: list[st
             )
         except (ValueError, TypeError) as error:
             raise ConfigErrors(f"{refused}: {first_line(error).partition('. ')[0]}") from error
+    _name_init(wrapped, asked_init)
     missing = sorted(set(modules) - set(wrapped.targeted_module_names))
     if missing:
         raise ConfigErrors(f"{refused}: it leaves out {and_more(map(repr, missing))}")
@@ -224,20 +235,23 @@ def as_plain_lora(
 
 def seed_weights(wrapped: nn.Module, config: Config) -> None:
     """Overwrite PEFT's draw from the global stream by draws keyed by (seeds.init, module name)."""
-    if config.lora.init not in ("default", "gaussian"):
+    if config.lora.init in CHANGES_BASE:
         return
     layer: Any
     for name, layer in lora_layers(wrapped).items():
         seed, init = config.seeds.init, config.lora.init
         if ADAPTER in layer.lora_A:
-            weight = layer.lora_A[ADAPTER].weight
-            drawn = initial_a(seed, name, weight.shape[0], weight.shape[1], init)
-        else:  # an embedding: A is zero and B is drawn, N(0, 1), shape (out, r)
+            a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            r, in_features = a.shape
+            drawn_a, drawn_b = initial_ab(seed, name, r, in_features, b.shape[0], init)
+            with torch.no_grad():
+                a.copy_(drawn_a)
+                b.copy_(drawn_b)
+        else:  # an embedding, with any init: A is zero and B is drawn, N(0, 1), shape (out, r)
             weight = layer.lora_embedding_B[ADAPTER]
             drawn = initial_a(seed, name, weight.shape[1], weight.shape[0], "gaussian").T
-            drawn = drawn * weight.shape[1]
-        with torch.no_grad():
-            weight.copy_(drawn)
+            with torch.no_grad():
+                weight.copy_(drawn * weight.shape[1])
 
 
 def initial_head(base: PreTrainedModel, config: Config, part: str) -> Tensor:

@@ -37,6 +37,33 @@ def initial_a(seed: int, name: str, r: int, in_features: int, init: str = "defau
     return torch.stack(rows)
 
 
+def initial_ab(
+    seed: int, name: str, r: int, in_features: int, out_features: int, init: str
+) -> tuple[Tensor, Tensor]:
+    """Draw A, shape (r, in_features), and B, (out_features, r), of one module; float32, on the CPU.
+
+    B is zero, except with `orthogonal`: there A and B are Gaussian within two orthogonal halves of
+    the r dimensions between them, so B A = 0. They depend on all arguments: unlike with the other
+    inits, a smaller r is not the first rows of a larger one.
+
+    Args:
+        r: even for `orthogonal`.
+    Source: PEFT's `LoraLayer.orthogonal_init`, whose draws are not keyed by module.
+    """
+    if init != "orthogonal":
+        return initial_a(seed, name, r, in_features, init), torch.zeros(out_features, r)
+    generator = torch.Generator().manual_seed(key("orthogonal", seed, name))
+
+    def normal(*shape: int) -> Tensor:
+        # In float64, so that how a library orders its sums rarely shows after the last rounding.
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    basis, _ = torch.linalg.qr(normal(r, r))
+    a = (normal(in_features, r // 2) @ basis[0::2]).T / 10
+    b = normal(out_features, r // 2) @ basis[1::2] / 10
+    return a.float().contiguous(), b.float()
+
+
 def drawn_head(seed: int, name: str, classes: int, in_features: int, std: float) -> Tensor:
     """The initial weight of a classification head, N(0, std^2), float32, on the CPU."""
     generator = torch.Generator().manual_seed(key("head", seed, name))

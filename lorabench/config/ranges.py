@@ -24,7 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "target_modules.select": ("auto", "attention", "mlp", "all-linear", "custom"),
     "head.policy": ("exclude", "lora", "full"),
     "lora.bias": ("none", "lora_only", "all"),
-    "lora.init": ("default", "gaussian", "olora", "pissa"),
+    "lora.init": ("default", "gaussian", "olora", "orthogonal", "pissa"),
     "data.source": ("skills", "jsonl", "hub"),
     "data.metric": METRICS,
     "trainer.schedule": ("constant", "linear", "cosine"),
@@ -134,7 +134,7 @@ def _lora(found: Found, lora: LoraSettings) -> None:
             "lora: lora_alpha and alpha_ratio both set the scale, give one of them; "
             f"got lora_alpha={lora.lora_alpha:g} and alpha_ratio={lora.alpha_ratio:g}"
         )
-    for key in ("lora_alpha", "alpha_ratio"):
+    for key in ("lora_alpha", "alpha_ratio", "loraplus_lr_ratio"):
         value = getattr(lora, key)
         must(value is None or (math.isfinite(value) and value > 0), f"lora.{key}", "above 0", value)
     must(0 <= lora.lora_dropout < 1, "lora.lora_dropout", "in [0, 1)", lora.lora_dropout)
@@ -157,6 +157,13 @@ def _lora(found: Found, lora: LoraSettings) -> None:
         for name, value in (pattern or {}).items():
             number = isinstance(value, int if key == "rank_pattern" else (int, float))
             must(number and value > 0, f"lora.{key}.{name}", least, value)
+    if lora.init == "orthogonal":
+        ranks = {"lora.r": lora.r}
+        if isinstance(lora.rank_pattern, dict):
+            ranks |= {f"lora.rank_pattern.{name}": r for name, r in lora.rank_pattern.items()}
+        for key, r in ranks.items():
+            if isinstance(r, int) and r > 0:  # else it was refused above
+                must(r % 2 == 0, key, "even with lora.init=orthogonal", r, f"use {r + 1}")
 
 
 def _data(found: Found, data: DataConfig) -> None:

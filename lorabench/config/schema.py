@@ -55,6 +55,7 @@ class LoraSettings:
     use_rslora: bool = False  # scale by lora_alpha / sqrt(r) instead
     use_dora: bool = False  # weight-decomposed LoRA (DoRA)
     init: str = "default"  # initial A and B; default: Kaiming-uniform A and zero B, as in PEFT
+    loraplus_lr_ratio: float | None = None  # LoRA+: B's lr / A's, which is trainer.lr; None: 1
     rank_pattern: Any = None  # {module name or regex: r} for modules whose rank differs
     alpha_pattern: Any = None  # {module name or regex: lora_alpha} for modules whose alpha differs
 
@@ -173,7 +174,7 @@ class CompareConfig:
 class SeedsConfig:
     """Three independent random streams, so that one can vary while the others stay."""
 
-    init: int = 0  # initial A of every module
+    init: int = 0  # initial A of every module; B too with lora.init=orthogonal
     data: int = 0  # order of the training examples
     dropout: int = 0  # masks of lora_dropout
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +20,21 @@ VECTOR = 16  # numbers a CPU moves at once, at most: float32 in AVX-512
 
 
 class StackedAdamW:
-    """Moves all runs of a pack; neighbours that share settings in one call of torch's kernel."""
+    """Moves all runs of a pack; neighbours that share settings in one call of torch's kernel.
 
-    def __init__(self, stacked: list[Stacked], trainers: list[TrainerConfig]):
+    Args:
+        lr_ratios: LoRA+'s ratio of B's learning rate to A's, one per run; None: they are equal.
+    """
+
+    def __init__(
+        self,
+        stacked: list[Stacked],
+        trainers: list[TrainerConfig],
+        lr_ratios: Sequence[float | None] = (),
+    ):
         self.stacked, self.trainers = stacked, trainers
+        self.lr_ratios = [1.0 if ratio is None else ratio for ratio in lr_ratios]
+        self.lr_ratios = self.lr_ratios or [1.0] * len(trainers)
 
     @torch.no_grad()
     def step(self, lr: list[float], alive: list[bool]) -> Tensor:
@@ -31,7 +44,7 @@ class StackedAdamW:
         moved or decayed, their moments and their count of steps kept.
 
         Args:
-            lr: one a run.
+            lr: one per run; A's with LoRA+.
             alive: runs that may move; one whose gradient is not finite does not either.
         Returns:
             Norm of each run's gradient before clipping, (R,).
@@ -49,11 +62,11 @@ class StackedAdamW:
             _scale(active, clip_R)
         may_move = [run for run in range(len(lr)) if alive[run] and math.isfinite(norms[run])]
         alike: dict[tuple[float, ...], list[tuple[Stacked, slice]]] = {}
-        found: dict[tuple[Members, float, bool], list[tuple[tuple[float, ...], slice]]] = {}
+        found: dict[tuple[Any, ...], list[tuple[tuple[float, ...], slice]]] = {}
         for one in active:
-            which = one.members, one.lr_scale, one.decays
+            which = one.members, one.lr_scale, one.decays, one.group_b
             if which not in found:
-                keys = {run: self._key(run, lr[run] * one.lr_scale, one.decays) for run in may_move}
+                keys = {run: self._key(run, lr[run], one) for run in may_move}
                 found[which] = _stretches([keys.get(run) for run in one.members.runs])
             for key, where in found[which]:
                 for part in _whole_vectors(one, where):
@@ -77,9 +90,11 @@ class StackedAdamW:
             one.clear()
         return norm_R
 
-    def _key(self, run: int, rate: float, decays: bool) -> tuple[float, ...]:
+    def _key(self, run: int, lr: float, one: Stacked) -> tuple[float, ...]:
+        """Return what the kernel must know of a run, for one of its tensors."""
         trainer = self.trainers[run]
-        decay = trainer.weight_decay if decays else 0.0
+        rate = lr * one.lr_scale * (self.lr_ratios[run] if one.group_b else 1.0)
+        decay = trainer.weight_decay if one.decays else 0.0
         return rate, trainer.beta1, trainer.beta2, decay, trainer.eps
 
     def _norms(self, active: list[Stacked]) -> Tensor:

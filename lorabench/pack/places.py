@@ -34,6 +34,11 @@ class Place:
     shape: tuple[int, ...]  # as PEFT saves it
     decays: bool  # whether weight decay shrinks it
 
+    @property
+    def group_b(self) -> bool:
+        """Whether LoRA+ gives it B's learning rate."""
+        return adapters.is_group_b(self.state_name, len(self.shape))
+
 
 def places(wrapped: PeftModel) -> list[Place]:
     """Everything PEFT would train of one run, in its order."""
@@ -65,7 +70,7 @@ def why_alone(
     """The reason a run must train by itself on PEFT's own modules; None where it packs."""
     if config.lora.use_dora:
         return "DoRA rescales the base weight"
-    if config.lora.init not in ("default", "gaussian"):
+    if config.lora.init in adapters.CHANGES_BASE:
         return f"init={config.lora.init} changes the base weight"
     if adapters.experts(skeleton):
         return "experts route tokens of all runs together"

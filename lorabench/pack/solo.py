@@ -76,6 +76,7 @@ class ModulePack:
         self.parameters = adapters.trainable(self.wrapped)
         self.owners = {name: adapters.owner(name) for name in self.parameters}
         self.decayed = adapters.decayed(self.wrapped)
+        self.lr_factors = adapters.lr_factors(self.parameters, config)
         self.alive = [True]
         self.tree = cast(Any, self.wrapped.get_base_model())
         self.tree.train()  # base dropouts are zero; checkpointing asks for training mode
@@ -136,7 +137,8 @@ class ModulePack:
         found: dict[tuple[float, bool], list[Tensor]] = {}
         for name, parameter in self.parameters.items():
             if self.owners[name] in lr_scale:
-                key = lr_scale[self.owners[name]], name in self.decayed
+                scale = lr_scale[self.owners[name]] * self.lr_factors[name]
+                key = scale, name in self.decayed
                 found.setdefault(key, []).append(parameter)
         decay = self.configs[0].trainer.weight_decay
         return [

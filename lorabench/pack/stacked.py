@@ -89,7 +89,9 @@ class StackedPack:
             enable_checkpointing(self.tree)
         self.head = make_head(self.tree, self.clocks, configs[0], self.spans)
         self.optimizer = StackedAdamW(
-            list(self.stacked.values()), [config.trainer for config in configs]
+            list(self.stacked.values()),
+            [config.trainer for config in configs],
+            [config.lora.loraplus_lr_ratio for config in configs],
         )
 
     @property
@@ -102,7 +104,7 @@ class StackedPack:
         """One stacked tensor a (kind, module), for the runs that train it."""
         holders: dict[tuple[str, str], list[int]] = {}
         shapes: dict[tuple[str, str], tuple[int, ...]] = {}
-        decays = {(p.kind, p.module): p.decays for found in self.places for p in found}
+        kinds = {(p.kind, p.module): (p.decays, p.group_b) for found in self.places for p in found}
         for run, found in enumerate(self.places):
             for place in found:
                 key = (place.kind, place.module)
@@ -114,7 +116,7 @@ class StackedPack:
         members = {tuple(runs): Members(runs, self.size) for runs in holders.values()}
         self.stacked = {
             key: Stacked(
-                members[tuple(runs)], shapes[key], self.dtype, low, self.device, decays[key]
+                members[tuple(runs)], shapes[key], self.dtype, low, self.device, *kinds[key]
             )
             for key, runs in holders.items()
         }
@@ -134,14 +136,17 @@ class StackedPack:
     @torch.no_grad()
     def _fill(self, base: PreTrainedModel) -> None:
         for run, (config, found) in enumerate(zip(self.configs, self.places, strict=True)):
+            b_of = {place.module: place for place in found if place.kind == "lora_B"}
             for place in found:
                 view = self._view(run, place)
                 if place.kind == "lora_A":
-                    r, width = place.shape
-                    drawn = adapters.initial_a(
-                        config.seeds.init, place.module, r, width, config.lora.init
-                    )
-                    view.copy_(drawn)
+                    (r, in_features), b = place.shape, b_of[place.module]
+                    drawn_a, drawn_b = adapters.initial_ab(
+                        config.seeds.init, place.module, r, in_features, b.shape[0],
+                        config.lora.init,
+                    )  # fmt: skip
+                    view.copy_(drawn_a)
+                    self._view(run, b).copy_(drawn_b)
                 elif place.kind in ("copy", "copy_bias"):
                     part = "weight" if place.kind == "copy" else "bias"
                     view.copy_(adapters.initial_head(base, config, part))

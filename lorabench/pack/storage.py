@@ -90,6 +90,7 @@ class Stacked:
 
     Args:
         decays: whether weight decay shrinks it.
+        group_b: whether LoRA+ gives it B's learning rate.
     """
 
     def __init__(
@@ -100,8 +101,9 @@ class Stacked:
         low: torch.dtype | None,
         device: str,
         decays: bool = True,
+        group_b: bool = False,
     ):
-        self.members, self.decays = members, decays
+        self.members, self.decays, self.group_b = members, decays, group_b
         # One block a tensor: batched products write only into dense memory without a loop.
         self.value = torch.zeros(len(members.runs), *shape, dtype=dtype, device=device)
         self.grad = torch.zeros_like(self.value)
