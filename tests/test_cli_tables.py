@@ -136,6 +136,20 @@ def test_runs_lists_every_run(output):
         assert "finished" in line and "4/4" in line
 
 
+def test_runs_of_a_status_alone_and_a_status_that_is_none(output):
+    folder = str(output / "default")
+    every = json.loads(say("runs", folder, "--json").out)
+    assert json.loads(say("runs", folder, "--status", "failed,finished", "--json").out) == every
+    said = say("runs", folder, "--status", "failed")
+    assert said.code == 0 and said.out == f"{folder}: no run is failed; there are 4 finished\n"
+    for words in ("faild", "finished,faild"):
+        said = say("runs", folder, "--status", words)
+        assert said.code == 2 and said.out == "" and len(said.lines) == 1
+        assert said.err.startswith("--status: must name statuses, of planned, running, trained")
+        assert "got 'faild' (did you mean 'failed'?)" in said.err
+    assert "got none" in say("runs", folder, "--status", ",").err
+
+
 def test_compare_has_one_row_a_setting(output):
     said = say("compare", str(output / "default"), "--json")
     content = json.loads(said.out)

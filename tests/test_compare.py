@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+import re
 import statistics
 from pathlib import Path
 
@@ -346,3 +347,34 @@ def test_brackets_of_errors_and_values_are_printed_as_they_are(records, capsys):
     records[0].status, records[0].error = "failed", "KeyError: [/x] [q_proj]"
     show.runs([Checked(Path("outputs/s") / one.run_id, one, {}) for one in records], False)
     assert "KeyError: [/x] [q_proj]" in capsys.readouterr().out
+
+
+def listed(records: list[Record], as_json: bool, statuses: list[str], capsys) -> str:
+    entries = [Checked(Path("outputs/s") / one.run_id, one, {}) for one in records]
+    show.runs(entries, as_json, statuses)
+    return capsys.readouterr().out
+
+
+def test_runs_are_listed_in_the_order_that_pandas_sorts_them(records, capsys):
+    """By setting, numbers by size (8, 16, 64), then by seed; not by the hash that names a run."""
+    wanted = frame(records).sort_values(["head", "r", "seed"])
+    ids = [f"{one.head}-{one.r}-{one.seed}" for one in wanted.itertuples()]
+    text = listed(records, False, [], capsys)
+    assert re.findall(r"(?:lora|exclude)-\d+-\d", text) == ids
+    rows = json.loads(listed(records, True, [], capsys))
+    assert [row["run_id"] for row in rows] == ids
+
+
+def test_runs_of_a_status_keep_the_setting_that_tells_them_from_the_others(records, capsys):
+    """One failed run alone varies in nothing: its setting is told among all runs."""
+    failed, stopped, *_ = records
+    failed.status, stopped.status = "failed", "interrupted"
+    (row,) = json.loads(listed(records, True, ["failed"], capsys))
+    assert row["run_id"] == failed.run_id and row["setting"] == {
+        "head.policy": failed.config["head"]["policy"], "lora.r": failed.config["lora"]["r"]
+    }  # fmt: skip
+    text = listed(records, False, ["failed", "interrupted"], capsys)
+    assert f"{len(records)} runs, 2 of them failed or interrupted" in text
+    assert failed.run_id in text and stopped.run_id in text and " head " in text
+    assert not any(one.run_id in text for one in records[2:])
+    assert json.loads(listed(records, True, ["planned"], capsys)) == []

@@ -144,16 +144,46 @@ def test_refusals(output: Path, copied: Path, tmp_path: Path) -> None:
         assert said.code == 2 and told in said.err, said.err
 
 
+def beginning(run: Path) -> str:
+    """The fewest digits by which a run is the only one of its sweep."""
+    there = [path.parent.name for path in run.parent.glob("*/record.json")]
+    return next(
+        run.name[:n] for n in range(1, 13) if sum(t.startswith(run.name[:n]) for t in there) == 1
+    )
+
+
 def test_a_run_may_be_named_by_the_beginning_of_its_id(output: Path) -> None:
     run = run_of(output, "exclude", 0)
     folder = output / "default"
-    digits = next(
-        n for n in range(1, 13) if len(list(folder.glob(f"{run.name[:n]}*/record.json"))) == 1
-    )
-    said = say("diff", folder / run.name[:digits], run)
+    said = say("diff", folder / beginning(run), run)
     assert said.code == 0 and said.out == "nothing differs\n"
     said = say("diff", f"{folder}/", run)
     assert said.code == 2, "every run of the sweep begins so"
+
+
+def test_every_verb_that_takes_a_run_takes_the_beginning_of_its_id(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its sweep before it, or alone where the sweep lies below outputs/."""
+    digits = beginning(copied)
+    said = say("export", copied.parent / digits, "--to", "adapter", tmp_path / "adapter")
+    assert said.code == 0 and f"run         {copied.name}" in said.out, said.err
+    said = say("evaluate", copied.parent / digits)
+    assert said.code == 0 and "1 of 1 runs have what was asked for" in said.err, said.err
+    (tmp_path / "outputs").mkdir()
+    copied.parent.rename(tmp_path / "outputs" / "sweep")
+    monkeypatch.chdir(tmp_path)
+    run = Path("outputs/sweep") / copied.name
+    said = say("export", digits, "--to", "gguf")
+    assert said.code == 2 and said.err == say("export", run, "--to", "gguf").err
+    assert say("evaluate", digits).code == 0
+    said = say("diff", digits, run)
+    assert said.code == 0 and said.out == "nothing differs\n"
+    (Path("outputs/sweep") / f"{digits}zz").mkdir()
+    (Path("outputs/sweep") / f"{digits}zz" / "record.json").write_text("{}")
+    for words in (["export", digits, "--to", "gguf"], ["evaluate", digits]):
+        said = say(*words)
+        assert said.code == 2 and said.err.startswith("RUN: must begin as one run alone"), said.err
 
 
 def test_diff_says_what_differs(output: Path) -> None:

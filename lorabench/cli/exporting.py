@@ -12,7 +12,9 @@ from lorabench.cli.verbs import VERBS
 def export(arguments: list[str]) -> int:
     """lorabench export RUN --to adapter|merged PATH [--dtype DTYPE] [--json], or RUN --to gguf"""
     parser = Parser(prog="lorabench export", description=VERBS["export"])
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="folder of a finished run, or the beginning of its id"
+    )
     parser.add_argument("--to", required=True, metavar="KIND", help="adapter, merged or gguf")
     parser.add_argument(
         "path", type=Path, metavar="PATH", nargs="?", help="a new or an empty folder; none of gguf"
@@ -42,7 +44,7 @@ def export(arguments: list[str]) -> int:
         raise ConfigErrors(errors)
     run = source.open_run(folder_of(options.run, must_exist=False))
     if options.to == "gguf":
-        _no_gguf(run, options.run)
+        _no_gguf(run, run.folder)
     source.check_path(options.path)
     source.check_base(run)
 

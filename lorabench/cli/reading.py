@@ -64,21 +64,44 @@ def _and_more(lines: list[str], folder: Path) -> list[str]:
 
 
 def runs(arguments: list[str]) -> int:
-    """lorabench runs FOLDER [--verify] [--json]"""
+    """lorabench runs FOLDER [--status NAME,...] [--verify] [--json]"""
     from lorabench import hashes, show
 
     parser = _folder_parser("runs")
+    parser.add_argument(
+        "--status", metavar="NAME,...", help="show these alone, such as failed,interrupted"
+    )  # fmt: skip
     parser.add_argument(
         "--verify",
         action="store_true",
         help="read every file of every run; exit code 1 if one is not what was recorded",
     )
     options = parser.parse_args(arguments)
+    statuses = [] if options.status is None else _statuses(options.status)
     found = records_of(options.folder, hashes.fresh_hash if options.verify else None)
-    show.runs(found, options.json)
+    show.runs(found, options.json, statuses)
     if not options.verify:
         return 0
     recorded = [one for one in found if one.entry.files]
     damaged = [one for one in recorded if one.damaged]
     tell([f"{len(recorded) - len(damaged)} of {len(recorded)} runs are as they were recorded"])
     return 1 if damaged else 0
+
+
+def _statuses(text: str) -> list[str]:
+    """Read statuses separated by commas.
+
+    Raises:
+        ConfigErrors: one that no run can have.
+    """
+    from typing import get_args
+
+    from lorabench.config import ConfigErrors, did_you_mean
+    from lorabench.record import Status
+
+    known, asked = get_args(Status), [word.strip() for word in text.split(",") if word.strip()]
+    unknown = [word for word in asked if word not in known]
+    if unknown or not asked:
+        got = ", ".join(did_you_mean(word, known) for word in unknown) or "none"
+        raise ConfigErrors(f"--status: must name statuses, of {', '.join(known)}; got {got}")
+    return list(dict.fromkeys(asked))

@@ -45,11 +45,16 @@ def evaluate(arguments: list[str]) -> int:
         epilog="keys: data.metric, data.answer_*, data.test.*, data.num_test, data.validation.*, "
         "data.num_validation, trainer.eval_*, objective, trainer.device",
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a sweep, or of one run")
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR",
+        help="folder of a sweep, or of one run, or the beginning of a run's id",
+    )  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args(arguments)
     changes = read_overrides(options.overrides)
-    place, only = options.folder.resolve(), None
+    from lorabench.runs import folder_of
+
+    place, only = folder_of(options.folder, must_exist=False).resolve(), None
     if (place / "record.json").is_file():
         place, only = place.parent, place.name
     folder, entries = _open(place)

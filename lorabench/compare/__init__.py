@@ -7,6 +7,7 @@ statistics   what seeds and examples can tell: tests, intervals, power
 judging      every question answered, at most 5% of commands with a false answer
 sentences    verdicts as people read them
 answers      all of it for the runs of a sweep
+lints        what makes a comparison misleading, and the remedy
 foreign      results of PEFT's own benchmark as rows of the table; peft_results reads one file
 """
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
-from lorabench.compare.tables import short_keys
+from lorabench.compare.tables import order, short_keys
 from lorabench.show.text import console, dump, setting, whole
 
 if TYPE_CHECKING:
@@ -24,11 +25,24 @@ COLOURS = {
 }
 
 
-def runs(found: Sequence[Checked], as_json: bool) -> None:
-    """Status of every run."""
+def runs(found: Sequence[Checked], as_json: bool, statuses: Collection[str] = ()) -> None:
+    """Show the status of every run, setting by setting, in the order of their seeds.
+
+    Args:
+        statuses: to show; none: all. What varies is told among all runs, whatever is shown.
+    """
     from lorabench import compare
 
     table = compare.table([one.entry for one in found])
+    ordered = sorted(
+        zip(found, table["runs"], strict=True),
+        key=lambda one: (
+            [order(one[1]["setting"][key]) for key in table["varied"]],
+            one[0].entry.config["seed"],
+            sorted(one[0].entry.seeds.items()),
+        ),
+    )
+    shown = [one for one in ordered if not statuses or one[0].entry.status in statuses]
     if as_json:
         dump(
             [
@@ -42,11 +56,19 @@ def runs(found: Sequence[Checked], as_json: bool) -> None:
                     "seeds": r.seeds,
                     "setting": one["setting"],
                 }
-                for (path, r, damaged), one in zip(found, table["runs"], strict=True)
+                for (path, r, damaged), one in shown
             ]
         )
         return
+    if not shown:
+        there = Counter(one.entry.status for one in found)
+        told = ", ".join(f"{count} {status}" for status, count in there.items())
+        wanted = " or ".join(statuses)
+        console().print(f"{found[0].folder.parent}: no run is {wanted}; there are {told}")
+        return
     title = f"{found[0].folder.parent}: {len(found)} run{'s' if len(found) > 1 else ''}"
+    if statuses:
+        title += f", {len(shown)} of them {' or '.join(statuses)}"
     out = Table(title=title, title_justify="left")
     # Streams that have a seed of their own in some run.
     entries = [one.entry for one in found]
@@ -62,7 +84,7 @@ def runs(found: Sequence[Checked], as_json: bool) -> None:
         "error",
     ):
         out.add_column(name, no_wrap=name == "run")
-    for (_, record, damaged), one in zip(found, table["runs"], strict=True):
+    for (_, record, damaged), one in shown:
         colour = "red" if damaged else COLOURS.get(record.status, "cyan")
         out.add_row(
             record.run_id,
