@@ -115,10 +115,12 @@ def test_the_first_step_tells_no_time_left(tmp_path):
 def test_the_experiments_sweep_is_planned_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     planned = json.loads(say("plan", "-m", "--json", "experiment=lm_head").out)["runs"]
-    assert len(planned) == len({one["run_id"] for one in planned}) == 12
+    assert len(planned) == len({one["run_id"] for one in planned}) == 30
     assert {Path(one["folder"]).parent for one in planned} == {Path("outputs/lm_head")}
     fewer = json.loads(say("plan", "-m", "--json", "experiment=lm_head", "lora.r=16").out)["runs"]
-    assert {one["run_id"] for one in fewer} < {one["run_id"] for one in planned} and len(fewer) == 4
+    assert {one["run_id"] for one in fewer} < {one["run_id"] for one in planned} and len(
+        fewer
+    ) == 10
 
 
 def test_runs_lists_every_run(output):

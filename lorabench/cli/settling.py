@@ -26,6 +26,7 @@ def settle(arguments: list[str]) -> int:
     """lorabench settle DIR [--margin X] [--max-seeds M] [--vary ...] [--metric NAME] [--json]"""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from lorabench import compare, interrupt, show
+    from lorabench.compare.lints import lints
     from lorabench.config import ConfigErrors
     from lorabench.sweep import SweepFolder
 
@@ -68,7 +69,8 @@ def settle(arguments: list[str]) -> int:
     asked = asked_of(options, [options.folder], found)
     answers = asked.answers(found)
     table = compare.table([one.entry for one in found])
-    show.comparison(table, answers, [options.folder], asked.shown, options.json)
+    table["lints"] = lints([(one.folder, one.entry) for one in found], answers)
+    show.comparison(table, answers, [options.folder], options.json, asked.shown)
     tell(_closing(answers))
     return 0
 

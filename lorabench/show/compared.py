@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from lorabench.compare import HIGHER_IS_BETTER as OURS
 from lorabench.compare.foreign import HIGHER_IS_BETTER as FOREIGN
+from lorabench.compare.lints import is_linted
 from lorabench.compare.tables import short_keys
 from lorabench.show.results import columns_of
 from lorabench.show.text import console, dump, quantity, setting, size, whole, with_spread
@@ -31,8 +33,8 @@ def comparison(
     table: dict[str, Any],
     answers: Answers,
     folders: Sequence[Path],
-    metrics: Sequence[str],
     as_json: bool,
+    metrics: Sequence[str] = (),
 ) -> None:
     """Show verdicts in sentences, then the table; the best setting on validation is marked.
 
@@ -51,16 +53,17 @@ def comparison(
         return
     _sentences(out, answers)
     _settings(out, table, answers, folder, metrics)
-    _remarks(out, table, folders)
+    _remarks(out, table)
 
 
 def _content(table: dict[str, Any], answers: Answers) -> dict[str, Any]:
     for row in table["rows"]:
         row["rank"] = answers.ranks.get(row["runs"][0])
     return table | {
+        "lints": [asdict(one) for one in table.get("lints", [])],
         "metric": answers.metric,
         "verdicts": answers.rows(),
-        "chosen": [vars(one) for one in answers.chosen],
+        "chosen": [asdict(one) for one in answers.chosen],
         "not_compared": answers.left_out,
         "num_compared": answers.num_runs,
     }
@@ -237,25 +240,14 @@ def _best(rows: Sequence[dict[str, Any]], split: str, name: str) -> int | None:
     return choose(means, key=lambda place: means[place]) if means else None
 
 
-def _remarks(out: Console, table: dict[str, Any], folders: Sequence[Path]) -> None:
-    """What else a reader should know: runs left out, other stacks, other evaluations, notes."""
-    rows = table["rows"]
+def _remarks(out: Console, table: dict[str, Any]) -> None:
+    """What else a reader should know: runs left out, what speaks against a comparison, notes."""
     for status, ids in table["left_out"].items():
         out.print(f"left out, {status}: {', '.join(ids)}", style="yellow", soft_wrap=True)
-    for text in dict.fromkeys(text for row in rows for text in row["other_stack"]):
-        out.print(
-            f"stack other: {text}; such rows differ by more than their setting", style="yellow"
-        )
-    evaluations = " and ".join(f"`lorabench evaluate {shlex.quote(str(f))}`" for f in folders)
-    for split, found in table["evaluations"].items():
-        if not found["shared"]:
-            out.print(
-                f"{split}: the runs were scored in different ways or on different examples, so "
-                f"their values are not comparable; {evaluations} scores all alike",
-                style="yellow",
-                soft_wrap=True,
-            )
-    finished = sum(len(row["runs"]) for row in rows)
+    for lint in table.get("lints", []):
+        out.print(f"beware: {lint.text}; {lint.remedy}", style="yellow", soft_wrap=True)
+    finished = sum(len(row["runs"]) for row in table["rows"])
     for note, count in table["notes"].items():
-        of = "" if count == finished else f" ({count} of {finished} runs)"
-        out.print(f"note: {note}{of}", style="yellow", soft_wrap=True)
+        if not is_linted(note):
+            of = "" if count == finished else f" ({count} of {finished} runs)"
+            out.print(f"note: {note}{of}", style="yellow", soft_wrap=True)
