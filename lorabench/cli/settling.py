@@ -53,6 +53,9 @@ def settle(arguments: list[str]) -> int:
             f"`lorabench train` makes one"
         )
     asked = asked_of(options, [options.folder], found)
+    if not asked.answers(found).verdicts:
+        tell(["one setting alone: there is nothing to settle"])
+        return 0
     settling = _fixed(folder, asked, found, options.max_seeds)
     for number, look in enumerate(settling.looks):
         if look.taken:
@@ -133,7 +136,6 @@ def _fixed(
             f"--max-seeds: must be above the {len(have)} seeds that the sweep has; got {most}; "
             f"`lorabench compare` says what they tell"
         )
-    asked.answers(found)  # refuses what does not vary, before anything is written
     looks = [LookEntry(seeds=list(one.seeds), level=one.level) for one in plan_looks(have, most)]
     return folder.begin_settling(
         SettlingEntry(
