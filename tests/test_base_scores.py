@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import composed, predictions, records, say
+from processes import running, wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorabench import base_scores, data, record
@@ -318,6 +321,25 @@ def test_what_another_process_is_scoring_is_left_to_it(sweep: Path) -> None:
         assert not (sweep / "base").exists()
     assert say("work", sweep).code == 0
     assert [one.id for one in base_evaluations(sweep)] == [entry.id]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_a_command_that_ends_over_the_base_leaves_it_to_the_next(
+    number: int, code: int, sweep: Path, tmp_path: Path
+) -> None:
+    shutil.rmtree(sweep / "base")
+    before, begun = records(sweep.parent), tmp_path / "begun"
+
+    def slow() -> None:
+        ModulePack.score = lambda *_: (begun.touch(), time.sleep(60))  # type: ignore
+
+    with running(tmp_path / "said.txt", "work", sweep, before=slow) as process:
+        wait_for(begun.exists)
+        process.send(number)
+        assert process.wait() == code, process.said
+    assert base_evaluations(sweep) == [] and records(sweep.parent) == before
+    said = say("work", sweep)
+    assert said.code == 0 and len(base_evaluations(sweep)) == 1, said.err
 
 
 def test_the_folder_of_the_base_is_no_run(sweep: Path, tmp_path: Path) -> None:
