@@ -103,6 +103,7 @@ class Processes:
             *data, f"trainer.steps={steps}", "trainer.batch_size=8",
             "data.metric=[nll]", "target_modules=attention", "model.dtype=float32",
             "trainer.device=cpu", f"trainer.num_threads={threads}", "tracker=none",
+            "trainer.eval_base=false",  # the others score what they trained, and no more
         ]  # fmt: skip
         count = str(threads)
         self.environment = os.environ | ALLOCATOR | {

@@ -34,6 +34,7 @@ def test_a_multirun_leaves_a_whole_folder_for_each_run(output):
     assert len(found) == 4
     assert {path.name for path in (output / "default").iterdir()} == {
         *found,
+        "base",
         "multirun.yaml",
         "sweep.json",
         ".locks",
@@ -212,7 +213,7 @@ def test_the_line_about_the_same_run_comes_behind_that_run(tmp_path):
     said = say("train", "-m", *SMOKE, "lora.alpha_ratio=null,2", f"output_dir={tmp_path}")
     assert said.code == 0 and len(records(tmp_path)) == 1
     assert said.lines[0] == "0 of 2 runs are kept from before, 1 to train, 1 the same as another"
-    trained, same, last = said.lines[-3:]
+    trained, _, same, last = said.lines[-4:]  # the second is about the untrained base
     assert trained.startswith("run 1/1  lora.alpha_ratio=null  finished")
     assert same == "lora.alpha_ratio=2  finished: the same run as lora.alpha_ratio=null"
     assert "1 of 1 runs done" in last

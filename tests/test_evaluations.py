@@ -308,7 +308,7 @@ def test_a_diverged_run_is_scored_and_stays_stopped(
 
     words = ["train", "-m", *FAST, "trainer.lr=1e-3,1e30", f"output_dir={tmp_path}"]
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "_written", full)
+        patch.setattr(scoring, "write_predictions", full)
         assert say(*words).code == 1
     assert sorted(r["status"] for r in records(tmp_path).values()) == ["stopped", "trained"]
     assert say(*words).code == 1, "one has diverged"

@@ -179,6 +179,7 @@ def test_run_id_follows_what_decides_the_result_and_nothing_else(
         ["data.num_test=17", "data.num_validation=5"],
         ["data.answer_pattern=x", "data.answer_stop=[y]", "data.answer_examples=3"],
         ["trainer.eval_batch_size=7", "trainer.eval_every=2", "trainer.eval_examples=3"],
+        ["trainer.eval_base=false"],
         ["objective=test/nll"],
     ]  # fmt: skip
     other = [
@@ -225,6 +226,7 @@ def test_the_evaluation_id_follows_what_decides_the_scores_and_nothing_else() ->
         return plan.make(composed(*overrides)).evaluation_id
 
     assert id_of() == id_of("lora.r=4", "seed=3", "trainer.steps=7", "sweep=other")
+    assert id_of() == id_of("trainer.eval_base=false")
     different = [
         ["data.metric=[nll,nll_per_token]"],
         ["data.num_test=17"],

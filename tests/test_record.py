@@ -230,7 +230,8 @@ def test_git_state_follows_the_repository_of_the_code(tmp_path, monkeypatch):
 
 def test_the_room_imports_without_torch():
     code = (
-        "import sys; from lorabench import record, compare, config; print('torch' in sys.modules)"
+        "import sys; from lorabench import base_scores, record, compare, config; "
+        "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

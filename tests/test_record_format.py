@@ -12,7 +12,7 @@ from conftest import recorded_runs, say
 from pyarrow import parquet
 from pydantic import BaseModel
 
-from lorabench import lengths, plan, record
+from lorabench import base_scores, lengths, plan, record
 from lorabench.evaluate import DEFINITIONS
 from lorabench.sweep import folder
 
@@ -43,7 +43,7 @@ def models(module: Any) -> list[type[BaseModel]]:
     ]
 
 
-MODELS = [one for module in (record, folder, plan, lengths) for one in models(module)]
+MODELS = [one for module in (record, base_scores, folder, plan, lengths) for one in models(module)]
 
 
 def test_there_are_models_to_describe() -> None:
@@ -60,6 +60,7 @@ def test_statuses_and_versions_are_the_current_ones() -> None:
     assert set(named("Statuses")) == set(get_args(record.Status))
     assert f"`schema_version` | integer | version of this format, {record.SCHEMA_VERSION} " in TEXT
     assert f"version of this file's format, {folder.SCHEMA_VERSION} " in TEXT
+    assert f"version of the format of this file: {base_scores.SCHEMA_VERSION} " in TEXT
     assert f"trained with, {record.ARITHMETIC_VERSION};" in TEXT
 
 

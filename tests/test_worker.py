@@ -15,8 +15,9 @@ import pytest
 from conftest import records, say, scores
 from processes import running, slowly, wait_for
 
-from lorabench import lease, tracking
+from lorabench import base_scores, lease, tracking
 from lorabench.progress import Display
+from lorabench.record import find
 from lorabench.sweep import SweepFolder
 from lorabench.worker.members import Member
 
@@ -57,6 +58,8 @@ def check_each_was_trained_once(out: Path, expected: dict[str, Any]) -> None:
         rows = (out / "default" / run / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(row)["step"] for row in rows] == list(range(1, STEPS + 1))
         assert len(record["evaluations"]) == 1
+    (base,) = base_scores.base_evaluations(out / "default")
+    assert all(base.is_of(entry) for _, entry in find(out / "default"))
     assert not list(out.glob("**/*.part")) and not list(out.glob("**/*.alive"))
 
 

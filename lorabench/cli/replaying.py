@@ -143,7 +143,7 @@ def _train(
     display = Display(1, mine.config.trainer.steps)
     shared = Shared(planner, words)
     shared.check_data([mine])
-    worker = Worker(folder, [mine], shared, display)
+    worker = Worker(folder, [mine], shared, display, scores_base=False)
     with tracking.of_command(), display:
         outcome = worker.finish(mine)
     trained = mine.record()

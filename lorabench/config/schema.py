@@ -137,6 +137,7 @@ class TrainerConfig:
     eval_every: int = 0  # steps between validation losses; 0: only after training
     eval_batch_size: int = 32  # examples per forward
     eval_examples: int | None = None  # examples per split; None: all
+    eval_base: bool = True  # score the untrained base too, once per sweep; classifiers have none
     log_every: int = 1  # steps between lines of metrics.jsonl
     checkpoint_every: int = 0  # steps between checkpoints; 0: none by steps
     checkpoint_minutes: float = 5.0  # minutes between checkpoints; 0: none by time

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from lorabench import adapters
+from lorabench import model as base_model
 from lorabench.config import Config
 from lorabench.pack import probe
 from lorabench.pack.batch import Batch, Laid
@@ -97,12 +98,22 @@ class ModulePack:
         cls, base: PreTrainedModel, config: Config, folder: Path, device: str
     ) -> ModulePack:
         """Put a saved adapter on its base by plain PEFT, to be scored; it cannot train further."""
+        wrapped = adapters.reload(base, folder)
+        pack = cls._to_score(base, wrapped.get_base_model(), config, device)
+        pack.wrapped, pack.initial = wrapped, None
+        return pack
+
+    @classmethod
+    def of_base(cls, base: PreTrainedModel, config: Config, device: str) -> ModulePack:
+        """Return the base without any adapter, to be scored as runs are; the base is left alone."""
+        return cls._to_score(base, base_model.share(base), config, device)
+
+    @classmethod
+    def _to_score(cls, base: PreTrainedModel, tree: Any, config: Config, device: str) -> ModulePack:
         pack = cls.__new__(cls)
         pack.configs, pack.device, pack.alive = [config], device, [True]
-        pack.wrapped = adapters.reload(base, folder)
-        pack.initial = None
         pack.clock = adapters.Clock(config.seeds.dropout)
-        pack.tree = cast(Any, pack.wrapped.get_base_model())
+        pack.tree = tree
         pack._lay_out(base)
         return pack
 

@@ -221,6 +221,14 @@ class SweepFolder:
         self.locks.mkdir(parents=True, exist_ok=True)
         return FileLock(self.locks / "sweep.lock", timeout=LOCK_TIMEOUT)
 
+    def base_lock(self, id: str) -> FileLock:
+        """The lock of an entry of base/ while its base is scored; nobody waits for it.
+
+        Entering raises filelock.Timeout if another process holds it.
+        """
+        self.locks.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.locks / f"base-{id}.lock", timeout=0)
+
     def _write(self, content: SweepFile) -> None:
         content.schema_version = SCHEMA_VERSION
         masked = SweepFile.model_validate(masking.mask(content.model_dump()))

@@ -4,6 +4,7 @@ asked     the runs of a command, and how far they are
 work      which pack is next, who holds it, what a failure means for the others
 training  planned runs -> saved adapters
 scoring   saved adapters -> evaluations
+untrained the base without an adapter, scored once per sweep
 members   one run while its pack is at work: record, logs, checkpoints
 shared    what packs share: the base, its tokenizer, the tokens
 """

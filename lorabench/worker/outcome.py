@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lorabench import record
@@ -57,15 +58,23 @@ def summary(member: Member) -> dict[str, float]:
     }
 
 
+def test_scores(metrics: Mapping[str, Mapping[str, record.Metric]]) -> str:
+    """Return the scores on test as text.
+
+    Args:
+        metrics: split -> name -> value.
+    """
+    return "".join(
+        f"  {name} {'not finite' if metric.value is None else format(metric.value, '.4f')}"
+        for name, metric in metrics.get("test", {}).items()
+    )
+
+
 def last_line(entry: record.Record, error: str | None = None) -> str:
     """Say how a run ended."""
     if error is not None or entry.status == "failed":
         kept = "; its adapter is saved" if entry.has_trained() else ""
         return f"failed: {error or entry.error}{kept}"
-    scores = "".join(
-        f"  {name} {'not finite' if m.value is None else format(m.value, '.4f')}"
-        for name, m in entry.metrics.get("test", {}).items()
-    )
     size = entry.plan["pack"]["size"]
     packed = f" in a pack of {size}" if size > 1 else ""
-    return f"{entry.status}{scores}  {clock(entry.cost.total_seconds)}{packed}"
+    return f"{entry.status}{test_scores(entry.metrics)}  {clock(entry.cost.total_seconds)}{packed}"

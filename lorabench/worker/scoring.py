@@ -99,25 +99,11 @@ def score(
         What went wrong with single runs, by run id: predictions that could not be written.
     """
     job = members[0].job
-    dataset, tokenizer = shared.dataset(job), shared.tokenizer(job)
-    batch_size = job.config.trainer.eval_batch_size
-    begun = time.perf_counter()
-    while True:
-        scored = _score(pack, dataset, tokenizer, job, batch_size)
-        if scored is not None:
-            break
-        if batch_size == 1:
-            raise MemoryError(
-                "not enough memory to score a single example; the adapter is saved; free memory "
-                "and repeat the command"
-            )
-        batch_size = (batch_size + 1) // 2
-        display.say(f"scoring does not fit into memory; trying batches of {batch_size} examples")
-    seconds = time.perf_counter() - begun
+    scored = score_packed(pack, job, job.config.trainer.eval_batch_size, shared, display)
     errors = {}
     for member in members:
         try:
-            _append(member, evaluation, scored, batch_size, seconds)
+            _append(member, evaluation, scored)
         except Lost:
             raise
         except Exception as error:
@@ -132,6 +118,28 @@ class Scored(NamedTuple):
     tables: dict[str, list[Any]]  # split -> one table per run
     tokens: dict[str, str]  # split -> hash of the token ids that were scored
     generation: dict[str, Any] | None  # settings, if anything was generated
+    batch_size: int
+    seconds: float = 0.0
+
+
+def score_packed(pack: Any, job: Job, batch_size: int, shared: Shared, display: Display) -> Scored:
+    """Score every run of a pack as a job asks, in smaller batches where memory is short.
+
+    Raises:
+        MemoryError: a single example does not fit.
+    """
+    dataset, tokenizer = shared.dataset(job), shared.tokenizer(job)
+    begun = time.perf_counter()
+    while True:
+        scored = _score(pack, dataset, tokenizer, job, batch_size)
+        if scored is not None:
+            return scored._replace(seconds=round(time.perf_counter() - begun, 3))
+        if batch_size == 1:
+            raise MemoryError(
+                "not enough memory to score a single example; free memory and repeat the command"
+            )
+        batch_size = (batch_size + 1) // 2
+        display.say(f"scoring does not fit into memory; trying batches of {batch_size} examples")
 
 
 def _score(pack: Any, dataset: Dataset, tokenizer: Any, job: Job, batch_size: int) -> Scored | None:
@@ -141,7 +149,7 @@ def _score(pack: Any, dataset: Dataset, tokenizer: Any, job: Job, batch_size: in
     config = job.config
     wanted, pad_id = identity.wanted_metrics(config), data.pad_id(tokenizer)
     settings = dataclasses.replace(config.data, metric=wanted)  # the objective's among them
-    found = Scored({}, {}, None)
+    found = Scored({}, {}, None, batch_size)
     try:
         for split in ("validation", "test"):
             tokens = dataset.tokens[split]
@@ -170,70 +178,80 @@ def _score(pack: Any, dataset: Dataset, tokenizer: Any, job: Job, batch_size: in
     return None
 
 
-def _append(
-    member: Member,
-    evaluation: str,
-    scored: Scored,
-    batch_size: int,
-    seconds: float,
-) -> None:
+def _append(member: Member, evaluation: str, scored: Scored) -> None:
     """Write a run's predictions and add the evaluation to its record, which the caller writes."""
-    from lorabench.evaluate import DEFINITIONS, summarise
-
-    job, entry = member.job, member.entry
-    splits, kept = {}, []
-    for split, of_runs in scored.tables.items():
-        table = of_runs[member.slot]
-        metrics = {
-            name: record.Metric(
-                value=value if math.isfinite(value) else None,
-                num_examples=count,
-                definition=DEFINITIONS[name],
-            )
-            for name, (value, count) in summarise(
-                table, identity.wanted_metrics(job.config)
-            ).items()
-        }
-        splits[split] = record.Scores(
-            examples=job.plan.contents[split],
-            tokens=scored.tokens[split],
-            metrics=metrics,
-        )
-        kept.append(table.add_column(0, "split", [[split] * len(table)]))
+    entry = member.entry
     name = f"evaluations/{evaluation}.parquet"
     place = member.folder / name
     member.lease.check()
-    part = _written(place, kept, member.lease.holder.token)
+    part = write_predictions(place, scored, member.slot, member.lease.holder.token)
     member.lease.check()
     os.replace(part, place)
     sync(place.parent)
     entry.files |= intact.described(member.folder, [name])
     entry.evaluations = [one for one in entry.evaluations if one.id != evaluation]
-    entry.evaluations.append(
-        record.Evaluation(
-            id=evaluation,
-            settings=job.plan.evaluation,
-            splits=splits,
-            predictions=name,
-            predictions_sha256=entry.files[name].sha256,
-            batch_size=batch_size,
-            generation=scored.generation,
-            seconds=round(seconds, 3),
-            stack=provenance.stack(
-                provenance.of_process(machine.choose_device(job.config.trainer.device))
-            ),
-            ended=record.now(),
-        )
-    )
-    entry.cost.evaluate_seconds = round(seconds, 3)
+    sha256 = entry.files[name].sha256
+    entry.evaluations.append(evaluation_of(member.job, scored, member.slot, name, sha256))
+    entry.cost.evaluate_seconds = scored.seconds
     if entry.status == "trained":
         entry.status, entry.error = "finished", None
 
 
-def _written(place: Path, tables: list[Any], token: int) -> Path:
-    """Write predictions beside their place, on the disk before they are renamed."""
+def evaluation_of(
+    job: Job, scored: Scored, slot: int, predictions: str, predictions_sha256: str
+) -> record.Evaluation:
+    """Return what one slot of a pack scored, as records keep it.
+
+    Args:
+        job: whose settings it was scored with.
+        predictions: name of the file that `write_predictions` wrote.
+    """
+    from lorabench.evaluate import DEFINITIONS, summarise
+
+    splits = {}
+    for split, of_runs in scored.tables.items():
+        summary = summarise(of_runs[slot], identity.wanted_metrics(job.config))
+        splits[split] = record.Scores(
+            examples=job.plan.contents[split],
+            tokens=scored.tokens[split],
+            metrics={
+                name: record.Metric(
+                    value=value if math.isfinite(value) else None,
+                    num_examples=count,
+                    definition=DEFINITIONS[name],
+                )
+                for name, (value, count) in summary.items()
+            },
+        )
+    device = machine.choose_device(job.config.trainer.device)
+    return record.Evaluation(
+        id=job.plan.evaluation_id,
+        settings=job.plan.evaluation,
+        splits=splits,
+        predictions=predictions,
+        predictions_sha256=predictions_sha256,
+        batch_size=scored.batch_size,
+        generation=scored.generation,
+        seconds=scored.seconds,
+        stack=provenance.stack(provenance.of_process(device)),
+        ended=record.now(),
+    )
+
+
+def write_predictions(place: Path, scored: Scored, slot: int, token: int) -> Path:
+    """Write a slot's predictions beside their place, on the disk before they are renamed.
+
+    Args:
+        token: part of the name that tells this writer from others.
+    Returns:
+        The file to rename.
+    """
     from pyarrow import concat_tables, parquet
 
+    tables = [
+        of_runs[slot].add_column(0, "split", [[split] * len(of_runs[slot])])
+        for split, of_runs in scored.tables.items()
+    ]
     place.parent.mkdir(exist_ok=True)
     part = place.with_name(f".{place.name}.{token}.part")
     with contextlib.suppress(FileNotFoundError):

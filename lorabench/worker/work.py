@@ -37,6 +37,7 @@ from lorabench.worker.outcome import Outcome, last_line, summary
 from lorabench.worker.scoring import load_pack, score
 from lorabench.worker.shared import Shared
 from lorabench.worker.training import train_pack
+from lorabench.worker.untrained import UntrainedBase
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +49,23 @@ SMALLER = (
 
 
 class Worker:
-    """Brings the runs of a command to their end, in the pack shapes of their sweep folder."""
+    """Brings the runs of a command to their end, in the pack shapes of their sweep folder.
 
-    def __init__(self, folder: SweepFolder, jobs: Sequence[Job], shared: Shared, display: Display):
+    Args:
+        scores_base: whether the untrained base gets scores of its own beside the runs'.
+    """
+
+    def __init__(
+        self,
+        folder: SweepFolder,
+        jobs: Sequence[Job],
+        shared: Shared,
+        display: Display,
+        scores_base: bool = True,
+    ):
         self.folder, self.shared, self.display = folder, shared, display
         self.asked = Asked(folder, jobs)
+        self.untrained = UntrainedBase(folder, shared, display) if scores_base else None
         self.told_waiting = ""
         self.told: set[str] = set()  # runs whose end was shown
 
@@ -94,6 +107,7 @@ class Worker:
             found = job.record()
             assert found is not None, "a run that nobody here has tried was tried by another"
             self._tell_one(job, f"{last_line(found)}, by another process")
+        self._score_base([job])  # of a run that was kept, or that another process has scored
         return self.asked.outcome(job)
 
     def finish_all(self) -> list[Outcome]:
@@ -118,9 +132,16 @@ class Worker:
                 if pack not in self.folder.settled().current_packs():
                     return True  # split before it was held
                 self._do(pack, taken.lease)
-            self.shared.keep_only(self.asked.not_known_to_have_ended())
+            self._score_base(left)
             return True
         return False
+
+    def _score_base(self, jobs: Sequence[Job]) -> None:
+        """Score the untrained base of these runs, then drop what no other run needs."""
+        if self.untrained is not None:
+            for job in jobs:
+                self.untrained.score_for(job)
+        self.shared.keep_only(self.asked.not_known_to_have_ended())
 
     def _wait(self, job: Job) -> None:
         holder = self.folder.holder(job.plan.run_id)
