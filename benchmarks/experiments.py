@@ -123,12 +123,11 @@ def table(found: dict[str, Any]) -> list[str]:
         cells += [str(low) if low == high else f"{low}–{high}", str(row["train_seconds"]["n"])]
         cells.append(f"{row['trainable_parameters']:,}")
         lines.append(" | ".join(cells))
-    if base := found.get("base"):
-        for one in base:
-            values = [one["metrics"].get(split, {}).get(name) for split, name in scores]
-            cells = [one["name"], *[""] * (len(keys) - 1)]
-            cells += ["" if value is None else f"{value:.4f}" for value in values]
-            lines.append(" | ".join([*cells, "", "", "0"]))
+    for base in found["bases"]:
+        values = [base["metrics"].get(split, {}).get(name) for split, name in scores]
+        cells = [f"untrained {base['name']}", *[""] * (len(keys) - 1)]
+        cells += ["" if value is None else f"{value:.4f}" for value in values]
+        lines.append(" | ".join([*cells, "", "", "0"]))
     return lines
 
 

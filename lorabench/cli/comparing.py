@@ -52,6 +52,7 @@ def compare(arguments: list[str]) -> int:
     """lorabench compare DIR [DIR ...] [--vary ...] [--select KEY] [--baseline ...] [--margin X]"""
     from lorabench import compare as comparing
     from lorabench import show
+    from lorabench.compare.bases import bases
     from lorabench.compare.lints import lints
 
     parser = Parser(prog="lorabench compare", description=VERBS["compare"])
@@ -69,6 +70,7 @@ def compare(arguments: list[str]) -> int:
     answers = asked.answers(found)
     table = comparing.table([one.entry for one in found])
     table["lints"] = lints([(one.folder, one.entry) for one in found], answers)
+    table["bases"] = bases(sweeps, [one.entry for one in found], table["evaluations"])
     if foreign:
         table["foreign"] = _foreign_rows(foreign, table["varied"])
     show.comparison(table, answers, options.folders, options.json, asked.shown)

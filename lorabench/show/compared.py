@@ -120,7 +120,8 @@ def _settings(
     title = f"{folder}: {settings}, mean ± standard deviation over seeds"
     shown = Table(title=title, title_justify="left")
     columns = [*columns_of(table), *_columns_of_foreign(foreign, table["varied"], bool(rows))]
-    for name in short_keys(columns):
+    bases = table.get("bases", [])
+    for name in short_keys(columns) or [""] * bool(bases):
         shown.add_column(name)
     if answers.ranks:
         shown.add_column("rank", justify="right")
@@ -139,6 +140,7 @@ def _settings(
     best = _best(rows, *judge) if judge in scores and len(rows) > 1 else None
     for place, row in enumerate(rows):
         cells: list[str | Text] = [setting(row["setting"].get(key, "")) for key in columns]
+        cells = cells or ["trained"] * bool(bases)
         if place == best:
             cells[0] = Text(f"{cells[0]} *", "bold")
         if answers.ranks:
@@ -152,6 +154,14 @@ def _settings(
             size(row["peak_memory_bytes"]["max"]),
             *(["other" if row["other_stack"] else ""] if marked else []),
         ]
+        shown.add_row(*cells)
+    shown.add_section()
+    for base in bases:
+        which = f" {base['name']}" if len(bases) > 1 else ""
+        cells = [f"untrained{which}", *[""] * (len(columns) - 1), *[""] * bool(answers.ranks)]
+        for split, name in scores:
+            value = base["metrics"].get(split, {}).get(name)
+            cells.append("" if value is None else f"{value:.4f}")
         shown.add_row(*cells)
     shown.add_section()
     for row in foreign:
