@@ -178,6 +178,7 @@ def test_runs_that_cannot_be_compared_are_named_with_what_helps(tmp_path: Path) 
     assert "lora-16-2" in said.out and "hold no nll" in said.out and "no finite nll" in said.out
     found = said_json(folder)
     assert found["num_compared"] == 17 and len(found["verdicts"]) == 13
+    assert found["num_read"] == 20 and "17 runs (3 more left out)" in said.out
     at_16 = next(o for o in found["verdicts"] if o["at"] == {"r": "16"} and o["factor"] == "head")
     assert len(at_16["seeds"]) == 2
 
@@ -215,7 +216,7 @@ def test_settings_without_a_common_seed_or_example(tmp_path: Path) -> None:
         for seed in seeds:
             write_run(tmp_path / "s", head, 16, seed, {"nll": values + seed})
     (one,) = said_json(tmp_path / "s")["verdicts"]
-    assert one["outcome"] == "no verdict" and "the settings share no seed" in one["sentence"]
+    assert one["outcome"] == "no verdict" and "the settings share no seed; train" in one["sentence"]
     for head in HEADS:
         for seed in (0, 1):
             names = [f"{head}{i}" for i in range(20)]

@@ -38,6 +38,7 @@ class Answers:
         runs: of each setting of the questions, one run of each setting it was chosen from.
         ranks: best and worst rank that a run's setting may have, by run id.
         num_runs: that were compared.
+        num_read: finished runs, those that were left out among them.
         left_out: runs that were not, and what would bring them in, one text a reason.
     """
 
@@ -48,6 +49,7 @@ class Answers:
     runs: list[list[str]] = field(default_factory=list)
     ranks: dict[str, tuple[int, int]] = field(default_factory=dict)
     num_runs: int = 0
+    num_read: int = 0
     left_out: list[str] = field(default_factory=list)
 
     def sentences(self) -> list[str]:
@@ -140,8 +142,9 @@ def verdicts(
     runs_of = [[found.members[i][0] for i in mine] for mine in members]
     num_runs = sum(map(len, found.test))
     return Answers(
-        found.metric, judgements, factors, chosen, runs_of, ranks, num_runs, found.left_out
-    )
+        found.metric, judgements, factors, chosen, runs_of, ranks, num_runs, len(finished),
+        found.left_out,
+    )  # fmt: skip
 
 
 class _Selecting:

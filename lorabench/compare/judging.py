@@ -66,13 +66,16 @@ def differences(
     """
     settings = [runs[i] for pair in question.pairs for i in pair]
     if not all(settings):
-        return "a setting has no scores to compare"
+        return "a setting has no scores to compare; `lorabench runs DIR` shows how far its runs are"
     seeds = [seed for seed in settings[0] if all(seed in one for one in settings)]
     if not seeds:
-        return "the settings share no seed"
+        return "the settings share no seed; train both with the same values of seed"
     table = aligned([one[seed] for one in settings for seed in seeds])
     if table.shape[1] < 2:
-        return "the settings share fewer than 2 test examples"
+        return (
+            "the settings share fewer than 2 test examples; `lorabench evaluate DIR data.test.path=` "
+            "and a file scores all on the same"
+        )
     by_setting = table.reshape(len(question.pairs), 2, len(seeds), -1)
     gain = (by_setting[:, 0] - by_setting[:, 1]).mean(0)
     return seeds, gain if higher_is_better else -gain

@@ -66,6 +66,7 @@ def _content(table: dict[str, Any], answers: Answers) -> dict[str, Any]:
         "chosen": [asdict(one) for one in answers.chosen],
         "not_compared": answers.left_out,
         "num_compared": answers.num_runs,
+        "num_read": answers.num_read,
     }
 
 
@@ -92,12 +93,18 @@ def _sentences(out: Console, answers: Answers) -> None:
     if answers.verdicts:
         looked = any(one.look for one in answers.verdicts)
         out.print(
-            f"{answers.num_runs} runs, {len(answers.verdicts)} questions on test "
+            f"{_counted(answers)}, {len(answers.verdicts)} questions on test "
             f"{answers.metric}, paired by seed and example; at most one command in twenty has a "
             f"false verdict among its sentences{', all looks together' if looked else ''}",
             style="dim", soft_wrap=True,
         )  # fmt: skip
         out.print()
+
+
+def _counted(answers: Answers) -> str:
+    """How many runs were compared, and how many could not be."""
+    left_out = answers.num_read - answers.num_runs
+    return f"{answers.num_runs} runs" + (f" ({left_out} more left out)" if left_out else "")
 
 
 def _settings(
