@@ -219,6 +219,12 @@ def test_evaluate_with_other_settings_adds_an_entry(sweep: Path) -> None:
     assert new.base == first.base and new.evaluation.splits["test"].metrics["nll"].num_examples == 5
     ids = {tuple(e["id"] for e in run["evaluations"]) for run in records(sweep.parent).values()}
     assert ids == {(first.evaluation.id, new.evaluation.id)}
+    # `compare` shows the runs' newest evaluation, and the base's row is of the same.
+    (row,) = json.loads(say("compare", sweep, "--json").out)["bases"]
+    nll = new.evaluation.splits["test"].metrics["nll"].value
+    assert row["metrics"]["test"]["nll"] == nll and len(row["runs"]) == 3
+    shown = next(line for line in say("compare", sweep).out.splitlines() if "│ untrained" in line)
+    assert f"{nll:.4f}" in shown
     assert {name: stamps(sweep)[name] for name in before} == before
 
 

@@ -73,8 +73,8 @@ def differences(
     table = aligned([one[seed] for one in settings for seed in seeds])
     if table.shape[1] < 2:
         return (
-            "the settings share fewer than 2 test examples; `lorabench evaluate DIR data.test.path=` "
-            "and a file scores all on the same"
+            "the settings share fewer than 2 test examples; `lorabench evaluate DIR "
+            "data.test.path=FILE` scores all on the same"
         )
     by_setting = table.reshape(len(question.pairs), 2, len(seeds), -1)
     gain = (by_setting[:, 0] - by_setting[:, 1]).mean(0)
