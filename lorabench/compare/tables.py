@@ -26,6 +26,8 @@ NOT_A_SETTING = (
     "worker.",
     "compare.",
 )
+# Keys that people know by the name of their group.
+GROUPS = {"policy": "head", "select": "target_modules"}
 # Metrics where more is better; of the others less is.
 HIGHER_IS_BETTER = {"exact_match", "answer", "answer_flexible", "accuracy"}
 
@@ -275,4 +277,4 @@ def short_keys(keys: list[str]) -> list[str]:
     keys = [key.removesuffix(".name") for key in keys]
     last = [key.rpartition(".")[2] for key in keys]
     names = [key if last.count(short) > 1 else short for key, short in zip(keys, last, strict=True)]
-    return ["head" if name == "policy" else name for name in names]
+    return [GROUPS.get(name, name) for name in names]
