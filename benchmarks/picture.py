@@ -1,6 +1,6 @@
 """The README's picture: what `lorabench compare` prints of a sweep, as SVG.
 
-    python benchmarks/picture.py outputs/lm_head docs/lm_head.svg
+python benchmarks/picture.py outputs/lm_head docs/lm_head.svg
 """
 
 from __future__ import annotations

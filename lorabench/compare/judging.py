@@ -53,6 +53,11 @@ class Verdict:
     looks: int | None = None  # how many are planned
     why: str = ""  # of `no verdict`
 
+    @property
+    def is_identical(self) -> bool:
+        """Whether both levels scored the same in every seed and on every example."""
+        return self.gain == 0 and bool(self.spreads) and not any(self.spreads.values())
+
 
 def differences(
     question: Question, runs: Sequence[Mapping[Any, Scores]], higher_is_better: bool
@@ -70,6 +75,8 @@ def differences(
     seeds = [seed for seed in settings[0] if all(seed in one for one in settings)]
     if not seeds:
         return "the settings share no seed; train both with the same values of seed"
+    if len(seeds) == 1 and min(map(len, settings)) > 1:
+        return "the settings share one seed alone; train both with the same values of seed"
     table = aligned([one[seed] for one in settings for seed in seeds])
     if table.shape[1] < 2:
         return (
@@ -108,7 +115,10 @@ def judge(
     if tables:
         flattery = np.array([_flattery(questions[i], flatteries) for i in tables])
         stacked = statistics.Components.stacked([*tables.values()])
-        decisions = statistics.decide(stacked, level, flattery)
+        # Higher is better of shares alone: exact_match, accuracy, answer.
+        decisions = statistics.decide(
+            stacked, level, flattery, is_share=higher_is_better, with_margin=margin is not None
+        )
         decided = {i: (place, decisions) for place, i in enumerate(tables)}
     first_level = level / max(1, len(tables))
     verdicts = []
@@ -190,7 +200,7 @@ def _reckon(verdict: Verdict, table: statistics.Components, level: float) -> Non
     """
     careful = {name: float(value) for name, value in power.upper_spreads(table).items()}
     design = power.Design(careful, table.num_seeds, table.num_examples, level)
-    verdict.smallest = design.smallest()
+    verdict.smallest = design.smallest() + abs(verdict.flattery)
     if verdict.outcome == "not settled":
         _settle(verdict, careful, table, level)
 
@@ -198,19 +208,23 @@ def _reckon(verdict: Verdict, table: statistics.Components, level: float) -> Non
 def _settle(
     verdict: Verdict, spreads: dict[str, float], table: statistics.Components, level: float
 ) -> None:
-    """How many more seeds would find the difference seen, or one that twice as many find."""
-    have, examples = table.num_seeds, table.num_examples
+    """How many more seeds would find what is left of the difference, or what twice as many find."""
+    have, examples, owed = table.num_seeds, table.num_examples, abs(verdict.flattery)
+    if verdict.is_identical:
+        verdict.hopeless = True
+        return
+    gain = max(0.0, verdict.gain - max(0.0, verdict.flattery))
     most = min(power.MOST_SEEDS, 4 * have + 8)
-    needed = power.seeds_to_find(verdict.gain, spreads, examples, level, most)
+    needed = power.seeds_to_find(gain, spreads, examples, level, most) if gain > 0 else None
     if needed is not None and needed > have:
-        verdict.more_seeds, verdict.settles = needed - have, verdict.gain
+        verdict.more_seeds, verdict.settles = needed - have, gain
         return
     twice = power.Design(spreads, 2 * have, examples, level).smallest()
-    if twice < WORTHWHILE * verdict.smallest:
+    if twice < WORTHWHILE * (verdict.smallest - owed):
         verdict.more_seeds, verdict.settles = have, twice
     far = power.Design(spreads, power.MOST_SEEDS, examples, level).smallest()
     room = verdict.high if verdict.margin is None else max(verdict.high, verdict.margin)
     verdict.hopeless = far > room
-    if verdict.more_seeds is None:
-        seeds = max(have, 8)
-        verdict.more_examples = power.examples_to_find(verdict.gain, spreads, seeds, level)
+    if verdict.more_seeds is None and gain > 0:
+        found = power.examples_to_find(gain, spreads, max(have, 8), level)
+        verdict.more_examples = found if found is not None and found > examples else None

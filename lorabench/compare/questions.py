@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def factors_of(settings: Sequence[dict[str, Any]]) -> list[Factor]:
                 name,
                 (key, *(other for other in together if other != key)),
                 tuple(places[repr(one.get(key))] for one in settings),
-                tuple(text_of(value) for value in ordered),
+                _texts(ordered),
             )
         )
     return found
@@ -103,7 +104,27 @@ def text_of(value: Any) -> str:
     """A level as people write it."""
     if isinstance(value, list):
         return ",".join(map(text_of, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):  # the shortest text that reads back
+        return short if float(short := f"{value:g}") == value else repr(value)
+    return str(value)
+
+
+def _texts(values: Sequence[Any]) -> tuple[str, ...]:
+    """Levels as people write them; as Python does where that leaves two alike."""
+    texts = tuple(map(text_of, values))
+    return texts if len(set(texts)) == len(texts) else tuple(map(repr, values))
+
+
+def _level(text: str, levels: Sequence[str]) -> str | None:
+    """The level that a text means: 1e-3 is 0.001."""
+    if text in levels:
+        return text
+    with contextlib.suppress(ValueError):
+        for level in levels:
+            with contextlib.suppress(ValueError):
+                if float(level) == float(text):
+                    return level
+    return None
 
 
 def questions_of(
@@ -125,12 +146,18 @@ def questions_of(
     against: dict[str, int] = {}
     for name, level in (baseline or {}).items():
         factor = find(name, factors, "--baseline")
-        if level not in factor.levels:
+        meant = _level(level, factor.levels)
+        if meant is None:
             raise ConfigErrors(
                 f"--baseline: must name a level of {factor.name} "
                 f"({', '.join(factor.levels)}); got '{level}'"
             )
-        against[factor.name] = factor.levels.index(level)
+        if factor.name not in {one.name for one in chosen}:
+            raise ConfigErrors(
+                f"--baseline: must be of what is asked about ({', '.join(map(_name, chosen))}); "
+                f"got '{name}'; add it to --vary, or leave it out"
+            )
+        against[factor.name] = factor.levels.index(meant)
     found = []
     for factor in chosen:
         # Another factor that follows from this one, or is a part of it, is no condition to hold.
@@ -153,7 +180,11 @@ def that_vary(
     levels = {key: text_of(value) for key, value in (baseline or {}).items() if varies(key)}
     return (
         [name for name in vary if varies(name)],
-        {k: v for k, v in levels.items() if v in find(k, factors, "compare.baseline").levels},
+        {
+            key: text
+            for key, text in levels.items()
+            if _level(text, find(key, factors, "compare.baseline").levels)
+        },
     )
 
 
@@ -185,6 +216,10 @@ def _together(name: str, factors: Sequence[Factor], option: str) -> Factor:
             for one in levels
         ),
     )
+
+
+def _name(factor: Factor) -> str:
+    return factor.name
 
 
 def _follows(one: Factor, other: Factor) -> bool:

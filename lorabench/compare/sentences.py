@@ -27,7 +27,12 @@ def _of_several_seeds(one: Verdict) -> str:
     question, unit = one.question, one.metric
     better, worse = (told(question.factor, level) for level in (one.better, one.worse))
     where = question.where
-    low, high, gain = numbers(one.low, one.high, one.gain)
+    if one.is_identical:
+        return (
+            f"{better} and {worse}{where}: {unit} is identical on all {one.examples:,} examples "
+            f"of {len(one.seeds)} seeds"
+        )
+    low, high, gain = numbers(one.low, one.high, one.gain, apart=(one.margin,))
     if one.outcome == "found":
         return f"{better} beats {worse} by {gain} {unit} [{low}, {high}]{where}{_within(one)}"
     if one.outcome == "no worse":
@@ -70,15 +75,19 @@ def _settling(one: Verdict) -> str:
 def hopeless(one: Verdict) -> str:
     """What would settle a question that more seeds do not."""
     if one.more_examples is None:
-        return f"more seeds would not settle it, more than {one.examples} test examples might"
+        return "neither more seeds nor more test examples would settle what was seen"
     return (
         f"more seeds would not settle it, {one.more_examples:,} test examples in place of "
         f"{one.examples:,} might"
     )
 
 
-def numbers(*values: float) -> tuple[str, ...]:
-    """Numbers with one more decimal than the first that tells the largest from the smallest."""
+def numbers(*values: float, apart: tuple[float | None, ...] = ()) -> tuple[str, ...]:
+    """Numbers with one more decimal than the first that tells the largest from the smallest.
+
+    Further decimals are shown until no number is rounded onto zero or one of `apart`, unless it is
+    equal to it.
+    """
     finite = [abs(value) for value in values if math.isfinite(value)]
     if len(values) > 1 and len(finite) == len(values):
         scale = max(values) - min(values)
@@ -87,6 +96,14 @@ def numbers(*values: float) -> tuple[str, ...]:
     if scale <= 0:
         scale = max(finite, default=0.0)
     decimals = 2 if scale <= 0 else min(9, max(0, 1 - math.floor(math.log10(scale))))
+    marks = [0.0, *(sign * mark for mark in apart if mark for sign in (1, -1))]
+    while decimals < 9 and any(
+        value != mark and round(value, decimals) == round(mark, decimals)
+        for value in values
+        for mark in marks
+        if math.isfinite(value)
+    ):
+        decimals += 1
     return tuple(_plain(f"{value:.{decimals}f}") for value in values)
 
 

@@ -222,30 +222,60 @@ class Decisions:
     found: NDArray[np.bool_]
 
     def no_worse(self, margin: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Where the first level is no worse than the second by more than this, and the reverse."""
+        """Where the first level is no worse than the second by more than this, and the reverse.
+
+        Holds for decisions that were made `with_margin`.
+        """
         return self.low > -margin, self.high < margin
 
 
-def decide(tables: Components, level: float = LEVEL, flattery: Array | float = 0.0) -> Decisions:
+def decide(
+    tables: Components,
+    level: float = LEVEL,
+    flattery: Array | float = 0.0,
+    is_share: bool = False,
+    with_margin: bool = False,
+) -> Decisions:
     """Answer all questions of a command, (..., Q).
 
     Args:
         level: share of commands that may err in any of their questions.
         flattery: by how much the mean may be too high (negative: too low), because a level was
             chosen on the same seeds. Both the mean and what is left of it must be found.
+        is_share: scores are 0 or 1: where N examples do not differ, their means may by what N
+            examples miss with this chance, -log(level) / N (the rule of three).
+        with_margin: it is also asked what is no worse by more than a margin. Holm's steps are about
+            zero alone: then every question has the same share of the level.
     """
     ends = tables.mean, tables.mean - flattery
     same_sign = np.sign(ends[0]) == np.sign(ends[1])
     nearer = np.where(same_sign, np.where(np.abs(ends[0]) < np.abs(ends[1]), *ends), 0.0)
     test = dataclasses.replace(test_of(tables), mean=nearer)
     p = test.p
-    levels, adjusted, found = holm(p, level)
-    low, high = np.minimum(*ends), np.maximum(*ends)
-    half, alone = test.half_width(levels), test.half_width(LEVEL)
+    if with_margin:
+        levels = np.full(p.shape, level / p.shape[-1])
+        adjusted, found = np.minimum(p * p.shape[-1], 1.0), p <= levels
+    else:
+        levels, adjusted, found = holm(p, level)
     return Decisions(
-        tables.mean, p, adjusted, levels, low - half, high + half, (low - alone, high + alone),
-        found,
+        tables.mean, p, adjusted, levels,
+        *_interval(test, tables, ends, levels, is_share),
+        _interval(test, tables, ends, np.full(p.shape, LEVEL), is_share), found,
     )  # fmt: skip
+
+
+def _interval(
+    test: Test, tables: Components, ends: tuple[Array, Array], levels: Array, is_share: bool
+) -> tuple[Array, Array]:
+    """Ends at these levels: zero is outside exactly where p is at most the level."""
+    half = test.half_width(levels)
+    wide = np.maximum(half, -np.log(levels) / tables.num_examples) if is_share else half
+    low, high = np.minimum(*ends), np.maximum(*ends)
+    # What examples miss is told on the far side of what was found, and on both of what was not.
+    return (
+        np.where(low - half > 0, low - half, low - wide),
+        np.where(high + half < 0, high + half, high + wide),
+    )
 
 
 def t_quantile(freedom: float, level: float) -> float:

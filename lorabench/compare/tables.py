@@ -27,7 +27,7 @@ NOT_A_SETTING = (
     "compare.",
 )
 # Keys that people know by the name of their group.
-GROUPS = {"policy": "head", "select": "target_modules"}
+GROUPS = {"head.policy": "head", "target_modules.select": "target_modules"}
 # Metrics where more is better; of the others less is.
 HIGHER_IS_BETTER = {"exact_match", "answer", "answer_flexible", "accuracy"}
 
@@ -275,6 +275,5 @@ def order(value: Any) -> tuple[int, float, str]:
 def short_keys(keys: list[str]) -> list[str]:
     """The last part of each dotted key, or all of it where two end alike; a label's group."""
     keys = [key.removesuffix(".name") for key in keys]
-    last = [key.rpartition(".")[2] for key in keys]
-    names = [key if last.count(short) > 1 else short for key, short in zip(keys, last, strict=True)]
-    return [GROUPS.get(name, name) for name in names]
+    last = [GROUPS.get(key, key.rpartition(".")[2]) for key in keys]
+    return [key if last.count(short) > 1 else short for key, short in zip(keys, last, strict=True)]
