@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lorabench.show.text import with_spread
+
 ROOT = Path(__file__).parent.parent
 NAMES = (
     "lm_head", "head_vs_rank", "rank", "alpha", "dropout", "bias", "targets", "lr_rank",
@@ -117,8 +119,8 @@ def table(found: dict[str, Any]) -> list[str]:
     for row in found["rows"]:
         cells = [str(row["setting"][key]) for key in keys]
         for split, name in scores:
-            value = row["metrics"][split][name]
-            cells.append(f"{value['mean']:.4f} ± {value['sd']:.4f}")
+            value = row["metrics"].get(split, {}).get(name)
+            cells.append("" if value is None else with_spread(value))
         low, high = row["rank"] or ("", "")
         cells += [str(low) if low == high else f"{low}–{high}", str(row["train_seconds"]["n"])]
         cells.append(f"{row['trainable_parameters']:,}")

@@ -163,7 +163,7 @@ def test_compare_has_one_row_a_setting(output):
     assert {one["run_id"] for one in content["runs"]} == {record["run_id"] for record in found}
     text = say("compare", str(output / "default")).out
     lines = [line for line in text.splitlines() if line.startswith("│")]
-    assert len(lines) == 2
+    assert len(lines) == 3 and "untrained" in lines[2]
     for row, line in zip(content["rows"], lines, strict=True):
         policy = row["setting"]["head.policy"]
         values = [

@@ -217,12 +217,19 @@ def test_values_of_several_kinds_are_ordered_without_an_error():
     ],
 )
 def test_seeds_and_places_make_no_setting(key):
-    one, two = entry("lora", 8, 0, {"nll": 1.0}), entry("lora", 8, 0, {"nll": 2.0})
+    one, two = entry("lora", 8, 0, {"nll": 1.0}), entry("lora", 8, 1, {"nll": 2.0})
     group, _, name = key.rpartition(".")
     (two.config[group] if group else two.config)[name] = 7
     table = compare.table([one, two])
     assert table["varied"] == [] and len(table["rows"]) == 1
     assert table["rows"][0]["metrics"]["test"]["nll"]["mean"] == 1.5
+
+
+def test_of_two_runs_of_one_setting_and_seeds_the_newer_is_in_the_table():
+    one, two = entry("lora", 8, 0, {"nll": 1.0}), entry("lora", 8, 0, {"nll": 2.0})
+    one.ended, two.ended = "2026-11-25T12:00:00Z", "2026-11-25T13:00:00Z"
+    (row,) = compare.table([two, one])["rows"]
+    assert row["metrics"]["test"]["nll"]["mean"] == 2.0 and row["seeds"] == [0]
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_selection_on_validation_answers_the_rate_and_the_scale():
     runs = [run(s, lr, validation=valley(lr), lora=lora)
             for lora in loras for lr in (1e-4, 1e-3, 1e-2) for s in (0, 1)]  # fmt: skip
     assert names(runs) == ["rslora-beside-plain"]
-    chosen = Chosen("lr", {}, "0.001", {}, 0.0)
+    chosen = Chosen("lr", {}, "0.001", {}, 0.0, 2, {})
     assert names(runs, compare.Answers("nll", chosen=[chosen])) == []
 
 

@@ -119,3 +119,60 @@ def test_two_factors_are_asked_about_as_one(tmp_path: Path, word: str) -> None:
     assert any("head=lora r=16 beats head=exclude r=64 by" in text for text in told), told
     said = say("compare", tmp_path / "s", "--vary", "head+bias")
     assert said.code == 2 and "--vary: must name what varies" in said.err
+
+
+def test_options_go_before_the_experiment_and_contradictions_are_refused(tmp_path: Path) -> None:
+    means = {(h, r): 1.0 + 0.1 * r for h in ("exclude", "lora") for r in (1, 2)}
+    write_sweep(tmp_path / "s", means, seeds=3)
+    for words, told in (
+        (["--select", "lora.r", "--vary", "lora.r"], "--select: must be a key that is not asked"),
+        (["--vary", "lora.r", "--baseline", "head=lora"], "--baseline: must be of what is asked"),
+        (
+            ["--baseline", "r=1", "--baseline", "r=2"],
+            "--baseline: must name a key once; got r twice",
+        ),
+        (
+            ["--metric", "nll,bogus"],
+            "--metric: must be scores that the runs have (nll); got 'bogus'",
+        ),
+        (["--metric", ","], "must be names with commas between them; got ','"),
+    ):
+        said = say("compare", tmp_path / "s", *words)
+        assert said.code == 2 and told in said.err, said.err
+    # A level is a value, however it is written.
+    assert say("compare", tmp_path / "s", "--vary", "r", "--baseline", "r=1.0").code == 0
+    once = json.loads(say("compare", tmp_path / "s", "--json").out)
+    again = json.loads(say("compare", tmp_path / "s", tmp_path / "s", "--json").out)
+    assert (again["num_read"], again["verdicts"]) == (once["num_read"], once["verdicts"])
+
+
+def test_sentences_do_not_round_an_end_onto_zero_or_the_margin() -> None:
+    from lorabench.compare.sentences import numbers
+
+    assert numbers(0.004, 0.11, 0.06) == ("0.004", "0.110", "0.060")
+    assert numbers(-0.03, 0.0796, 0.02, apart=(0.08,)) == ("-0.0300", "0.0796", "0.0200")
+    assert numbers(0.0, 0.0, 0.0) == ("0.00", "0.00", "0.00")
+
+
+def test_identical_scores_are_called_so(tmp_path: Path) -> None:
+    for head in ("exclude", "lora"):
+        for seed in range(3):
+            write_run(tmp_path / "s", head, 16, seed, {"exact_match": np.zeros(40)})
+    found = json.loads(say("compare", tmp_path / "s", "--margin", "0.02", "--json").out)
+    (one,) = found["verdicts"]
+    assert one["outcome"] == "not settled", "40 examples may all miss what one in 50 shows"
+    assert one["sentence"].endswith("exact_match is identical on all 40 examples of 3 seeds")
+    assert one["high"] == pytest.approx(-np.log(0.05) / 40)  # the rule of three
+    said = say("compare", tmp_path / "s", "--margin", "0.1")
+    assert "differ by less than 0.1 exact_match" in said.out
+
+
+def test_values_that_look_alike_are_told_apart(tmp_path: Path) -> None:
+    for lr in (0.0001234567, 0.0001234568):
+        for seed in range(3):
+            write_run(
+                tmp_path / "s", "lora", 16, seed, {"nll": np.arange(20.0) + lr},
+                config={"trainer": {"steps": 4, "lr": lr}}, name=f"{lr}-{seed}",
+            )  # fmt: skip
+    (one,) = json.loads(say("compare", tmp_path / "s", "--json").out)["verdicts"]
+    assert {one["better"], one["worse"]} == {"0.0001234567", "0.0001234568"}

@@ -12,6 +12,7 @@ from conftest import say
 from scipy import stats
 from sweeps import write_run
 
+from lorabench import record
 from lorabench.compare.selection import flattery
 
 RATES = (1e-3, 2e-3, 4e-3)
@@ -98,22 +99,33 @@ def test_flattery_is_what_simulation_gives() -> None:
     assert (flattery(loss[..., :1]) == 0).all()
 
 
-def test_a_rate_that_diverged_or_lacks_a_seed_is_not_chosen(tmp_path: Path) -> None:
+def test_a_rate_that_diverged_is_not_chosen_and_one_that_was_not_run_is_still_a_candidate(
+    tmp_path: Path,
+) -> None:
     rng = np.random.default_rng(1)
-    for lr in RATES:
+    for lr in (*RATES, 8e-3):
         for seed in range(3):
             if lr == 4e-3 and seed == 2:
-                continue  # it diverged there: no finished run
-            good = {1e-3: 1.0, 2e-3: 0.1, 4e-3: 0.2}[lr]
+                continue  # not run
+            good = {1e-3: 1.0, 2e-3: 0.1, 4e-3: 0.2, 8e-3: 0.05}[lr]
             bad = lr == 2e-3 and seed == 1  # finished, but its validation loss is not finite
-            write_run(
+            run = write_run(
                 tmp_path / "s", "lora", 16, seed, {"nll": good + rng.normal(size=20) / 50},
                 config={"trainer": {"steps": 4, "lr": lr}}, name=f"{lr:g}-{seed}",
                 validation={"nll": None if bad else good},
             )  # fmt: skip
+            if lr == 8e-3 and seed == 0:  # it diverged and was stopped
+                entry = record.read(run)
+                assert entry is not None
+                entry.status = "stopped"
+                entry.write(run)
     found = said_json(tmp_path / "s", "--select", "trainer.lr")
     (one,) = found["chosen"]
-    assert one["value"] == "0.001" and list(one["means"]) == ["0.001"]
+    assert one["value"] == "0.004" and one["seeds"] == 2
+    assert list(one["means"]) == ["0.001", "0.004"]
+    assert {*one["no_candidates"]} == {"0.002", "0.008"}
+    out = say("compare", tmp_path / "s", "--select", "trainer.lr").out
+    assert "over 2 seeds; 0.002 diverged" in out
 
 
 def test_selecting_needs_validation_scores_and_something_that_varies(tmp_path: Path) -> None:

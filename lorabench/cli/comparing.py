@@ -54,6 +54,7 @@ def compare(arguments: list[str]) -> int:
     from lorabench import show
     from lorabench.compare.bases import bases
     from lorabench.compare.lints import lints
+    from lorabench.config import ConfigErrors
 
     parser = Parser(prog="lorabench compare", description=VERBS["compare"])
     parser.add_argument(
@@ -63,8 +64,9 @@ def compare(arguments: list[str]) -> int:
     add_questions(parser)
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     options = parser.parse_args(arguments)
-    foreign = [folder for folder in options.folders if _is_foreign(folder)]
-    sweeps = [folder for folder in options.folders if folder not in foreign]
+    folders = list({folder.resolve(): folder for folder in options.folders}.values())
+    foreign = [folder for folder in folders if _is_foreign(folder)]
+    sweeps = [folder for folder in folders if folder not in foreign]
     found = [one for folder in sweeps for one in records_of(folder)]
     asked = asked_of(options, sweeps, found)
     answers = asked.answers(found)
@@ -73,7 +75,19 @@ def compare(arguments: list[str]) -> int:
     table["bases"] = bases(sweeps, [one.entry for one in found], table["evaluations"])
     if foreign:
         table["foreign"] = _foreign_rows(foreign, table["varied"])
-    show.comparison(table, answers, options.folders, options.json, asked.shown)
+    there = {
+        name
+        for row in [*table["rows"], *table.get("foreign", ())]
+        for names in row["metrics"].values()
+        for name in names
+    }
+    if unknown := [name for name in asked.shown if name not in there]:
+        raise ConfigErrors(
+            f"--metric: must be scores that the runs have ({', '.join(sorted(there)) or 'none'}); "
+            f"got '{unknown[0]}'; `lorabench evaluate DIR 'data.metric=[{unknown[0]}]'` scores "
+            f"saved adapters"
+        )
+    show.comparison(table, answers, folders, options.json, asked.shown)
     return 0
 
 
@@ -103,7 +117,8 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--select", metavar="KEY",
-        help="choose the value of a key, such as trainer.lr, on validation; test judges",
+        help="choose the value of a key, such as trainer.lr, on validation; test judges; none: do "
+        "not, whatever the experiment says",
     )  # fmt: skip
     parser.add_argument(
         "--baseline", type=_baseline, action="append", metavar="KEY=VALUE",
@@ -119,26 +134,53 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def asked_of(options: Any, folders: Sequence[Path], found: Sequence[Checked]) -> Asked:
-    """What options and folders ask, the options first."""
-    settling = _settling(folders)
+def asked_of(
+    options: Any, folders: Sequence[Path], found: Sequence[Checked], quietly: bool = False
+) -> Asked:
+    """What options and folders ask, the options first.
+
+    What an experiment asks is left out where an option contradicts it.
+
+    Args:
+        quietly: say nothing of looks that were not taken yet.
+    Raises:
+        ConfigErrors: options that contradict each other.
+    """
+    from lorabench.config import ConfigErrors
+
+    settling = _settling(folders, quietly)
     vary, select, baseline = _of_experiment(folders, found)
     metric, margin = None, None
     if settling is not None:
         vary, select, baseline = settling.vary, settling.select, settling.baseline
         metric, margin = settling.metric, settling.margin
+    baselines = [key for key, _ in options.baseline or ()]
+    if twice := sorted({key for key in baselines if baselines.count(key) > 1}):
+        raise ConfigErrors(f"--baseline: must name a key once; got {twice[0]} twice; leave one out")
+    if options.vary is not None:
+        vary = options.vary
+        baseline = {}
+        select = None if select in vary else select
+    if options.select is not None:
+        select = None if options.select == "none" else options.select
+        vary = [name for name in vary if name != select or name in (options.vary or ())]
+    if select is not None and select in vary:
+        raise ConfigErrors(
+            f"--select: must be a key that is not asked about; got {select} in --vary too; leave "
+            f"it out of one of them"
+        )
     return Asked(
-        vary if options.vary is None else options.vary,
-        select if options.select is None else options.select,
+        vary,
+        select,
         baseline if options.baseline is None else dict(options.baseline),
-        options.metric[0] if options.metric else metric,
+        options.metric[0] if options.metric and found else metric,
         options.metric or [],
         margin if options.margin is None else options.margin,
         settling,
     )
 
 
-def _settling(folders: Sequence[Path]) -> SettlingEntry | None:
+def _settling(folders: Sequence[Path], quietly: bool = False) -> SettlingEntry | None:
     """What `settle` was asked of a sweep."""
     from lorabench.sweep import SweepFolder
 
@@ -148,7 +190,7 @@ def _settling(folders: Sequence[Path]) -> SettlingEntry | None:
         return None
     if not found:
         return None
-    if not any(look.taken for look in found[0].looks):
+    if not any(look.taken for look in found[0].looks) and not quietly:
         tell(
             [f"{folders[0]}: no look was taken yet; `lorabench settle {folders[0]}` takes the "
              f"first; until then the verdicts are as if nobody had looked before"]
@@ -178,7 +220,10 @@ def _of_experiment(
 
 
 def _words(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
+    words = [word for word in text.split(",") if word]
+    if not words:
+        raise argparse.ArgumentTypeError(f"must be names with commas between them; got '{text}'")
+    return words
 
 
 def _baseline(text: str) -> tuple[str, str]:

@@ -123,12 +123,15 @@ def _spreads(pilot: Path | None) -> Spreads:
 
     if pilot is None:
         return outlook.usual()
-    from lorabench import compare
+    from lorabench.cli.comparing import add_questions, asked_of
     from lorabench.cli.reading import records_of
     from lorabench.config import ConfigErrors
 
-    runs = [(one.folder, one.entry) for one in records_of(pilot)]
-    found = outlook.of_pilot(compare.verdicts(runs), str(pilot))
+    nothing = argparse.ArgumentParser()
+    add_questions(nothing)
+    runs = records_of(pilot)
+    asked = asked_of(nothing.parse_args([]), [pilot], runs, quietly=True)
+    found = outlook.of_pilot(asked.answers(runs), str(pilot))
     if found is None:
         raise ConfigErrors(
             f"--pilot: must be a sweep with two settings that share two seeds; '{pilot}' has none; "

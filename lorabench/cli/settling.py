@@ -52,15 +52,16 @@ def settle(arguments: list[str]) -> int:
             f"DIR: must be the folder of a sweep, with sweep.json; '{options.folder}' has none; "
             f"`lorabench train` makes one"
         )
-    asked = asked_of(options, [options.folder], found)
-    if not asked.answers(found).verdicts:
-        tell(["one setting alone: there is nothing to settle"])
+    asked = asked_of(options, [options.folder], found, quietly=True)
+    answers = asked.answers(found)
+    if answers.metric is not None and not answers.verdicts:
+        tell([f"nothing to settle: {show.nothing_asked(answers)}"])
         return 0
     settling = _fixed(folder, asked, found, options.max_seeds)
     for number, look in enumerate(settling.looks):
         if look.taken:
             continue
-        answers = asked_of(options, [options.folder], found).answers(found)
+        answers = asked_of(options, [options.folder], found, quietly=True).answers(found)
         wanted = _open_runs(answers, number > 0)
         if number and not wanted:
             break
@@ -107,8 +108,9 @@ def _fixed(
             "--max-seeds": (most or len(before.looks[-1].seeds), len(before.looks[-1].seeds)),
         }  # fmt: skip
         refused = [
-            f"{option}: must stay as it was when the looks were fixed ({was}); got {now}; leave it "
-            f"out, or answer another question with a new sweep on fresh seeds"
+            f"{option}: must stay as it was when the looks were fixed ({_told(was)}); got "
+            f"{_told(now)}; leave it out, or answer another question with a new sweep on fresh "
+            f"seeds"
             for option, (now, was) in changed.items()
             if now != was
         ]
@@ -143,6 +145,15 @@ def _fixed(
             margin=asked.margin, looks=looks, started=record.now(),
         )
     )  # fmt: skip
+
+
+def _told(value: Any) -> str:
+    """The value of an option, as it is typed."""
+    if isinstance(value, dict):
+        return " ".join(f"{key}={level}" for key, level in value.items()) or "none"
+    if isinstance(value, list):
+        return ",".join(value) or "all that varies"
+    return "none" if value is None else str(value)
 
 
 def _has_begun(folder: SweepFolder, settling: SettlingEntry, found: Sequence[Checked]) -> bool:
@@ -197,7 +208,13 @@ def _train(
     if not any(missing.values()):
         return 0
     command = Command(words)
-    entries = {run: (content.runs[run].label, content.runs[run].config) for run in wanted}
+    records = {one.entry.run_id: one.entry for one in found}
+    entries = {
+        run: (content.runs[run].label, content.runs[run].config)
+        if run in content.runs
+        else ("", records[run].config)  # sweep.json was moved away, the run was kept
+        for run in wanted
+    }
     _, refused = planned(folder, entries, {}, command.planner)
     if refused:
         raise ConfigErrors([one.error or "" for one in refused])
@@ -214,12 +231,15 @@ def _train(
             cfg: Any = OmegaConf.merge(OmegaConf.structured(configs.Config), own | mine)
             jobs.append(cfg)
             labels.append(f"{re.sub(r'(^| )seed=[^ ]*', '', label).strip()} seed={seed}".strip())
-    size = max(len(pack.runs) for pack in content.packs)
+    size = max((len(pack.runs) for pack in content.packs), default=1)
     with tracking.of_command():
         session = command.begin(jobs, labels, size)
         for i in range(len(jobs)):
             session.result(i)
-    return closing(list(command.outcomes.values()))
+    code = closing(list(command.outcomes.values()))
+    # A run that diverged has ended: it has no part in the look, and the look is taken.
+    ended = all(one.status in ("finished", "stopped") for one in command.outcomes.values())
+    return 0 if ended else code
 
 
 def _closing(answers: Answers) -> list[str]:

@@ -101,10 +101,15 @@ def verdicts(
     Raises:
         ConfigErrors: no such metric, factor or level; nothing to select by.
     """
+    runs = list(runs)
     finished = [(path, one) for path, one in runs if one.status == "finished"]
     records = [one for _, one in finished]
     metric = metric_of(records, metric)
-    found = None if metric is None else scored(finished, metric)
+    found = (
+        None
+        if metric is None
+        else scored(finished, metric, [one for _, one in runs if one.status == "stopped"])
+    )
     settings = found.settings if found else settings_of(records)
     factors = factors_of(settings)
     selecting = None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lorabench.compare.scores import Reader, Scores
-from lorabench.compare.tables import choose_evaluations, settings_of
+from lorabench.compare.tables import choose_evaluations, setting, settings_of
 from lorabench.config import ConfigErrors
 from lorabench.record import Evaluation, Record
 
@@ -63,8 +63,14 @@ def metric_of(records: Sequence[Record], wanted: str | None = None) -> str | Non
     return wanted or (ordered[0] if ordered else None)
 
 
-def scored(finished: Sequence[tuple[Path, Record]], metric: str) -> Scored:
-    """Read the predictions of all runs."""
+def scored(
+    finished: Sequence[tuple[Path, Record]], metric: str, diverged: Sequence[Record] = ()
+) -> Scored:
+    """Read the predictions of all finished runs.
+
+    Args:
+        diverged: runs that were stopped: their validation is NaN.
+    """
     records = [one for _, one in finished]
     evaluations = choose_evaluations(records)
     judges: list[Evaluation | None] = evaluations[JUDGE]["of_runs"]
@@ -92,6 +98,10 @@ def scored(finished: Sequence[tuple[Path, Record]], metric: str) -> Scored:
             mine[seeds], trained[seeds] = found, records[i].run_id
             means[seeds] = _mean(choosers[i], metric)
             seed_of[seeds] = records[i].config["seed"]
+        of_setting = _words(settings[members[0]])
+        for stopped in diverged:
+            if _words(setting(stopped.config)) == of_setting:
+                means.setdefault(tuple(sorted(stopped.seeds.items())), np.nan)
         test.append(mine)
         validation.append(means)
     return Scored(
@@ -100,6 +110,11 @@ def scored(finished: Sequence[tuple[Path, Record]], metric: str) -> Scored:
         [[records[i].run_id for i in members] for members in groups.values()],
         test, validation, seed_of, left_out.lines(),
     )  # fmt: skip
+
+
+def _words(setting: dict[str, Any]) -> str:
+    """A setting without the hashes that only finished runs have."""
+    return repr(sorted((k, v) for k, v in setting.items() if not k.endswith("_hash")))
 
 
 def _mean(evaluation: Evaluation | None, metric: str) -> float:

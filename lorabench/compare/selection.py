@@ -25,8 +25,10 @@ class Chosen:
 
     Args:
         at: levels of the other factors.
-        value: the best on validation, by its mean over seeds.
-        means: of validation, by value; a value that diverged or lacks seeds has none.
+        value: the best on validation, by its mean over the seeds that all candidates have.
+        means: of validation, by value; a value that diverged on a seed is no candidate.
+        seeds: how many all candidates have.
+        no_candidates: why other values are none, by value.
         flattery: how much better than with other seeds the choice makes its runs look.
     """
 
@@ -35,6 +37,8 @@ class Chosen:
     value: str
     means: dict[str, float]
     flattery: float
+    seeds: int
+    no_candidates: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -101,17 +105,18 @@ def select(
     runs, validation = runs or [{}] * len(settings), validation or [{}] * len(settings)
     for at, members in sorted(groups.items()):
         members = dict(sorted(members.items()))
-        # A value that lacks a seed which another has (it diverged there) cannot be the best.
-        seeds = {i: [s for s in runs[i] if np.isfinite(validation[i].get(s, np.nan))]
-                 for i in members.values()}  # fmt: skip
-        most = max(map(len, seeds.values()))
-        able = [level for level, i in members.items() if len(seeds[i]) == most]
-        shared = [s for s in seeds[members[able[0]]] if all(s in seeds[members[v]] for v in able)]
+        # What diverged on a seed cannot be the best; what was not run there is not known to.
+        diverged = {
+            level: [s for s, value in validation[i].items() if not np.isfinite(value)]
+            for level, i in members.items()
+        }
+        able = [v for v, i in members.items() if not diverged[v] and runs[i]] or [*members]
+        shared = [s for s in runs[members[able[0]]] if all(s in runs[members[v]] for v in able)]
         first = members[able[0]]
         setting = {k: v for k, v in settings[first].items() if k not in factor.keys}
         found.settings.append(setting)
         found.members.append(list(members.values()))
-        if not shared:
+        if not shared or any(diverged[v] for v in able):
             found.runs.append({})
             found.chosen.append(None)
             continue
@@ -121,6 +126,15 @@ def select(
         found.runs.append({s: runs[members[best]][s] for s in shared})
         where = {one.name: one.levels[level] for one, level in zip(others, at, strict=True)}
         means = {factor.levels[v]: float(m) for v, m in zip(able, table.mean(-1), strict=True)}
-        chosen = Chosen(factor.name, where, factor.levels[best], means, float(flattery(loss)))
+        why = {
+            factor.levels[v]: f"diverged or has no validation score on {len(those)} seeds"
+            for v, those in diverged.items()
+            if those
+        } | {
+            factor.levels[v]: "has no scores" for v in members if v not in able and not diverged[v]
+        }
+        chosen = Chosen(
+            factor.name, where, factor.levels[best], means, float(flattery(loss)), len(shared), why
+        )
         found.chosen.append(chosen)
     return found

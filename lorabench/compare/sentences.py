@@ -27,7 +27,7 @@ def _of_several_seeds(one: Verdict) -> str:
     question, unit = one.question, one.metric
     better, worse = (told(question.factor, level) for level in (one.better, one.worse))
     where = question.where
-    if one.is_identical:
+    if one.is_identical and one.outcome == "not settled":
         return (
             f"{better} and {worse}{where}: {unit} is identical on all {one.examples:,} examples "
             f"of {len(one.seeds)} seeds"

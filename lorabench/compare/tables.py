@@ -171,11 +171,16 @@ def table(records: list[Record]) -> dict[str, Any]:
     keys = list(dict.fromkeys(key for one in settings for key in one))
     varied = [key for key in keys if len({repr(one.get(key)) for one in settings}) > 1]
     finished = [one for one in records if one.status == "finished"]
+    newest: dict[str, int] = {}  # of each setting and seeds: older ones are in no row
+    for i in sorted(range(len(records)), key=lambda i: records[i].ended or ""):
+        if records[i].status == "finished":
+            newest[repr((sorted(settings[i].items()), sorted(records[i].seeds.items())))] = i
+    shown = set(newest.values())
     chosen, usual = choose_evaluations(finished), usual_stack(finished)
     metrics = _metrics(records, finished, chosen)
     groups: dict[str, list[int]] = {}
-    for i, one in enumerate(records):
-        if one.status == "finished":
+    for i in range(len(records)):
+        if i in shown:
             groups.setdefault(repr([settings[i].get(key) for key in varied]), []).append(i)
     rows = []
     for members in groups.values():

@@ -78,14 +78,15 @@ def _sentences(out: Console, answers: Answers) -> None:
             factor = one.question.factor
             out.print(factor, style="bold")
         out.print(f"  {text}", style=OUTCOMES[one.outcome], soft_wrap=True)
-    if not answers.verdicts and answers.num_runs:
-        out.print("one setting alone: there is nothing to compare it with")
+    if not answers.verdicts:
+        out.print(nothing_asked(answers), soft_wrap=True)
     for chosen in answers.chosen:
         where = ", ".join(f"{name}={level}" for name, level in chosen.at.items())
         means = ", ".join(f"{value} {mean:.4f}" for value, mean in chosen.means.items())
         out.print(
             f"chosen on validation{f' at {where}' if where else ''}: "
-            f"{chosen.factor}={chosen.value} ({means})",
+            f"{chosen.factor}={chosen.value} ({means}) over {chosen.seeds} seeds"
+            + "".join(f"; {value} {why}" for value, why in chosen.no_candidates.items()),
             soft_wrap=True,
         )
     for text in answers.left_out:
@@ -93,12 +94,29 @@ def _sentences(out: Console, answers: Answers) -> None:
     if answers.verdicts:
         looked = any(one.look for one in answers.verdicts)
         out.print(
-            f"{_counted(answers)}, {len(answers.verdicts)} questions on test "
+            f"{_counted(answers)}, {_number(len(answers.verdicts), 'question')} on test "
             f"{answers.metric}, paired by seed and example; at most one command in twenty has a "
             f"false verdict among its sentences{', all looks together' if looked else ''}",
             style="dim", soft_wrap=True,
         )  # fmt: skip
         out.print()
+
+
+def nothing_asked(answers: Answers) -> str:
+    """Why there is no verdict at all."""
+    if answers.metric is None:
+        return "no run was scored on the test split; `lorabench evaluate DIR` scores saved adapters"
+    if answers.factors:
+        names = [one.name for one in answers.factors]
+        return (
+            f"no two settings differ in one factor alone; --vary {'+'.join(names)} compares them "
+            f"as they are"
+        )
+    return "one setting alone: there is nothing to compare it with"
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _counted(answers: Answers) -> str:
@@ -154,7 +172,7 @@ def _settings(
             cells.append(_rank(answers.ranks.get(row["runs"][0])))
         cells += [_score(row, *score) for score in scores]
         cells += [
-            str(row["train_seconds"]["n"]),
+            str(len(row["seeds"])),
             quantity(row["trainable_parameters"]),
             f"{row['train_seconds']['mean']:.1f}",
             *([f"{row['train_seconds_share']['mean']:.1f}"] if packed else []),
@@ -194,8 +212,8 @@ def _settings(
         out.print(f"* the best on validation {judge[1]}; test judges", style="dim")
     if foreign:
         out.print(
-            f"{len(foreign)} results of PEFT's benchmark: one seed each, so no verdict; the 95% "
-            f"interval is over its questions alone",
+            f"{_number(len(foreign), 'result')} of PEFT's benchmark: one seed each, so no verdict; "
+            f"the 95% interval is over its questions alone",
             style="dim", soft_wrap=True,
         )  # fmt: skip
         for text in dict.fromkeys(text for row in foreign for text in row["foreign"]["notes"]):

@@ -46,7 +46,7 @@ def plan(
         named = [[jobs[i].plan.run_id for i in members] for members in packs]
         content = {"runs": plans, "packs": named, "seconds": sum(p["seconds"] for p in plans)}
         content |= {"versions": versions.shown(), "notes": list(notes), "unread": unread}
-        content["outlook"] = _outlook_content(told, difference)
+        content["outlook"] = _outlook_content(told, difference, content["seconds"] / len(jobs))
         tried = [dataclasses.asdict(attempt) for attempt in attempts]
         dump(content | ({"smoke": tried} if tried else {}))
         return
@@ -111,6 +111,8 @@ def plan(
     out.print(
         f"time      ~{total_seconds:.0f} s for all runs, from a short measurement of this machine"
     )
+    if told is None and difference is not None:
+        out.print("settle    nothing: one setting alone, or no test examples to compare on")
     if told is not None:
         each = total_seconds / len(jobs) * told.settings
         for text in _outlook(told, difference, each):
@@ -172,13 +174,24 @@ def _hours(seconds: float) -> str:
     return f"~{seconds / 3600:.1f} hours"
 
 
-def _outlook_content(told: Outlook | None, difference: float | None) -> dict[str, Any] | None:
+def _outlook_content(
+    told: Outlook | None, difference: float | None, seconds: float
+) -> dict[str, Any] | None:
+    """The same for programs.
+
+    Args:
+        seconds: of one run.
+    """
     if told is None:
         return None
     content = dataclasses.asdict(told)
     if difference is not None:
         seeds, examples = told.needed(difference)
-        content["settle"] = {"difference": difference, "seeds": seeds, "examples": examples}
+        runs = None if seeds is None else seeds * told.settings
+        content["settle"] = {
+            "difference": difference, "seeds": seeds, "examples": examples, "runs": runs,
+            "seconds": None if runs is None else runs * seconds,
+        }  # fmt: skip
     return content
 
 

@@ -72,12 +72,12 @@ def few_examples(design: Design) -> list[Lint]:
 def _unsettled(design: Design, metric: str) -> list[Lint]:
     """Find questions that lack examples, not seeds."""
     asked = design.answers.verdicts if design.answers else []
-    lacking = [one for one in asked if one.outcome == "not settled" and one.more_seeds is None]
+    lacking = [one for one in asked if one.more_examples is not None]
     if not lacking or design.answers is None:
         return []
     names = and_more([f"'{one.question.name}'" for one in lacking], 2)
     have = max(one.examples for one in lacking)
-    needed = max((one.more_examples or 0 for one in lacking), default=0)
+    needed = max(one.more_examples or 0 for one in lacking)
     runs_of = design.answers.runs
     settings = {i for one in lacking for pair in one.question.pairs for i in pair}
     ids = {run for i in sorted(settings) if i < len(runs_of) for run in runs_of[i]}
@@ -85,7 +85,7 @@ def _unsettled(design: Design, metric: str) -> list[Lint]:
         f"{have:,} {JUDGE} examples are too few for {len(lacking)} of {len(asked)} questions "
         f"({names}): more seeds would not settle them"
     )
-    remedy = _more_examples(design, metric, needed if needed > have else None)
+    remedy = _more_examples(design, metric, needed)
     return [Lint("few-examples", text, remedy, design.ids(design.settings_with(ids)))]
 
 
