@@ -164,7 +164,7 @@ def test_compare_has_one_row_a_setting(output):
     text = say("compare", str(output / "default")).out
     lines = [line for line in text.splitlines() if line.startswith("│")]
     assert len(lines) == 3 and "untrained" in lines[2]
-    for row, line in zip(content["rows"], lines, strict=True):
+    for row, line in zip(content["rows"], lines[:2], strict=True):
         policy = row["setting"]["head.policy"]
         values = [
             scores(r)["test"]["nll"]["value"]
