@@ -59,7 +59,7 @@ bench: $(READY) ## the same sweeps packed, one by one, and by stock PEFT; about 
 experiments: $(READY) ## every experiment on fresh seeds, written to docs/experiments.md; half an hour
 	$(BIN)/python benchmarks/experiments.py
 
-calibration: $(READY) ## how often a verdict is false, in simulated commands; half an hour
+calibration: $(READY) ## how often a verdict is false, in simulated commands; a quarter of an hour
 	$(BIN)/python benchmarks/calibration.py
 
 scan: $(READY) ## how the embedded question was chosen; about 20 minutes

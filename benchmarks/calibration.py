@@ -1,6 +1,6 @@
 """How often a verdict is false: whole commands on simulated scores.
 
-    python benchmarks/calibration.py                 every cell, 10,000 commands each: half an hour
+    python benchmarks/calibration.py                 every cell, 4,000 commands each: a quarter of an hour
     python benchmarks/calibration.py --commands 200  a first look
 
 A command compares two heads at three ranks: 13 questions. A cell says how scores come about: how
@@ -234,7 +234,7 @@ def _answers_at_looks(
 def main(arguments: list[str]) -> int:
     """Simulate every cell; return 1 where one errs too often."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--commands", type=int, default=10_000)
+    parser.add_argument("--commands", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=Path(__file__).parent / "results", type=Path)
     options = parser.parse_args(arguments)
