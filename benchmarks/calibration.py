@@ -1,6 +1,6 @@
 """How often a verdict is false: whole commands on simulated scores.
 
-    python benchmarks/calibration.py                 every cell, 4,000 commands each: a quarter of an hour
+    python benchmarks/calibration.py                 4,000 commands per cell: a quarter of an hour
     python benchmarks/calibration.py --commands 200  a first look
 
 A command compares two heads at three ranks: 13 questions. A cell says how scores come about: how
