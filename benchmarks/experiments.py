@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lorabench.show.text import with_spread
+from lorabench.show.text import setting, with_spread
 
 ROOT = Path(__file__).parent.parent
 NAMES = (
@@ -117,7 +117,7 @@ def table(found: dict[str, Any]) -> list[str]:
     header = [*keys, *(f"{split} {name}" for split, name in scores), "rank", "seeds", "trainable"]
     lines = [" | ".join(header), " | ".join("---" for _ in header)]
     for row in found["rows"]:
-        cells = [str(row["setting"][key]) for key in keys]
+        cells = [setting(row["setting"][key]) for key in keys]
         for split, name in scores:
             value = row["metrics"].get(split, {}).get(name)
             cells.append("" if value is None else with_spread(value))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorabench import stages
 from lorabench.compare.tables import order, short_keys
 from lorabench.config import ConfigErrors
 
@@ -102,6 +103,8 @@ def _telling(keys: list[str]) -> str:
 
 def text_of(value: Any) -> str:
     """A level as people write it."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return stages.describe(value)
     if isinstance(value, list):
         return ",".join(map(text_of, value)) or "none"
     if isinstance(value, float):  # the shortest text that reads back
