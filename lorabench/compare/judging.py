@@ -222,9 +222,10 @@ def _settle(
     twice = power.Design(spreads, 2 * have, examples, level).smallest()
     if twice < WORTHWHILE * (verdict.smallest - owed):
         verdict.more_seeds, verdict.settles = have, twice
+        return
     far = power.Design(spreads, power.MOST_SEEDS, examples, level).smallest()
     room = verdict.high if verdict.margin is None else max(verdict.high, verdict.margin)
     verdict.hopeless = far > room
-    if verdict.more_seeds is None and gain > 0:
+    if gain > 0:
         found = power.examples_to_find(gain, spreads, max(have, 8), level)
         verdict.more_examples = found if found is not None and found > examples else None

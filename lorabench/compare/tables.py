@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -34,14 +35,15 @@ HIGHER_IS_BETTER = {"exact_match", "answer", "answer_flexible", "accuracy"}
 
 def setting(config: dict[str, Any]) -> dict[str, Any]:
     """What was chosen for a run, seeds and places aside."""
-    return {
-        key: value
-        for key, value in flatten(config).items()
-        if not identity.is_of_evaluation(key)
-        and not any(
-            key == name or (name.endswith(".") and key.startswith(name)) for name in NOT_A_SETTING
-        )
-    }
+    return {key: value for key, value in flatten(config).items() if _is_chosen(key)}
+
+
+@functools.cache
+def _is_chosen(key: str) -> bool:
+    """Whether a dotted key is part of a setting."""
+    return not identity.is_of_evaluation(key) and not any(
+        key == name or (name.endswith(".") and key.startswith(name)) for name in NOT_A_SETTING
+    )
 
 
 def settings_of(records: list[Record]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ def console() -> Console:
     """
     found = Console(highlight=False, markup=False)
     if not found.is_terminal:
-        found = Console(highlight=False, markup=False, width=200)
+        found = Console(highlight=False, markup=False, width=10_000)
     return found
 
 
@@ -54,8 +54,6 @@ def whole(out: Console, table: Table, least: Iterable[str]) -> None:
         table.columns = kept
     for column in table.columns:
         column.overflow = "fold"
-    if not out.is_terminal:
-        out.width = max(out.width, Measurement.get(out, wide, table).maximum)
     out.print(table)
     if left_out:
         out.print(
