@@ -248,7 +248,7 @@ def test_compare_says_so_where_no_evaluation_is_shared(sweep: Path) -> None:
             path.write_text(json.dumps(record))
     said = say("compare", sweep / "default")
     assert said.code == 0
-    assert "test: the runs were scored in different ways or on different examples" in said.out
+    assert "beware: test: the runs were scored on different examples" in said.out
     assert f"lorabench evaluate {sweep / 'default'}" in " ".join(said.out.split())
     assert "validation: the runs were scored" not in said.out
 
