@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import transformers as t
 from conftest import stock_state
+from equality import differences
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from stock import OnRows, copy_of, decay_groups, differences
+from stock import OnRows, copy_of, decay_groups
 from torch import Tensor, nn
 
 from lorabench import adapters, data, plan

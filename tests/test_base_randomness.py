@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import composed
-from stock import TINY, Stock, copy_of, differences, train_pack
+from equality import differences
+from stock import TINY, Stock, copy_of, train_pack
 
 from lorabench import model as base_model
 from lorabench import plan, versions

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMOKE, composed, recorded_runs, say, scores
-from stock import Stock, compare_gradients, compare_training, copy_of, mixture, packed, train_pack
+from equality import compare_gradients, compare_training
+from stock import Stock, copy_of, mixture, packed, train_pack
 
 from lorabench import data
 from lorabench.pack import Batch

@@ -13,16 +13,9 @@ import pytest
 import torch
 import transformers as t
 from conftest import composed, recorded_runs, say
+from equality import compare_training
 from processes import running, slowly, wait_for
-from stock import (
-    TINY,
-    compare_training,
-    embedded_tokenizer,
-    mixture,
-    packed,
-    tokens_of,
-    train_pack,
-)
+from stock import TINY, embedded_tokenizer, mixture, packed, tokens_of, train_pack
 from tiny import SMALL
 
 from lorabench import adapters, cli, data, machine, plan

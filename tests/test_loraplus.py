@@ -8,17 +8,8 @@ from pathlib import Path
 
 import pytest
 from conftest import composed
-from stock import (
-    TINY,
-    Stock,
-    compare_training,
-    copy_of,
-    differences,
-    mixture,
-    packed,
-    tokens_of,
-    train_pack,
-)
+from equality import compare_training, differences
+from stock import TINY, Stock, copy_of, mixture, packed, tokens_of, train_pack
 from torch import nn
 
 from lorabench import adapters, plan

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import composed, recorded_runs, say, scores
+from equality import compare_training, differences
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from peft.tuners.lora import Linear
-from stock import TINY, Stock, compare_training, copy_of, differences, packed, train_pack
+from stock import TINY, Stock, copy_of, packed, train_pack
 from torch import Tensor, nn
 
 from lorabench import adapters, data, plan

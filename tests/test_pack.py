@@ -14,16 +14,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import composed
+from equality import compare_gradients, compare_training
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stock import (
-    TINY,
-    compare_gradients,
-    compare_training,
-    mixture,
-    packed,
-    train_pack,
-)
+from stock import TINY, mixture, packed, train_pack
 
 from lorabench import adapters, plan
 from lorabench.config import Config

@@ -8,19 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMOKE, composed, recorded_runs, say
-from stock import (
-    TINY,
-    Stock,
-    compare_gradients,
-    compare_training,
-    copy_of,
-    gradients,
-    mixture,
-    packed,
-    relative,
-    tokens_of,
-    train_pack,
-)
+from equality import compare_gradients, compare_training, relative
+from stock import TINY, Stock, copy_of, gradients, mixture, packed, tokens_of, train_pack
 
 from lorabench import data, plan
 from lorabench import model as base_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stock import relative
+from equality import relative
 from torch import nn
 
 from lorabench.config import TrainerConfig

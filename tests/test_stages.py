@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import composed
-from stock import TINY, Stock, copy_of, decayed, differences, packed, tokens_of, train_pack
+from equality import differences
+from stock import TINY, Stock, copy_of, decayed, packed, tokens_of, train_pack
 from torch import Tensor, nn
 
 from lorabench import adapters, checkpoint, plan, stages

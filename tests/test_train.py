@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import composed, stock_state
+from equality import relative
 from peft import LoraConfig, get_peft_model
-from stock import TINY, decay_groups, relative, tokens_of
+from stock import TINY, decay_groups, tokens_of
 from torch import nn
 
 from lorabench import adapters, data, plan

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench.cli.reading import records_of
-from lorabench.cli.telling import Parser, tell
+from lorabench.cli.telling import Parser, above_zero, tell
 from lorabench.cli.verbs import VERBS
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
         help="the first judges, all are shown; default: nll where there is one",
     )  # fmt: skip
     parser.add_argument(
-        "--margin", type=_margin, metavar="X",
+        "--margin", type=above_zero, metavar="X",
         help="a difference that does not matter: also ask what is no worse by more than X",
     )  # fmt: skip
 
@@ -231,13 +231,3 @@ def _baseline(text: str) -> tuple[str, str]:
     if not (key and sign and value):
         raise argparse.ArgumentTypeError(f"must be KEY=VALUE, such as lora.r=16; got '{text}'")
     return key, value
-
-
-def _margin(text: str) -> float:
-    try:
-        margin = float(text)
-    except ValueError:
-        margin = float("nan")
-    if not 0 < margin < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0; got '{text}'")
-    return margin

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench.cli.composing import compose, register, say_if_sweep
-from lorabench.cli.telling import Parser
+from lorabench.cli.telling import Parser, above_zero
 from lorabench.cli.training import SHOWS, run_hydra
 from lorabench.cli.words import refuse_flags
 
@@ -45,18 +45,8 @@ def split(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--pilot", type=Path, metavar="DIR")
-    parser.add_argument("--settle", type=_above_zero, metavar="X")
+    parser.add_argument("--settle", type=above_zero, metavar="X")
     return parser.parse_known_args(arguments)
-
-
-def _above_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0; got '{text}'")
-    return value
 
 
 def plan(arguments: list[str]) -> int:

@@ -16,6 +16,17 @@ def tell(lines: list[str], code: int = 2) -> int:
     return code
 
 
+def above_zero(text: str) -> float:
+    """Return an option's number, which must be above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0; got '{text}'")
+    return value
+
+
 class Parser(argparse.ArgumentParser):
     """Refuses words as lorabench refuses everything else."""
 

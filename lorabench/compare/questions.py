@@ -157,7 +157,7 @@ def questions_of(
             )
         if factor.name not in {one.name for one in chosen}:
             raise ConfigErrors(
-                f"--baseline: must be of what is asked about ({', '.join(map(_name, chosen))}); "
+                f"--baseline: must be of what is asked about ({', '.join(named)}); "
                 f"got '{name}'; add it to --vary, or leave it out"
             )
         against[factor.name] = factor.levels.index(meant)
@@ -219,10 +219,6 @@ def _together(name: str, factors: Sequence[Factor], option: str) -> Factor:
             for one in levels
         ),
     )
-
-
-def _name(factor: Factor) -> str:
-    return factor.name
 
 
 def _follows(one: Factor, other: Factor) -> bool:

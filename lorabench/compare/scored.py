@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from lorabench.compare.scores import Reader, Scores
-from lorabench.compare.tables import choose_evaluations, setting, settings_of
+from lorabench.compare.tables import FIRST, choose_evaluations, setting, settings_of
 from lorabench.config import ConfigErrors
 from lorabench.record import Evaluation, Record
 
 JUDGE, CHOOSER = "test", "validation"  # splits: verdicts are on the one, choices on the other
-FIRST = ("nll", "exact_match", "accuracy", "answer")  # metrics, in the order they are asked for
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from rich.text import Text
 from lorabench.compare import HIGHER_IS_BETTER as OURS
 from lorabench.compare.foreign import HIGHER_IS_BETTER as FOREIGN
 from lorabench.compare.lints import is_linted
-from lorabench.compare.tables import short_keys
+from lorabench.compare.tables import FIRST, short_keys
 from lorabench.show.results import columns_of
 from lorabench.show.text import console, dump, quantity, setting, size, whole, with_spread
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 HIGHER_IS_BETTER = OURS | FOREIGN
 OUTCOMES = {"found": "green", "no worse": "green", "not settled": "yellow", "no verdict": "yellow"}
 SPLITS = ("test", "validation")
-FIRST = ("nll", "exact_match", "accuracy", "answer")
 
 
 def comparison(
