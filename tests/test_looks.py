@@ -14,6 +14,7 @@ from sweeps import write_run, write_sweep
 
 from lorabench import compare, record
 from lorabench.compare import looks
+from lorabench.pack import StackedPack
 from lorabench.sweep import LookEntry, SettlingEntry, SweepFolder
 
 TWO = {("exclude", 16): 1.0, ("lora", 16): 0.9}
@@ -108,6 +109,33 @@ def test_settle_adds_seeds_in_packs_at_looks_that_were_fixed_before(tmp_path: Pa
     other = say("settle", out / "s", "--max-seeds", "9", "--margin", "1")
     assert other.code == 2
     assert "--max-seeds: must stay as it was" in other.err and "--margin: must stay" in other.err
+
+
+def test_a_seed_that_diverges_has_no_part_in_its_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look is taken without it, and the exit code tells."""
+    out = tmp_path / "out"
+    done = say("train", "-m", *TRAIN, "seed=0,1", f"output_dir={out}", "sweep=s")
+    assert done.code == 0, done.err
+    whole = StackedPack.forward_backward
+
+    def poisoned(self: StackedPack, *rest: Any) -> Any:
+        loss = whole(self, *rest).clone()
+        for run, config in enumerate(self.configs):
+            if config.seed == 2 and config.head.policy == "lora":
+                loss[run] = float("nan")
+        return loss
+
+    monkeypatch.setattr(StackedPack, "forward_backward", poisoned)
+    done = say("settle", out / "s", "--max-seeds", "4", "--json")
+    assert done.code == 1 and "1 of 4 runs did not finish" in done.err, done.err
+    (look,) = content_of(out / "s")["settling"]["looks"]
+    assert look["taken"]
+    found = json.loads(done.out)
+    (one,) = found["verdicts"]
+    assert len(one["seeds"]) == 3 and one["look"] == 1
+    assert found["bases"], "what `compare` shows, `settle` shows"
 
 
 def test_settle_refuses_what_it_cannot_add_to(tmp_path: Path) -> None:

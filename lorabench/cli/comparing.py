@@ -50,10 +50,7 @@ class Asked:
 
 def compare(arguments: list[str]) -> int:
     """lorabench compare DIR [DIR ...] [--vary ...] [--select KEY] [--baseline ...] [--margin X]"""
-    from lorabench import compare as comparing
     from lorabench import show
-    from lorabench.compare.bases import bases
-    from lorabench.compare.lints import lints
     from lorabench.config import ConfigErrors
 
     parser = Parser(prog="lorabench compare", description=VERBS["compare"])
@@ -70,9 +67,7 @@ def compare(arguments: list[str]) -> int:
     found = [one for folder in sweeps for one in records_of(folder)]
     asked = asked_of(options, sweeps, found)
     answers = asked.answers(found)
-    table = comparing.table([one.entry for one in found])
-    table["lints"] = lints([(one.folder, one.entry) for one in found], answers)
-    table["bases"] = bases(sweeps, [one.entry for one in found], table["evaluations"])
+    table = table_of(sweeps, found, answers)
     if foreign:
         table["foreign"] = _foreign_rows(foreign, table["varied"])
     there = {
@@ -89,6 +84,19 @@ def compare(arguments: list[str]) -> int:
         )
     show.comparison(table, answers, folders, options.json, asked.shown)
     return 0
+
+
+def table_of(sweeps: Sequence[Path], found: Sequence[Checked], answers: Answers) -> dict[str, Any]:
+    """The table of these runs, what speaks against it, and their untrained bases."""
+    from lorabench import compare
+    from lorabench.compare.bases import bases
+    from lorabench.compare.lints import lints
+
+    records = [one.entry for one in found]
+    table = compare.table(records)
+    table["lints"] = lints([(one.folder, one.entry) for one in found], answers)
+    table["bases"] = bases(sweeps, records, table["evaluations"])
+    return table
 
 
 def _is_foreign(folder: Path) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench.cli.comparing import Asked, add_questions, asked_of
+from lorabench.cli.comparing import Asked, add_questions, asked_of, table_of
 from lorabench.cli.reading import records_of
 from lorabench.cli.telling import Parser, tell
 from lorabench.cli.verbs import VERBS
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lorabench.compare import Answers
     from lorabench.intact import Checked
     from lorabench.sweep import LookEntry, SettlingEntry, SweepFolder
+    from lorabench.worker import Outcome
 
 STREAMS = ("init", "data", "dropout")
 
@@ -25,8 +26,8 @@ STREAMS = ("init", "data", "dropout")
 def settle(arguments: list[str]) -> int:
     """lorabench settle DIR [--margin X] [--max-seeds M] [--vary ...] [--metric NAME] [--json]"""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from lorabench import compare, interrupt, show
-    from lorabench.compare.lints import lints
+    from lorabench import interrupt, show
+    from lorabench.cli.training import closing
     from lorabench.config import ConfigErrors
     from lorabench.sweep import SweepFolder
 
@@ -58,6 +59,7 @@ def settle(arguments: list[str]) -> int:
         tell([f"nothing to settle: {show.nothing_asked(answers)}"])
         return 0
     settling = _fixed(folder, asked, found, options.max_seeds)
+    code = 0
     for number, look in enumerate(settling.looks):
         if look.taken:
             continue
@@ -66,17 +68,18 @@ def settle(arguments: list[str]) -> int:
         if number and not wanted:
             break
         tell([f"look {number + 1} of {len(settling.looks)}, at {len(look.seeds)} seeds"])
-        if code := _train(folder, found, wanted, look, ["settle", *arguments]):
+        outcomes = _train(folder, found, wanted, look, ["settle", *arguments])
+        code = max(code, closing(outcomes))
+        # A run that diverged has ended: the look is taken without it.
+        if any(one.status not in ("finished", "stopped") for one in outcomes):
             return code
         folder.take_look(number)
         found = records_of(options.folder)
     asked = asked_of(options, [options.folder], found)
     answers = asked.answers(found)
-    table = compare.table([one.entry for one in found])
-    table["lints"] = lints([(one.folder, one.entry) for one in found], answers)
+    table = table_of([options.folder], found, answers)
     show.comparison(table, answers, [options.folder], options.json, asked.shown)
-    tell(_closing(answers))
-    return 0
+    return tell(_closing(answers), code)
 
 
 def _count(text: str) -> int:
@@ -184,15 +187,14 @@ def _train(
     wanted: Sequence[str],
     look: LookEntry,
     words: list[str],
-) -> int:
-    """Train every setting of these runs with every seed of a look; return an exit code."""
+) -> list[Outcome]:
+    """Train every setting of these runs with every seed of a look that it lacks."""
     from omegaconf import OmegaConf
 
     from lorabench import config as configs
     from lorabench import tracking
     from lorabench.cli.serving import planned
     from lorabench.cli.sessions import Command
-    from lorabench.cli.training import closing
     from lorabench.compare.tables import settings_of
     from lorabench.config import ConfigErrors
 
@@ -206,7 +208,7 @@ def _train(
             there.setdefault(of_run[one.entry.run_id], set()).add(one.entry.config["seed"])
     missing = {run: [s for s in look.seeds if s not in there[of_run[run]]] for run in wanted}
     if not any(missing.values()):
-        return 0
+        return []
     command = Command(words)
     records = {one.entry.run_id: one.entry for one in found}
     entries = {
@@ -236,10 +238,7 @@ def _train(
         session = command.begin(jobs, labels, size)
         for i in range(len(jobs)):
             session.result(i)
-    code = closing(list(command.outcomes.values()))
-    # A run that diverged has ended: it has no part in the look, and the look is taken.
-    ended = all(one.status in ("finished", "stopped") for one in command.outcomes.values())
-    return 0 if ended else code
+    return list(command.outcomes.values())
 
 
 def _closing(answers: Answers) -> list[str]:
