@@ -73,7 +73,7 @@ def evaluate(
     exact = np.zeros((pack.size, count), dtype=np.int8)
     texts = [[""] * count for _ in range(pack.size)]
     # Examples of similar length together: a model that pads computes less.
-    by_length = np.argsort([len(ids) for ids in tokens.input_ids], kind="stable")
+    by_length = np.argsort(tokens.input_ids.lengths, kind="stable")
     for start in range(0, count, size):
         indices = by_length[start : start + size]
         input_ids, labels_BT = data.batch(tokens, indices, None, pad_id)
@@ -204,11 +204,12 @@ def answers(
     )
     rows: list[list[Any]] = [[None] * count for _ in range(pack.size)]
     # Prompts of similar length together: there is less padding before them.
-    by_length = np.argsort(tokens.completion_start[:count], kind="stable")
+    starts = tokens.completion_start[:count]
+    by_length = np.argsort(starts, kind="stable")
     for start in range(0, count, size):
         chosen = by_length[start : start + size]
-        prompts = [tokens.input_ids[i][: tokens.completion_start[i]] for i in chosen]
-        completions = [tokens.input_ids[i][tokens.completion_start[i] :] for i in chosen]
+        prompts = [tokens.input_ids[i][: starts[i]] for i in chosen]
+        completions = [tokens.input_ids[i][starts[i] : tokens.spans[i][-1]] for i in chosen]
         references = tokenizer.batch_decode(completions, skip_special_tokens=True)
         width = max(map(len, prompts))
         # Generation continues at the right edge, so prompts are padded on the left.

@@ -38,6 +38,7 @@ RESOLVED = {
     "model": {"path", "revision"},
     "data": {
         "source", "skills", "min_word_length", "max_word_length", "train", "prompt", "completion",
+        "format", "messages", "text", "system", "merge_turns", "loss_on", "tools",
         "labels", "split_by", "validation_fraction", "test_fraction", "num_train",
     },
     "lora": {"r", "lora_alpha", "alpha_ratio", "use_rslora", "rank_pattern", "alpha_pattern"},
@@ -45,11 +46,15 @@ RESOLVED = {
 # Keys of the same groups that change no result: labels, places, logs.
 NOT_DECIDING = {
     "model": {"name"},
-    "data": {"name"},
+    "data": {"name", "allow_left_out"},
     "trainer": {"device", "num_threads", "checkpoint_every", "checkpoint_minutes", "log_every"},
 }
 # Keys added since arithmetic version 3, at the value that does what runs before them did.
-NEUTRAL: dict[str, Any] = {"lora.loraplus_lr_ratio": None}
+NEUTRAL: dict[str, Any] = {
+    "lora.loraplus_lr_ratio": None,
+    "data.chat_template_kwargs": None,
+    "data.too_long": "leave_out",
+}
 
 
 def is_of_evaluation(key: str) -> bool:

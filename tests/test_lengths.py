@@ -126,8 +126,10 @@ def test_attention_never_sees_a_mates_example(
         return [adapters.state_hash(pack.adapter_state(run)) for run in (0, 1)]
 
     before = trained()
+    lists = list(tokens.input_ids)
     for index in only_the_mates:
-        tokens.input_ids[index] = [5 + token % 40 for token in tokens.input_ids[index]]
+        lists[index] = [5 + token % 40 for token in lists[index]]
+    tokens = replace(tokens, input_ids=Ragged.of(lists))
     after = trained()
     assert after[0] == before[0] and after[1] != before[1]
 

@@ -6,8 +6,9 @@ import math
 import re
 from typing import Any
 
+from lorabench.config import data_ranges
 from lorabench.config.errors import did_you_mean
-from lorabench.config.schema import CompareConfig, Config, DataConfig, LoraSettings, keys
+from lorabench.config.schema import CompareConfig, Config, LoraSettings, keys
 
 TASKS = ("causal_lm", "seq_cls")
 DTYPES = ("float64", "float32", "bfloat16")
@@ -26,6 +27,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "lora.bias": ("none", "lora_only", "all"),
     "lora.init": ("default", "gaussian", "olora", "orthogonal", "pissa"),
     "data.source": ("skills", "jsonl", "hub"),
+    "data.format": data_ranges.FORMATS,
+    "data.system": ("template", "fold", "drop"),
+    "data.loss_on": ("all", "last"),
+    "data.too_long": ("leave_out", "cut_prompt"),
     "data.metric": METRICS,
     "trainer.schedule": ("constant", "linear", "cosine"),
     "trainer.dtype": DTYPES,
@@ -37,6 +42,8 @@ STAGE_KEYS = ("from_step", "train", "lr_scale")
 
 class Found:
     """The errors so far, and the two laws most of them break."""
+
+    metrics = METRICS
 
     def __init__(self) -> None:
         self.errors: list[str] = []
@@ -60,7 +67,7 @@ def range_errors(config: Config) -> list[str]:
     _task(found, config)
     _targets(found, config)
     _lora(found, config.lora)
-    _data(found, config.data)
+    data_ranges.check(found, config.data)
     _trainer(found, config)
     _stages(found, config)
     _rest(found, config)
@@ -92,9 +99,10 @@ def _task(found: Found, config: Config) -> None:
         "at least two different labels, or null for those of the training set",
         labels,
     )
-    for key, value in (("chat_template", False), ("add_bos", True), ("add_eos", True)):
+    plain = {"format": "prompt_completion", "too_long": "leave_out"}
+    for key, value in {"chat_template": False, "add_bos": True, "add_eos": True, **plain}.items():
         law = f"left out with task={task}, which takes the tokenizer's own special tokens"
-        must(getattr(data, key) == value, f"data.{key}", law, not value)
+        must(getattr(data, key) == value, f"data.{key}", law, getattr(data, key))
 
 
 def _targets(found: Found, config: Config) -> None:
@@ -164,62 +172,6 @@ def _lora(found: Found, lora: LoraSettings) -> None:
         for key, r in ranks.items():
             if isinstance(r, int) and r > 0:  # else it was refused above
                 must(r % 2 == 0, key, "even with lora.init=orthogonal", r, f"use {r + 1}")
-
-
-def _data(found: Found, data: DataConfig) -> None:
-    must, one_of = found.must, found.one_of
-    one_of("data.source", data.source)
-    if data.source == "skills":
-        must(bool(data.skills), "data.skills", "at least one skill", data.skills)
-        must(
-            1 <= data.min_word_length <= data.max_word_length,
-            "data.min_word_length",
-            f"in [1, max_word_length={data.max_word_length}]",
-            data.min_word_length,
-        )
-    else:
-        must(
-            data.train.path is not None,
-            "data.train.path",
-            "a file" if data.source == "jsonl" else "a dataset id or folder",
-            None,
-            "set data.train.path=...",
-        )
-    must(bool(data.metric), "data.metric", f"a list out of {', '.join(METRICS)}", data.metric)
-    for metric in data.metric:
-        one_of("data.metric", metric)
-    must(
-        "answer" not in data.metric or data.answer_pattern is not None,
-        "data.answer_pattern",
-        "a regular expression where data.metric asks for answer",
-        data.answer_pattern,
-    )
-    if data.answer_pattern is not None:
-        try:
-            re.compile(data.answer_pattern)
-        except re.error as error:
-            found.errors.append(f"data.answer_pattern: must be a regular expression; {error}")
-    must(
-        all(data.answer_stop),
-        "data.answer_stop",
-        "a list of texts, none of them empty",
-        data.answer_stop,
-        "for example data.answer_stop=['Question:']",
-    )
-    must(data.max_length >= 2, "data.max_length", "at least 2 tokens", data.max_length)
-    for key in ("num_train", "num_validation", "num_test"):
-        value = getattr(data, key)
-        must(value is None or value >= 1, f"data.{key}", "at least 1", value)
-    for key in ("answer_examples", "answer_max_new_tokens"):
-        must(getattr(data, key) >= 1, f"data.{key}", "at least 1", getattr(data, key))
-    for key in ("validation_fraction", "test_fraction"):
-        must(0 < getattr(data, key) < 1, f"data.{key}", "in (0, 1)", getattr(data, key))
-    must(
-        data.validation_fraction + data.test_fraction < 1,
-        "data.test_fraction",
-        "such that some examples are left to train on",
-        data.test_fraction,
-    )
 
 
 def _trainer(found: Found, config: Config) -> None:

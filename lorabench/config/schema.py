@@ -78,6 +78,7 @@ class DataConfig:
 
     name: str = MISSING  # label in tables
     source: str = MISSING  # where examples come from; skills: generated, needs no network
+    format: str = "prompt_completion"  # what a row is; text: continued pretraining
     # source=skills
     skills: list[str] = field(default_factory=list)  # names in lorabench/zoo/skills.py
     min_word_length: int = 3  # letters per word, at least
@@ -88,6 +89,12 @@ class DataConfig:
     test: SourceConfig = field(default_factory=SourceConfig)
     prompt: str = "{prompt}"  # template over columns
     completion: str = "{completion}"  # template over columns
+    messages: str | None = None  # column of a conversation; None: messages, or conversations
+    text: str = "{text}"  # format=text: template over columns
+    system: str = "template"  # system turns: for the template, folded into the user's, dropped
+    merge_turns: bool = False  # join neighbouring turns of one role
+    loss_on: str = "all"  # which assistant turns carry a loss, if they do not say train: false
+    tools: str | None = "tools"  # column of the tools that a conversation may call, if there is one
     labels: list[str] | None = None  # task=seq_cls: the classes; None: train's completions, sorted
     split_by: str | None = None  # column whose hash decides an example's split; None: the prompt
     validation_fraction: float = 0.05  # part of train to hold out if validation.path is not set
@@ -97,10 +104,13 @@ class DataConfig:
     num_validation: int | None = None  # examples; None: all
     num_test: int | None = None  # examples; None: all
     # Tokens
-    chat_template: bool = False  # format the prompt as a user turn, the completion as the answer
+    chat_template: Any = False  # true: the tokenizer's; chatml, gemma, llama3, qwen; or a file
+    chat_template_kwargs: Any = None  # {name: value} that the template gets, as enable_thinking
     add_bos: bool = True  # prepend BOS if the tokenizer itself does
     add_eos: bool = True  # append EOS to the completion
-    max_length: int = 512  # tokens of prompt and completion; longer examples are skipped, counted
+    max_length: int = 512  # tokens of an example
+    too_long: str = "leave_out"  # longer examples; cut_prompt: cut the left of the prompt
+    allow_left_out: float = 0.05  # part of a split that may be left out as too long, in [0, 1]
     group_by_length: bool = False  # batches of similar lengths, as the HF Trainer groups them
     # Scores
     metric: list[str] = field(default_factory=lambda: ["nll", "exact_match"])  # metrics to report

@@ -22,11 +22,13 @@ from lorabench.data.batches import (
     order_of,
     pad_id,
 )
+from lorabench.data.examples import Example
 from lorabench.data.hashes import content_hash, content_hashes
 from lorabench.data.labels import classify, labels_of
 from lorabench.data.sources import check
-from lorabench.data.splits import Example, Splits, load
-from lorabench.data.tokens import Tokens, opens_with_bos, tokenise
+from lorabench.data.splits import Splits, load
+from lorabench.data.tokenise import opens_with_bos, tokenise
+from lorabench.data.tokens import Tokens
 
 __all__ = [
     "IGNORED",

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from lorabench.config import ConfigErrors, DataConfig, and_more, did_you_mean
+from lorabench.data.examples import Example
 from lorabench.data.hashes import combined
-from lorabench.data.splits import Example, load
+from lorabench.data.splits import load
 from lorabench.data.templates import SPLITS
 from lorabench.data.tokens import Tokens
 
@@ -66,8 +69,7 @@ def classify(
         return_attention_mask=False,
         verbose=False,  # of long texts: they are counted here
     )["input_ids"]
-    kept = Tokens([], [], [], [], 0, 0, labels=labels, num_examples=len(examples))
-    kept.longest = max(map(len, encoded), default=0)
+    kept, num_too_long = [], 0
     for index, (example, ids) in enumerate(zip(examples, encoded, strict=True)):
         if not ids:
             raise ConfigErrors(
@@ -75,17 +77,23 @@ def classify(
                 f"{example.prompt!r}; give a text, or leave the example out"
             )
         if len(ids) > cfg.max_length:
-            kept.num_too_long += 1
+            num_too_long += 1
             continue
-        kept.input_ids.append(list(ids))
-        kept.completion_start.append(len(ids))  # the completion is no text
-        kept.ids.append(example.id)
-        kept.indices.append(index)
-        kept.label_ids.append(labels.index(example.completion))
-    if not kept.input_ids:
+        kept.append(index)
+    if not kept:
         raise ConfigErrors(
             f"data.max_length: must let at least one of {len(examples)} examples through; got "
             f"{cfg.max_length}, the shortest has {min(map(len, encoded))} tokens; raise "
             f"data.max_length"
         )
-    return kept
+    return Tokens.of(
+        [encoded[index] for index in kept],
+        [len(encoded[index]) for index in kept],  # the completion is no text
+        ids=[examples[index].id for index in kept],
+        indices=kept,
+        labels=labels,
+        label_ids=[labels.index(examples[index].completion) for index in kept],
+        all_lengths=np.array([len(ids) for ids in encoded]),
+        num_too_long=num_too_long,
+        num_examples=len(examples),
+    )

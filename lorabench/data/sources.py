@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +18,14 @@ from typing import Any
 
 from lorabench.config import ConfigErrors, DataConfig, SourceConfig, nearest
 from lorabench.data.files import Remembered, folder_hashes
-from lorabench.data.templates import SPLITS, columns_of, own_sources, row_error, unknown_columns
+from lorabench.data.templates import (
+    SPLITS,
+    columns_of,
+    optional_columns,
+    own_sources,
+    row_error,
+    unknown_columns,
+)
 from lorabench.zoo import skills
 
 HUB_ID = re.compile(r"[\w\-][\w.\-]*(/[\w.\-]+)?")
@@ -134,6 +141,42 @@ def _no_such_path(key: str, path: Path, law: str) -> str:
     return f"{key}: must be {law}; '{path}' does not exist, seen from {Path.cwd()}; {remedy}"
 
 
+class Reader:
+    """The rows of one split, and afterwards what identifies the bytes they were read from."""
+
+    def __init__(self, cfg: DataConfig, split: str) -> None:
+        self.cfg, self.key, self.source = cfg, f"data.{split}.path", getattr(cfg, split)
+        self.columns, _ = columns_of(cfg, split)
+        self._identity: Any = None
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield where each row lies, and the row.
+
+        Raises:
+            ConfigErrors: as `hub_rows` and `jsonl_columns`.
+        """
+        if self.cfg.source == "hub":
+            rows, self._identity = hub_rows(
+                self.key, self.source, self.columns, optional_columns(self.cfg)
+            )
+            for number, row in enumerate(rows, 1):
+                yield f"row {number} of '{self.source.path}'", row
+            return
+        digest = hashlib.sha256()
+        for number, row in jsonl_columns(self.key, self.source, self.columns, digest):
+            yield f"line {number} of {local(self.source)}", row
+        self._identity = digest.hexdigest()
+
+    def identity(self) -> Any:
+        """Return what the content hash of the split is made of, once all rows are read."""
+        return self._identity
+
+
+def read(cfg: DataConfig, split: str) -> Reader:
+    """Return a reader of a split that has a source of its own."""
+    return Reader(cfg, split)
+
+
 # jsonl
 
 
@@ -165,8 +208,11 @@ def jsonl_rows(path: Path, digest: Any = None) -> Iterator[tuple[int, dict[str, 
 
 def jsonl_columns(
     key: str, source: SourceConfig, columns: dict[str, str], digest: Any
-) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file that `check` has passed; feed `digest` with the bytes read.
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield number and content of the rows of a file that `check` has passed.
+
+    Args:
+        digest: is fed with the bytes as they are read.
 
     Raises:
         ConfigErrors: A row that cannot be used: the file was edited since it was checked.
@@ -178,7 +224,7 @@ def jsonl_columns(
                 f"{key}: must not change while it is read; line {number} of {path} was valid "
                 f"before, now: {reason}; run again once nothing writes to it"
             )
-        yield row
+        yield number, row
 
 
 _CHECKED = Remembered(64)
@@ -227,7 +273,7 @@ def hub_identity(source: SourceConfig) -> list[Any]:
 
 
 def hub_rows(
-    key: str, source: SourceConfig, columns: dict[str, str]
+    key: str, source: SourceConfig, columns: dict[str, str], optional: Sequence[str] = ()
 ) -> tuple[list[dict[str, Any]], list[Any]]:
     """Return the rows of a dataset, cut to the columns asked for, and its `hub_identity`.
 
@@ -237,7 +283,7 @@ def hub_rows(
     """
     folder, identity = local(source), hub_identity(source)
     if folder.is_dir():
-        names, rows = _folder_rows(key, folder, source, columns)
+        names, rows = _folder_rows(key, folder, source, [*columns, *optional])
         if (after := hub_identity(source)) != identity:
             raise ConfigErrors(
                 f"{key}: must not change while it is read; the sha256 of the files in '{folder}' "
@@ -245,7 +291,9 @@ def hub_rows(
                 "writes to it"
             )
     else:
-        names, rows = _load_dataset(key, source.path, source, columns, revision=source.revision)
+        names, rows = _load_dataset(
+            key, source.path, source, [*columns, *optional], revision=source.revision
+        )
     if errors := unknown_columns(columns, names, f"'{source.path}'"):
         raise ConfigErrors(errors)
     for number, row in enumerate(rows, 1):
@@ -257,7 +305,7 @@ def hub_rows(
 
 
 def _folder_rows(
-    key: str, folder: Path, source: SourceConfig, columns: dict[str, str]
+    key: str, folder: Path, source: SourceConfig, columns: Sequence[str]
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """Return column names and rows of a local folder, read past datasets' cache.
 
@@ -273,7 +321,7 @@ def _folder_rows(
 
 
 def _load_dataset(
-    key: str, path: str | None, source: SourceConfig, columns: dict[str, str], **options: Any
+    key: str, path: str | None, source: SourceConfig, columns: Sequence[str], **options: Any
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """Return the names of all columns, and the rows cut to those of `columns` that exist."""
     import datasets

@@ -13,6 +13,10 @@ from typing import Any
 from lorabench.config import DataConfig, SourceConfig, did_you_mean
 
 SPLITS = ("train", "validation", "test")
+# The column of a conversation, by format, where data.messages does not say it.
+CONVERSATIONS = {"messages": "messages", "sharegpt": "conversations"}
+# The templates that make an example of a row; conversations have none.
+PARTS = {"prompt_completion": ("prompt", "completion"), "text": ("text",)}
 
 
 def own_sources(cfg: DataConfig) -> dict[str, SourceConfig]:
@@ -56,8 +60,8 @@ def as_text(value: Any) -> str | None:
 
 
 def template_of(cfg: DataConfig, split: str, part: str) -> tuple[str, str]:
-    """Key and text of the prompt or completion template of a split."""
-    own = getattr(getattr(cfg, split), part)
+    """Key and text of a template of a split: prompt, completion, or text."""
+    own = getattr(getattr(cfg, split), part, None)
     return (f"data.{part}", getattr(cfg, part)) if own is None else (f"data.{split}.{part}", own)
 
 
@@ -65,7 +69,7 @@ def columns_of(cfg: DataConfig, split: str) -> tuple[dict[str, str], list[str]]:
     """The columns that a split needs, each with the key that asks for it; and bad templates."""
     columns: dict[str, str] = {}
     errors = []
-    for part in ("prompt", "completion"):
+    for part in PARTS.get(cfg.format, ()):
         key, template = template_of(cfg, split, part)
         try:
             named = [column for _, column in parse(template) if column is not None]
@@ -75,9 +79,11 @@ def columns_of(cfg: DataConfig, split: str) -> tuple[dict[str, str], list[str]]:
                 f"got {template!r}: {error}; write a brace of the text twice"
             )
             continue
-        if part == "completion" and not named:
+        if part != "prompt" and not named:
             errors.append(f"{key}: must name at least one column; got {template!r}")
         columns.update((column, key) for column in named)
+    if cfg.format in CONVERSATIONS:
+        columns[cfg.messages or CONVERSATIONS[cfg.format]] = "data.messages"
     if split == "train" and cfg.split_by is not None and len(own_sources(cfg)) < len(SPLITS):
         columns[cfg.split_by] = "data.split_by"
     return columns, errors
@@ -91,11 +97,16 @@ def unknown_columns(columns: dict[str, str], there: Sequence[str], where: str) -
     ]  # fmt: skip
 
 
+def optional_columns(cfg: DataConfig) -> list[str]:
+    """The columns that are used where they are there: beside a conversation."""
+    return [name for name in (cfg.tools, "system") if name] if cfg.format in CONVERSATIONS else []
+
+
 def row_error(row: dict[str, Any], columns: dict[str, str]) -> str:
-    """Why a row cannot be used; empty if it can."""
-    for column in columns:
+    """Why a row cannot be used; empty if it can. Conversations are checked when they are read."""
+    for column, key in columns.items():
         if column not in row:
             return f"no column '{column}'"
-        if as_text(row[column]) is None:
+        if key != "data.messages" and as_text(row[column]) is None:
             return f"column '{column}' holds {row[column]!r:.40}"
     return ""
