@@ -222,6 +222,7 @@ class Planner:
         logits = _logits_bytes(tokens, logit_bytes)
         narrow = _narrow(base, resolved.ranks)
         warnings = [*_warnings(config, base), *narrow, *resolved.left_out]
+        warnings += base_model.unpinned(config.model, contents)
         saved = [head.module] if head.policy == "full" and head.module else []
         training = identity.training(
             config, contents, resolved.ranks, resolved.scales, resolved.trained, labels

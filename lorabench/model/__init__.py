@@ -4,7 +4,7 @@ Knows nothing of adapters. Torch and transformers are imported only where weight
 needed, so that run ids and checks of a sweep cost no import.
 """
 
-from lorabench.model.hub import hub_commit, hub_failure
+from lorabench.model.hub import hub_commit, hub_failure, unpinned
 from lorabench.model.loading import (
     NO_CODE,
     architecture,
@@ -52,4 +52,5 @@ __all__ = [
     "skeleton",
     "tokenizer",
     "tokenizer_verified",
+    "unpinned",
 ]
