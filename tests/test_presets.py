@@ -176,7 +176,8 @@ def test_a_preset_plans_with_the_published_number_of_parameters(name: str, tmp_p
     getattr(transformers, kind)(**settings).save_pretrained(tmp_path)
     # A plan reads names and shapes from the config; weights and tokenizer it only hashes.
     (tmp_path / "model.safetensors").write_bytes(b"")
-    config = composed(f"model={name}", f"model.path={tmp_path}", "tracker=none", "head=lora")
+    words = [f"model={name}", f"model.path={tmp_path}", "model.dtype=bfloat16"]
+    config = composed(*words, "tracker=none", "head=lora")
     made = plan.make(config)
     assert made.total_parameters == parameters
     assert made.model == name and made.head.module == "lm_head"

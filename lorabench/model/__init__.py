@@ -4,6 +4,7 @@ Knows nothing of adapters. Torch and transformers are imported only where weight
 needed, so that run ids and checks of a sweep cost no import.
 """
 
+from lorabench.model.dtypes import dtype_notes, resolved, settled
 from lorabench.model.hub import hub_commit, hub_failure, unpinned
 from lorabench.model.loading import (
     NO_CODE,
@@ -36,6 +37,7 @@ __all__ = [
     "check",
     "checksum",
     "dtype",
+    "dtype_notes",
     "hub_commit",
     "hub_failure",
     "identity",
@@ -48,6 +50,8 @@ __all__ = [
     "output_head",
     "plain",
     "random_settings",
+    "resolved",
+    "settled",
     "share",
     "skeleton",
     "tokenizer",

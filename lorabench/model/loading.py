@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lorabench import tasks, versions
 from lorabench.config import ConfigErrors, ModelConfig, and_more, first_line, model_name
 from lorabench.model import foreign
+from lorabench.model.dtypes import resolved
 from lorabench.model.hub import hub_failure, must_be_reachable, pickled_on_hub
 from lorabench.model.place import adapter_beside, beside, local_folder, location
 
@@ -103,7 +104,7 @@ def skeleton(model: ModelConfig, classes: int = 0) -> PreTrainedModel:
             built = loader.from_config(
                 config,
                 attn_implementation=model.attn_implementation,
-                dtype=dtype(model.dtype),
+                dtype=dtype(resolved(model).dtype),
                 trust_remote_code=False,
             )
     except (ValueError, ImportError) as error:
@@ -130,7 +131,7 @@ def load(model: ModelConfig, device: str, classes: int = 0) -> PreTrainedModel:
             tasks.model_class(config, classes, model_name(model)).from_pretrained,
             config=config,
             attn_implementation=model.attn_implementation,
-            dtype=dtype(model.dtype),
+            dtype=dtype(resolved(model).dtype),
             output_loading_info=True,
             **NO_CODE,
             **options,
