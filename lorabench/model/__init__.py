@@ -5,6 +5,7 @@ needed, so that run ids and checks of a sweep cost no import.
 """
 
 from lorabench.model.dtypes import dtype_notes, resolved, settled
+from lorabench.model.fits import check_tokens
 from lorabench.model.hub import hub_commit, hub_failure, unpinned
 from lorabench.model.loading import (
     NO_CODE,
@@ -35,6 +36,7 @@ __all__ = [
     "ZOO",
     "architecture",
     "check",
+    "check_tokens",
     "checksum",
     "dtype",
     "dtype_notes",

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from lorabench.config import Config, ConfigErrors, ModelConfig, range_errors
+from lorabench.model.fits import headers
 from lorabench.model.hub import hub_commit, hub_failure, must_be_reachable
-from lorabench.model.place import WEIGHT_PATTERNS, local_folder
+from lorabench.model.place import local_folder
 
 STORED = {"float64": "float64", "float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
 # As the header of a safetensors file spells them.
@@ -94,20 +96,9 @@ def _most(counts: Counter[str]) -> str:
 
 
 def _in_folder(folder: Path) -> Counter[str]:
-    from safetensors import SafetensorError, safe_open
-
     counts: Counter[str] = Counter()
-    for file in sorted(folder.glob(WEIGHT_PATTERNS[0])):
-        try:
-            with safe_open(file, "np") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - it is no dictionary
-                    part = tensors.get_slice(name)
-                    size = 1
-                    for side in part.get_shape():
-                        size *= side
-                    counts[part.get_dtype()] += size
-        except (SafetensorError, OSError):  # its loader says what is wrong with it
-            continue
+    for name, shape in headers(folder).values():
+        counts[name] += math.prod(shape)
     return counts
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench import tasks, versions
 from lorabench.config import ConfigErrors, ModelConfig, and_more, first_line, model_name
-from lorabench.model import foreign
+from lorabench.model import fits, foreign
 from lorabench.model.dtypes import resolved
 from lorabench.model.hub import hub_failure, must_be_reachable, pickled_on_hub
 from lorabench.model.place import adapter_beside, beside, local_folder, location
@@ -76,7 +76,7 @@ def architecture(model: ModelConfig, classes: int = 0) -> Any:
         content, _ = PreTrainedConfig.get_config_dict(where, **options)
         if unknown := versions.unknown_architecture(content, CONFIG_MAPPING):
             raise ConfigErrors(f"model.path: '{model.path}' cannot be built: {unknown}")
-        wrong = foreign.kernels(model, content)
+        wrong = foreign.kernels(model, content) + fits.quantised(model, content)
         wrong += foreign.code_of_tokenizer(model, get_tokenizer_config(where, **options))
         if local_folder(model) is None:
             wrong += pickled_on_hub(model, content)
@@ -111,6 +111,8 @@ def skeleton(model: ModelConfig, classes: int = 0) -> PreTrainedModel:
         why = first_line(error)
         raise ConfigErrors(f"model.path: '{model.path}' cannot be built: {why}") from error
     tasks.check(built, classes, model_name(model))
+    if not classes and (wrong := fits.other_shapes(model, built.state_dict())):
+        raise ConfigErrors(wrong)
     return built
 
 
