@@ -20,8 +20,8 @@ def base(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_folder("llama"), tmp_path / "m"))
 
 
-def edit(base: Path, **entries: Any) -> None:
-    path = base / "config.json"
+def edit(base: Path, name: str = "config.json", **entries: Any) -> None:
+    path = base / name
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
@@ -66,12 +66,20 @@ def test_no_tokenizer(base: Path, jsonl: Path) -> None:
     assert "must hold a tokenizer (tokenizer.json, " in refused(base, jsonl, "train")
 
 
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        # transformers builds an empty tokenizer of the first class, and none of the second.
+        ("GemmaTokenizer", "makes everything <unk>; put the files of its tokenizer"),
+        ("TokenizersBackend", "must come with its tokenizer's vocabulary; "),
+    ],
+)
 def test_a_tokenizer_without_its_vocabulary(
-    tiny_folder: Callable[[str], Path], jsonl: Path, tmp_path: Path
+    kind: str, told: str, base: Path, jsonl: Path, tmp_path: Path
 ) -> None:
-    base = Path(shutil.copytree(tiny_folder("gemma"), tmp_path / "m"))
     (base / "tokenizer.json").unlink()
-    assert "makes everything <unk>; put the files of its tokenizer" in refused(base, jsonl)
+    edit(base, "tokenizer_config.json", tokenizer_class=kind)
+    assert told in refused(base, jsonl)
 
 
 def test_a_home_in_every_path(

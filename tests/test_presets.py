@@ -207,7 +207,8 @@ def test_a_plan_says_that_a_hub_model_is_not_pinned(
 ) -> None:
     monkeypatch.setattr(base_model.place, "hub_commit", lambda model: COMMIT)
     folder = base_model.ZOO / "tiny-gemma"
-    monkeypatch.setattr(base_model.loading, "local_folder", lambda model: folder)
+    for room in (base_model.loading, base_model.dtypes, base_model.fits):
+        monkeypatch.setattr(room, "local_folder", lambda model: folder)
     monkeypatch.setattr(base_model.loading, "location", lambda model: str(folder))
     free = plan.make(composed("model=org/name", "tracker=none"))
     pinned = plan.make(composed("model=org/name", f"model.revision={COMMIT}", "tracker=none"))

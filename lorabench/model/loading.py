@@ -176,7 +176,19 @@ def tokenizer(model: ModelConfig) -> Any:
     """The base's own tokenizer."""
     from transformers import AutoTokenizer
 
-    return _call(model, AutoTokenizer.from_pretrained, trust_remote_code=False)
+    def load(where: str, **options: Any) -> Any:
+        try:
+            return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+        except ValueError as error:
+            if "backend tokenizer" not in str(error):
+                raise
+            raise ConfigErrors(
+                f"model.path: a base must come with its tokenizer's vocabulary; '{model.path}' has "
+                f"a tokenizer_config.json without one; put the files of its tokenizer "
+                f"(tokenizer.json) beside config.json"
+            ) from error
+
+    return _call(model, load)
 
 
 def _call(model: ModelConfig, load: Callable[..., Any], **options: Any) -> Any:
