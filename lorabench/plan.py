@@ -157,13 +157,17 @@ class Planner:
     def make(self, config: Config) -> Plan:
         """Resolve one run; the same config gives the same plan for as long as the planner lives.
 
+        A dtype of `auto` is resolved first: the run is the one with that dtype written out.
+
         Raises:
             ConfigErrors: names that match nothing, a base that cannot be had, options that would
                 train nothing, modules that no stage trains.
         """
         key = json.dumps(dataclasses.asdict(config), sort_keys=True)
         if key not in self._plans:
-            self._plans[key] = self._make(config)
+            made = self._make(base_model.settled(config))
+            warnings = [*made.warnings, *base_model.dtype_notes(config.model)]
+            self._plans[key] = made.model_copy(update={"warnings": warnings})
         return self._plans[key]
 
     def _resolve(self, config: Config, base: Any, known: dict[str, Any]) -> Resolved:
@@ -222,6 +226,7 @@ class Planner:
         logits = _logits_bytes(tokens, logit_bytes)
         narrow = _narrow(base, resolved.ranks)
         warnings = [*_warnings(config, base), *narrow, *resolved.left_out]
+        warnings += base_model.unpinned(config.model, contents)
         saved = [head.module] if head.policy == "full" and head.module else []
         training = identity.training(
             config, contents, resolved.ranks, resolved.scales, resolved.trained, labels
@@ -353,6 +358,11 @@ def _warnings(config: Config, base: Any) -> list[str]:
     found = []
     if config.trainer.warmup_steps >= config.trainer.steps:
         found.append("trainer.warmup_steps: the whole run is warm-up; lr never reaches its peak")
+    if config.model.dtype == "bfloat16" and machine.choose_device(config.trainer.device) == "cpu":
+        found.append(
+            "model.dtype: bfloat16 is rounded more than float32 and, on most CPUs, slower; on this "
+            "CPU consider model.dtype=float32"
+        )
     was = [name for name in base.config.architectures or () if "SequenceClassification" in name]
     if config.task == "seq_cls" and was:
         found.append(f"the checkpoint is a classifier itself ({was[0]}): its head is replaced")

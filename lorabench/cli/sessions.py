@@ -55,6 +55,8 @@ class Session:
         for worker in self.workers.values():
             self._add(worker, pack_size)
         self._greet()
+        for device in dict.fromkeys(job.config.trainer.device for job in self.left):
+            self.display.say(f"device: {machine.describe(machine.choose_device(device))}")
         for note in notes:
             self.display.say(f"note: {note}")
 

@@ -12,6 +12,7 @@ from lorabench.config.schema import CompareConfig, Config, LoraSettings, keys
 
 TASKS = ("causal_lm", "seq_cls")
 DTYPES = ("float64", "float32", "bfloat16")
+AUTO = "auto"  # of model.dtype and trainer.dtype, until a checkpoint is looked at
 METRICS_OF = {
     "causal_lm": ("nll", "exact_match", "nll_per_token", "answer", "answer_flexible"),
     "seq_cls": ("nll", "accuracy"),
@@ -20,7 +21,7 @@ METRICS = tuple(dict.fromkeys(name for names in METRICS_OF.values() for name in 
 # The values that a key can take, or the elements of a list.
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": TASKS,
-    "model.dtype": DTYPES,
+    "model.dtype": (*DTYPES, AUTO),
     "model.attn_implementation": ("sdpa", "eager", "flash_attention_2"),
     "target_modules.select": ("auto", "attention", "mlp", "all-linear", "custom"),
     "head.policy": ("exclude", "lora", "full"),
@@ -33,7 +34,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.too_long": ("leave_out", "cut_prompt"),
     "data.metric": METRICS,
     "trainer.schedule": ("constant", "linear", "cosine"),
-    "trainer.dtype": DTYPES,
+    "trainer.dtype": (*DTYPES, AUTO),
     "tracker.kind": ("wandb", "none"),
     "tracker.mode": ("offline", "online", "disabled"),
 }
@@ -211,7 +212,8 @@ def _trainer(found: Found, config: Config) -> None:
     one_of("trainer.schedule", trainer.schedule)
     one_of("trainer.dtype", trainer.dtype)
     must(
-        trainer.dtype == config.model.dtype
+        trainer.dtype in (config.model.dtype, AUTO)
+        or config.model.dtype == AUTO  # checked once it is known
         or (trainer.dtype, config.model.dtype) == ("bfloat16", "float32"),
         "trainer.dtype",
         f"model.dtype={config.model.dtype}, or bfloat16 (autocast) over float32",

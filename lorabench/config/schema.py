@@ -23,7 +23,9 @@ class ModelConfig:
     path: str = MISSING  # Hub id, local folder or lorabench:NAME
     name: str | None = None  # label in tables; None: the last part of path
     revision: str | None = None  # commit on the Hub; ignored for a folder
-    dtype: str = "float32"  # dtype of the frozen weights
+    dtype: str = (
+        "float32"  # dtype of the frozen weights; auto: the checkpoint's, bfloat16 for float16
+    )
     attn_implementation: str = "sdpa"  # attention kernel, as in transformers
 
 
@@ -137,7 +139,7 @@ class TrainerConfig:
     eps: float = 1e-8  # AdamW's epsilon
     max_grad_norm: float | None = 1.0  # clip gradients to this norm; None: no clipping
     # Computation
-    dtype: str = "${model.dtype}"  # bfloat16 over a float32 base: autocast, adapters in float32
+    dtype: str = "${model.dtype}"  # auto: model.dtype; bfloat16 over a float32 base: autocast
     gradient_checkpointing: bool = False  # recompute activations in backward to save memory
     device: str = "auto"  # auto, cuda, cuda:N, mps or cpu
     deterministic: bool = True  # torch.use_deterministic_algorithms

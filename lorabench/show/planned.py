@@ -104,6 +104,8 @@ def plan(
         f"folder    {Path(first.plan.folder).parent}, "
         f"~{size(sum(j.plan.disk_bytes for j in jobs))} in all"
     )
+    for device in dict.fromkeys(job.config.trainer.device for job in jobs):
+        out.print(f"device    {machine.describe(machine.choose_device(device))}")
     out.print(f"tracker   {first.plan.tracker}")
     installed = ", ".join(f"{name} {version}" for name, version in versions.shown().items())
     out.print(f"versions  {installed}")

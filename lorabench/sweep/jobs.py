@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from lorabench import config as configs
 from lorabench import masking, plan, record
+from lorabench import model as base_model
 from lorabench.config import Config, ConfigErrors
 
 
@@ -66,7 +67,8 @@ def plan_jobs(
     mistakes.refuse()
     for config, label in typed:
         with mistakes.of(label):
-            jobs.append(Job(config, label, planner.make(config)))
+            made = planner.make(config)
+            jobs.append(Job(base_model.settled(config), label, made))
             jobs[-1].check_folder()
     mistakes.refuse()
     return jobs

@@ -71,7 +71,7 @@ class Shared:
 
         Raises:
             ConfigErrors: the data are not those that the plan has seen; nothing to read or too
-                little; nothing that fits `max_length`.
+                little; nothing that fits `max_length`; tokens that the base does not have.
         """
         key = _data_key(job)
         if key not in self._datasets:
@@ -100,6 +100,9 @@ class Shared:
                 else data.tokenise(chosen, tokenizer, settings)
             )
             notes += tokens[split].notes(split, settings)
+        base = self.planner.skeleton(job.config.model, len(labels))
+        used = set[int]().union(*(ids for one in tokens.values() for ids in one.input_ids))
+        base_model.check_tokens(job.config.model, tokenizer, base, used)
         return Dataset(tokens, notes)
 
     def check_data(self, jobs: list[Job]) -> list[str]:
