@@ -33,13 +33,15 @@ EVALUATION_KEYS = (
     "objective",
 )
 # Keys that decide a training only through what they resolve to: content hashes stand for sources,
-# modules with their ranks and scales for LoRA's settings. What they resolve to is in the run id.
+# modules with their ranks and scales for LoRA's settings, steps for epochs. What they resolve to is
+# in the run id.
 RESOLVED = {
     "model": {"path", "revision"},
     "data": {
         "source", "skills", "min_word_length", "max_word_length", "train", "prompt", "completion",
         "labels", "split_by", "validation_fraction", "test_fraction", "num_train",
     },
+    "trainer": {"epochs"},
     "lora": {"r", "lora_alpha", "alpha_ratio", "use_rslora", "rank_pattern", "alpha_pattern"},
 }  # fmt: skip
 # Keys of the same groups that change no result: labels, places, logs.

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from lorabench import data, formats, identity, machine, stages, versions
 from lorabench import model as base_model
 from lorabench.config import Config, ConfigErrors, ModelConfig, model_name, scale
+from lorabench.epochs import Epochs
 from lorabench.files import obstacle
 from lorabench.lengths import Lengths
 
@@ -138,6 +139,7 @@ class Planner:
         self._skeletons: dict[str, Any] = {}
         self._resolved: dict[str, Resolved] = {}
         self._plans: dict[str, Plan] = {}
+        self._epochs = Epochs()
 
     def skeleton(self, model: ModelConfig, classes: int = 0) -> Any:
         """Return the base on the meta device, built once.
@@ -154,6 +156,10 @@ class Planner:
         """Return the adapters on a skeleton so far, for `adapters.attach_skeleton` to add to."""
         return self._wrapped.setdefault(_skeleton_key(model, classes), {})
 
+    def resolved(self, config: Config) -> Config:
+        """Return the config that a run has: its epochs are steps. See `Epochs.resolved`."""
+        return self._epochs.resolved(config)
+
     def make(self, config: Config) -> Plan:
         """Resolve one run; the same config gives the same plan for as long as the planner lives.
 
@@ -163,7 +169,13 @@ class Planner:
         """
         key = json.dumps(dataclasses.asdict(config), sort_keys=True)
         if key not in self._plans:
-            self._plans[key] = self._make(config)
+            made = self._make(self.resolved(config))
+            if config.trainer.epochs is not None:
+                steps = self.resolved(config).trainer.num_steps
+                made.warnings.append(
+                    f"trainer.epochs={config.trainer.epochs:g} makes {steps} steps"
+                )
+            self._plans[key] = made
         return self._plans[key]
 
     def _resolve(self, config: Config, base: Any, known: dict[str, Any]) -> Resolved:
@@ -253,7 +265,7 @@ class Planner:
             checkpoint_bytes=9 * state_bytes,
             train_flops=4.0
             * total
-            * config.trainer.steps
+            * config.trainer.num_steps
             * config.trainer.batch_size
             * config.data.max_length,
             tracker=tracker_address(config),
@@ -351,7 +363,7 @@ def _warnings(config: Config, base: Any) -> list[str]:
     from transformers import AutoConfig
 
     found = []
-    if config.trainer.warmup_steps >= config.trainer.steps:
+    if config.trainer.warmup_steps >= config.trainer.num_steps:
         found.append("trainer.warmup_steps: the whole run is warm-up; lr never reaches its peak")
     was = [name for name in base.config.architectures or () if "SequenceClassification" in name]
     if config.task == "seq_cls" and was:

@@ -30,7 +30,7 @@ class Step:
 
 def learning_rate(trainer: TrainerConfig, step: int) -> float:
     """The learning rate of a step (from 0): transformers' schedules of the same names."""
-    warmup, steps = trainer.warmup_steps, trainer.steps
+    warmup, steps = trainer.warmup_steps, trainer.num_steps
     if step < warmup:
         return trainer.lr * step / max(1, warmup)
     if trainer.schedule == "constant":
@@ -65,7 +65,7 @@ def train(
     owners = list(pack.owners.values())
     stages = Stages(pack.configs[0].stages, owners)
     assert all(Stages(config.stages, owners).all == stages.all for config in pack.configs)
-    for step in range(start_step, trainer.steps):
+    for step in range(start_step, trainer.num_steps):
         stage = stages.at(step)
         if step in (start_step, stage.step):
             _enter(pack, stage)

@@ -158,7 +158,7 @@ def _serve(
     if stale := stale_checkpoints(to_train, packs):
         raise ConfigErrors(stale)
     display.num_runs = len(left)
-    display.steps_total = sum(job.config.trainer.steps for job in to_train)
+    display.steps_total = sum(job.config.trainer.num_steps for job in to_train)
     if len(left) < len(wanted):
         display.say(
             f"{len(jobs) - len(left)} of {len(wanted)} runs have what was asked for, "

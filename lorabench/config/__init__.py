@@ -27,6 +27,7 @@ from lorabench.config.schema import (
     lora_alpha,
     model_name,
     scale,
+    steps_of_epochs,
 )
 
 __all__ = [
@@ -54,5 +55,6 @@ __all__ = [
     "register",
     "scale",
     "split_refusal",
+    "steps_of_epochs",
     "typed",
 ]

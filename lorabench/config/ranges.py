@@ -231,7 +231,26 @@ def _trainer(found: Found, config: Config) -> None:
         f"a divisor of trainer.batch_size={trainer.batch_size}",
         micro,
     )
-    for key in ("steps", "batch_size", "eval_batch_size", "log_every"):
+    steps, epochs = trainer.steps, trainer.epochs
+    if (steps is None) == (epochs is None):
+        got, remedy = "neither", "set trainer.steps=300"
+        if epochs is not None:
+            got, remedy = (
+                f"both ({steps} and {epochs:g})",
+                "set trainer.steps=null, or leave out epochs",
+            )
+        found.errors.append(
+            f"trainer.epochs: exactly one of trainer.steps and trainer.epochs must be set; "
+            f"got {got}; {remedy}"
+        )
+    must(steps is None or steps >= 1, "trainer.steps", "at least 1", steps)
+    must(
+        epochs is None or (math.isfinite(epochs) and epochs > 0),
+        "trainer.epochs",
+        "above 0",
+        epochs,
+    )
+    for key in ("batch_size", "eval_batch_size", "log_every"):
         must(getattr(trainer, key) >= 1, f"trainer.{key}", "at least 1", getattr(trainer, key))
     for key in ("warmup_steps", "eval_every", "checkpoint_every"):
         must(getattr(trainer, key) >= 0, f"trainer.{key}", "at least 0", getattr(trainer, key))
@@ -298,7 +317,7 @@ def _stages(found: Found, config: Config) -> None:
                 f"a whole number, at least {before} as in the stage before",
                 start,
             )
-        if whole and start >= steps and start not in late:
+        if whole and steps is not None and start >= steps and start not in late:
             late.add(start)
             must(
                 False,

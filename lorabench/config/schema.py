@@ -115,7 +115,8 @@ class TrainerConfig:
     """Optimization with AdamW. One step is one batch, in one or more micro-batches."""
 
     # Optimizer
-    steps: int = 200  # optimizer steps
+    steps: int | None = 200  # optimizer steps; set this or epochs, not both
+    epochs: float | None = None  # passes over train, counted as the HF Trainer counts them
     batch_size: int = 8  # examples per step
     micro_batch_size: int | None = None  # examples per forward, a divisor of batch_size; None: all
     lr: float = 1e-3  # peak learning rate
@@ -141,6 +142,12 @@ class TrainerConfig:
     log_every: int = 1  # steps between lines of metrics.jsonl
     checkpoint_every: int = 0  # steps between checkpoints; 0: none by steps
     checkpoint_minutes: float = 5.0  # minutes between checkpoints; 0: none by time
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of a run that is planned: `Planner.resolved` turns epochs into steps."""
+        assert self.steps is not None, "epochs are turned into steps before anything counts them"
+        return self.steps
 
 
 @dataclass
@@ -200,6 +207,15 @@ class Config:
     seeds: SeedsConfig = field(default_factory=SeedsConfig)
     sweep: str = "default"  # name of the sweep's folder in output_dir
     output_dir: str = "outputs"  # folder of all sweeps
+
+
+def steps_of_epochs(epochs: float, num_examples: int, batch_size: int) -> int:
+    """Return the optimizer steps of `epochs` passes over the training examples.
+
+    An epoch is ceil(num_examples / batch_size) steps, and a fraction of one is rounded up.
+    Source: transformers' Trainer.set_initial_training_values with dataloader_drop_last=False.
+    """
+    return math.ceil(epochs * math.ceil(num_examples / batch_size))
 
 
 def lora_alpha(lora: LoraSettings) -> float:

@@ -104,7 +104,7 @@ def order_of(tokens: Tokens, config: Config, start_step: int = 0) -> Iterator[np
         len(tokens),
         trainer.batch_size,
         config.seeds.data,
-        trainer.steps,
+        trainer.num_steps,
         start_step,
         [len(ids) for ids in tokens.input_ids] if config.data.group_by_length else None,
     )

@@ -225,9 +225,9 @@ def _train(
             _note(members, pack, step, seconds)
         tokens = sum(member.tokens for member in members)
         losses = [step.loss[member.slot] for member in members]
-        display.step(step.step, trainer.steps, losses, tokens / seconds)
+        display.step(step.step, trainer.num_steps, losses, tokens / seconds)
         due = trainer.eval_every and step.step % trainer.eval_every == 0
-        if due and step.step < trainer.steps:
+        if due and step.step < trainer.num_steps:
             tables = evaluate(pack, validation, tokenizer, pad_id, ["nll"], trainer.eval_batch_size)
             for member in members:
                 if member.entry.error is None:
@@ -259,7 +259,7 @@ def is_due(trainer: TrainerConfig, step: int, seconds: float, took: float) -> bo
     if trainer.checkpoint_every and step % trainer.checkpoint_every == 0:
         return True
     minutes = trainer.checkpoint_minutes
-    return minutes > 0 and step < trainer.steps and seconds >= max(60 * minutes, 50 * took)
+    return minutes > 0 and step < trainer.num_steps and seconds >= max(60 * minutes, 50 * took)
 
 
 def _note(members: list[Member], pack: Any, step: Any, seconds: float) -> None:
@@ -275,7 +275,7 @@ def _note(members: list[Member], pack: Any, step: Any, seconds: float) -> None:
         if step.stage is not None:
             member.enter(step.stage, pack.modules(run))
         stopped = run in step.ended
-        if step.step % trainer.log_every == 0 or step.step == trainer.steps or stopped:
+        if step.step % trainer.log_every == 0 or step.step == trainer.num_steps or stopped:
             row = {
                 "train/loss": step.loss[run],
                 "train/lr": step.lr[run],
