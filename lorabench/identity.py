@@ -33,15 +33,15 @@ EVALUATION_KEYS = (
     "objective",
 )
 # Keys that decide a training only through what they resolve to: content hashes stand for sources,
-# modules with their ranks and scales for LoRA's settings, steps for epochs. What they resolve to is
-# in the run id.
+# modules with their ranks and scales for LoRA's settings, steps for epochs and
+# for a warm-up's share. What they resolve to is in the run id.
 RESOLVED = {
     "model": {"path", "revision"},
     "data": {
         "source", "skills", "min_word_length", "max_word_length", "train", "prompt", "completion",
         "labels", "split_by", "validation_fraction", "test_fraction", "num_train",
     },
-    "trainer": {"epochs"},
+    "trainer": {"epochs", "warmup_ratio"},
     "lora": {"r", "lora_alpha", "alpha_ratio", "use_rslora", "rank_pattern", "alpha_pattern"},
 }  # fmt: skip
 # Keys of the same groups that change no result: labels, places, logs.
@@ -51,7 +51,7 @@ NOT_DECIDING = {
     "trainer": {"device", "num_threads", "checkpoint_every", "checkpoint_minutes", "log_every"},
 }
 # Keys added since arithmetic version 3, at the value that does what runs before them did.
-NEUTRAL: dict[str, Any] = {"lora.loraplus_lr_ratio": None}
+NEUTRAL: dict[str, Any] = {"lora.loraplus_lr_ratio": None, "trainer.min_lr_ratio": 0.0}
 
 
 def is_of_evaluation(key: str) -> bool:

@@ -15,9 +15,9 @@ from pydantic import BaseModel
 from lorabench import data, formats, identity, machine, stages, versions
 from lorabench import model as base_model
 from lorabench.config import Config, ConfigErrors, ModelConfig, model_name, scale
-from lorabench.epochs import Epochs
 from lorabench.files import obstacle
 from lorabench.lengths import Lengths
+from lorabench.steps import Steps
 
 RUNTIME_BYTES = 450_000_000  # Python, torch and transformers themselves
 
@@ -139,7 +139,7 @@ class Planner:
         self._skeletons: dict[str, Any] = {}
         self._resolved: dict[str, Resolved] = {}
         self._plans: dict[str, Plan] = {}
-        self._epochs = Epochs()
+        self._steps = Steps()
 
     def skeleton(self, model: ModelConfig, classes: int = 0) -> Any:
         """Return the base on the meta device, built once.
@@ -157,8 +157,8 @@ class Planner:
         return self._wrapped.setdefault(_skeleton_key(model, classes), {})
 
     def resolved(self, config: Config) -> Config:
-        """Return the config that a run has: its epochs are steps. See `Epochs.resolved`."""
-        return self._epochs.resolved(config)
+        """Return the config that a run has: epochs and warm-up as steps. See `Steps.resolved`."""
+        return self._steps.resolved(config)
 
     def make(self, config: Config) -> Plan:
         """Resolve one run; the same config gives the same plan for as long as the planner lives.

@@ -29,7 +29,12 @@ class Step:
 
 
 def learning_rate(trainer: TrainerConfig, step: int) -> float:
-    """The learning rate of a step (from 0): transformers' schedules of the same names."""
+    """Return the learning rate of a step (from 0).
+
+    Source: transformers' schedules of the same names; with `min_lr_ratio`, its
+    cosine_with_min_lr, and for linear its polynomial with power=1 and lr_end.
+    """
+    assert trainer.warmup_ratio is None, "Planner.resolved turns it into steps"
     warmup, steps = trainer.warmup_steps, trainer.num_steps
     if step < warmup:
         return trainer.lr * step / max(1, warmup)
@@ -37,8 +42,10 @@ def learning_rate(trainer: TrainerConfig, step: int) -> float:
         return trainer.lr
     done = (step - warmup) / max(1, steps - warmup)
     if trainer.schedule == "linear":
-        return trainer.lr * max(0.0, 1.0 - done)
-    return trainer.lr * max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
+        left = max(0.0, 1.0 - done)
+    else:
+        left = max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
+    return trainer.lr * (left * (1.0 - trainer.min_lr_ratio) + trainer.min_lr_ratio)
 
 
 def train(

@@ -36,7 +36,8 @@ HIGHER_IS_BETTER = {"exact_match", "answer", "answer_flexible", "accuracy"}
 
 def setting(config: dict[str, Any]) -> dict[str, Any]:
     """What was chosen for a run, seeds and places aside."""
-    return {key: value for key, value in flatten(config).items() if _is_chosen(key)}
+    known = _neutral(config) | flatten(config)
+    return {key: value for key, value in known.items() if _is_chosen(key)}
 
 
 @functools.cache
@@ -45,6 +46,12 @@ def _is_chosen(key: str) -> bool:
     return not identity.is_of_evaluation(key) and not any(
         key == name or (name.endswith(".") and key.startswith(name)) for name in NOT_A_SETTING
     )
+
+
+def _neutral(config: dict[str, Any]) -> dict[str, Any]:
+    """What a run did by keys that its lorabench did not have yet; nothing of another program's."""
+    is_ours = "sweep" in config
+    return {key: value for key, value in identity.NEUTRAL.items() if is_ours}
 
 
 def settings_of(records: list[Record]) -> list[dict[str, Any]]:

@@ -276,6 +276,23 @@ def _trainer(found: Found, config: Config) -> None:
         trainer.num_threads,
     )
     one_of("trainer.schedule", trainer.schedule)
+    ratio, floor = trainer.warmup_ratio, trainer.min_lr_ratio
+    must(ratio is None or 0 <= ratio < 1, "trainer.warmup_ratio", "in [0, 1) or null", ratio)
+    must(
+        ratio is None or trainer.warmup_steps == 0,
+        "trainer.warmup_ratio",
+        f"null with trainer.warmup_steps={trainer.warmup_steps}",
+        ratio,
+        "set one of the two",
+    )
+    must(0 <= floor < 1, "trainer.min_lr_ratio", "in [0, 1)", floor)
+    must(
+        floor == 0 or trainer.schedule != "constant",
+        "trainer.min_lr_ratio",
+        "0 with trainer.schedule=constant, which never falls",
+        floor,
+        "use trainer.schedule=cosine",
+    )
     one_of("trainer.dtype", trainer.dtype)
     must(
         trainer.dtype == config.model.dtype

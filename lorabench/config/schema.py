@@ -120,8 +120,10 @@ class TrainerConfig:
     batch_size: int = 8  # examples per step
     micro_batch_size: int | None = None  # examples per forward, a divisor of batch_size; None: all
     lr: float = 1e-3  # peak learning rate
-    schedule: str = "linear"  # of the learning rate after the warm-up; linear and cosine end at 0
+    schedule: str = "linear"  # of the learning rate after the warm-up
     warmup_steps: int = 0  # steps of linear warm-up
+    warmup_ratio: float | None = None  # the same as a share of all steps, rounded up
+    min_lr_ratio: float = 0.0  # share of lr at which linear and cosine end
     weight_decay: float = 0.0  # not applied to biases and norms, as in the HF Trainer
     beta1: float = 0.9  # AdamW's decay rate of the first moment
     beta2: float = 0.999  # AdamW's decay rate of the second moment
@@ -146,7 +148,9 @@ class TrainerConfig:
     @property
     def num_steps(self) -> int:
         """Optimizer steps of a run that is planned: `Planner.resolved` turns epochs into steps."""
-        assert self.steps is not None, "epochs are turned into steps before anything counts them"
+        assert self.steps is not None and self.epochs is None, (
+            "epochs are turned into steps before anything counts them"
+        )
         return self.steps
 
 

@@ -211,9 +211,10 @@ def _base(job: Job) -> str:
 
 def _training(job: Job) -> str:
     trainer = job.config.trainer
+    floor = f" to {trainer.min_lr_ratio:g} of it" if trainer.min_lr_ratio else ""
     return (
         f"{trainer.num_steps} steps of {trainer.batch_size} examples, "
-        f"lr {trainer.lr:g} {trainer.schedule}, computed in {trainer.dtype}"
+        f"lr {trainer.lr:g} {trainer.schedule}{floor}, computed in {trainer.dtype}"
     )
 
 

@@ -1,36 +1,44 @@
-"""`trainer.epochs` as a number of steps, which only the training examples tell.
+"""`trainer.epochs` and `trainer.warmup_ratio` as numbers of steps.
 
-Whatever reads a config after planning finds `trainer.steps` set and `trainer.epochs` null, so that
-epochs and the steps they make are one run.
+Only the training examples tell how many steps an epoch has. Whatever reads a config after planning
+finds `steps` and `warmup_steps` set and the other two null, so that two spellings are one run.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 from lorabench import data
 from lorabench import model as base_model
 from lorabench.config import Config, ConfigErrors, range_errors, steps_of_epochs
 
 
-class Epochs:
+class Steps:
     """Counts training examples, once per data set and tokenizer of a command."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
 
     def resolved(self, config: Config) -> Config:
-        """Return the config with its epochs turned into steps; one without epochs as it is.
+        """Return the config with epochs and warm-up ratio turned into steps.
+
+        Source: transformers' Trainer.set_initial_training_values and
+            TrainingArguments.get_warmup_steps.
 
         Raises:
             ConfigErrors: the data or the tokenizer cannot be read, or a stage begins too late.
         """
         trainer = config.trainer
-        if trainer.epochs is None:
+        if trainer.epochs is not None:
+            steps = steps_of_epochs(trainer.epochs, self._num_examples(config), trainer.batch_size)
+            trainer = dataclasses.replace(trainer, steps=steps, epochs=None)
+        if trainer.warmup_ratio is not None:
+            warmup = math.ceil(trainer.num_steps * trainer.warmup_ratio)
+            trainer = dataclasses.replace(trainer, warmup_steps=warmup, warmup_ratio=None)
+        if trainer is config.trainer:
             return config
-        steps = steps_of_epochs(trainer.epochs, self._num_examples(config), trainer.batch_size)
-        trainer = dataclasses.replace(trainer, steps=steps, epochs=None)
         found = dataclasses.replace(config, trainer=trainer)
         if errors := range_errors(found):
             raise ConfigErrors(errors)
