@@ -236,8 +236,9 @@ class Planner:
         warnings = [*_warnings(config, base), *narrow, *resolved.left_out]
         saved = [head.module] if head.policy == "full" and head.module else []
         training = identity.training(
-            config, contents, resolved.ranks, resolved.scales, resolved.trained, labels
-        )
+            config, contents, resolved.ranks, resolved.scales, resolved.trained, labels,
+            DEFINITIONS,
+        )  # fmt: skip
         evaluation = identity.evaluation(config, contents, DEFINITIONS)
         run_id = identity.short_hash(training)
         state_bytes = weight_bytes * resolved.num_trainable
@@ -261,8 +262,9 @@ class Planner:
             token_bytes=token_bytes,
             logit_bytes=logit_bytes,
             disk_bytes=state_bytes + 300_000,
-            # Weights and two moments: the last one, the one before, and the one being written.
-            checkpoint_bytes=9 * state_bytes,
+            # Weights, two moments and the best weights: the last one, the one before, and the one
+            # being written.
+            checkpoint_bytes=(12 if config.trainer.keep == "best" else 9) * state_bytes,
             train_flops=4.0
             * total
             * config.trainer.num_steps
@@ -365,6 +367,11 @@ def _warnings(config: Config, base: Any) -> list[str]:
     found = []
     if config.trainer.warmup_steps >= config.trainer.num_steps:
         found.append("trainer.warmup_steps: the whole run is warm-up; lr never reaches its peak")
+    patience, every = config.trainer.patience, config.trainer.eval_every
+    if patience is not None and patience * every >= config.trainer.num_steps:
+        found.append(
+            f"trainer.patience: {patience} evaluations, one every {every} steps, are all of the run"
+        )
     was = [name for name in base.config.architectures or () if "SequenceClassification" in name]
     if config.task == "seq_cls" and was:
         found.append(f"the checkpoint is a classifier itself ({was[0]}): its head is replaced")

@@ -109,6 +109,7 @@ def train(
             ended=ended,
             stage=stage if stage.step == step else None,
         )
+        running = {run for run in running if pack.alive[run]}  # whoever reads may stop some
         if not running:
             return
 

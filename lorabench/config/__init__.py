@@ -9,7 +9,7 @@ from lorabench.config.errors import (
     nearest,
     split_refusal,
 )
-from lorabench.config.ranges import range_errors
+from lorabench.config.ranges import HIGHER_IS_BETTER, range_errors
 from lorabench.config.schema import (
     Config,
     DataConfig,
@@ -31,6 +31,7 @@ from lorabench.config.schema import (
 )
 
 __all__ = [
+    "HIGHER_IS_BETTER",
     "Config",
     "ConfigErrors",
     "DataConfig",

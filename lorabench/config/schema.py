@@ -137,7 +137,9 @@ class TrainerConfig:
     allow_tf32: bool = False  # TF32 matrix products on CUDA
     num_threads: int | None = None  # CPU threads; None: torch's default
     # Evaluation, logs, checkpoints
-    eval_every: int = 0  # steps between validation losses; 0: only after training
+    eval_every: int = 0  # steps between scores on validation; 0: only after training
+    keep: str = "last"  # which adapter is saved; best: of the best `objective` during training
+    patience: int | None = None  # stop after as many evaluations without a better `objective`
     eval_batch_size: int = 32  # examples per forward
     eval_examples: int | None = None  # examples per split; None: all
     eval_base: bool = True  # score the untrained base too, once per sweep; classifiers have none
