@@ -321,6 +321,8 @@ def resume(members: list[Member], pack: Any, step: int, display: Display) -> Non
         told = checkpoint.told(place, step)
         member.tokens = told["train_tokens"]
         member.earlier_seconds = told["train_seconds"]
+        cost = member.entry.cost  # what the next checkpoint tells, should no step be done before it
+        cost.train_tokens, cost.train_seconds = told["train_tokens"], told["train_seconds"]
         member.rows = told.get("rows", 0)  # checkpoints before this key have none
         commits = [*told["commits"], *member.entry.provenance["commits"]]
         distinct = [one for i, one in enumerate(commits) if one not in commits[:i]]

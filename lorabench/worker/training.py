@@ -267,10 +267,10 @@ def _note(members: list[Member], pack: Any, step: Any, seconds: float) -> None:
     trainer = members[0].job.config.trainer
     for member in members:
         run = member.slot
+        member.entry.cost.train_seconds = round(seconds, 3)
         if member.entry.stopped_early is not None:
             continue
         member.tokens += step.tokens[run]
-        member.entry.cost.train_seconds = round(seconds, 3)
         member.entry.cost.train_tokens = member.tokens
         if member.entry.error is not None:
             continue  # stopped before
