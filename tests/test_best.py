@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import composed, recorded_runs, say
-from stock import Stock, copy_of, embedded_tokenizer, relative
+from equality import relative
+from stock import Stock, copy_of, embedded_tokenizer
 from torch import nn
 
 from lorabench import data, plan
@@ -148,7 +149,8 @@ def test_the_best_adapter_and_the_early_stop_are_those_of_a_loop_by_hand(
 ) -> None:
     """DoRA trains on PEFT's own modules; the packed runs stop after other steps."""
     common = ["model.dtype=float64", "trainer.keep=best", "trainer.patience=2"]
-    common += ["lora.use_dora=true"] if kind == "alone" else []
+    # At 0.03 rounding grows to 1e-5 within 16 steps of these packed runs.
+    common += ["lora.use_dora=true"] if kind == "alone" else ["trainer.lr=0.01"]
     found = train(tmp_path, *common, f"seed={'0' if kind == 'alone' else '0,1'}")
     for seed, (path, one) in found.items():
         assert one["plan"]["pack"]["size"] == len(found)
