@@ -237,7 +237,8 @@ def _train(
             keep_checkpoint(members, pack, step.step)
             kept = time.perf_counter()
             took = kept - before
-    display.resumed((trainer.num_steps - done) * len(members))  # of runs that all stopped before
+    if done < trainer.num_steps:  # all runs stopped before: what is left counts as done
+        display.resumed((trainer.num_steps - done) * len(members))
     if pack.device.startswith("cuda"):
         torch.cuda.synchronize(pack.device)
     seconds = time.perf_counter() - begun
