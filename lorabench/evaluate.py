@@ -175,6 +175,30 @@ def generation_settings(settings: DataConfig, eos_token_ids: list[int]) -> dict[
     }
 
 
+def scored(
+    pack: ModulePack | StackedPack,
+    tokens: data.Tokens,
+    tokenizer: Any,
+    pad_id: int,
+    settings: DataConfig,
+    batch_size: int,
+) -> list[pa.Table]:
+    """Return the tables of `evaluate` with every column that settings.metric asks for.
+
+    Those of generated answers come from `answers`.
+    """
+    tables = evaluate(pack, tokens, tokenizer, pad_id, settings.metric, batch_size)
+    if set(GENERATED) & set(settings.metric):
+        eos = eos_token_ids(pack.tree.generation_config, tokenizer)
+        texts = answers(pack, tokens, tokenizer, pad_id, settings, eos, batch_size)
+        for name in texts[0].column_names:
+            tables = [
+                table.append_column(name, text[name])
+                for table, text in zip(tables, texts, strict=True)
+            ]
+    return tables
+
+
 def answers(
     pack: ModulePack | StackedPack,
     tokens: data.Tokens,

@@ -17,6 +17,7 @@ from lorabench import model as base_model
 from lorabench.config import Config, ConfigErrors, ModelConfig, model_name, scale
 from lorabench.files import obstacle
 from lorabench.lengths import Lengths
+from lorabench.steps import Steps
 
 RUNTIME_BYTES = 450_000_000  # Python, torch and transformers themselves
 
@@ -138,6 +139,7 @@ class Planner:
         self._skeletons: dict[str, Any] = {}
         self._resolved: dict[str, Resolved] = {}
         self._plans: dict[str, Plan] = {}
+        self._steps = Steps()
 
     def skeleton(self, model: ModelConfig, classes: int = 0) -> Any:
         """Return the base on the meta device, built once.
@@ -154,6 +156,10 @@ class Planner:
         """Return the adapters on a skeleton so far, for `adapters.attach_skeleton` to add to."""
         return self._wrapped.setdefault(_skeleton_key(model, classes), {})
 
+    def resolved(self, config: Config) -> Config:
+        """Return the config that a run has: a dtype for `auto`, steps for epochs and warm-up."""
+        return self._steps.resolved(base_model.settled(config))
+
     def make(self, config: Config) -> Plan:
         """Resolve one run; the same config gives the same plan for as long as the planner lives.
 
@@ -165,9 +171,14 @@ class Planner:
         """
         key = json.dumps(dataclasses.asdict(config), sort_keys=True)
         if key not in self._plans:
-            made = self._make(base_model.settled(config))
-            warnings = [*made.warnings, *base_model.dtype_notes(config.model)]
-            self._plans[key] = made.model_copy(update={"warnings": warnings})
+            made = self._make(self.resolved(config))
+            made.warnings += base_model.dtype_notes(config.model)
+            if config.trainer.epochs is not None:
+                steps = self.resolved(config).trainer.num_steps
+                made.warnings.append(
+                    f"trainer.epochs={config.trainer.epochs:g} makes {steps} steps"
+                )
+            self._plans[key] = made
         return self._plans[key]
 
     def _resolve(self, config: Config, base: Any, known: dict[str, Any]) -> Resolved:
@@ -229,8 +240,9 @@ class Planner:
         warnings += base_model.unpinned(config.model, contents)
         saved = [head.module] if head.policy == "full" and head.module else []
         training = identity.training(
-            config, contents, resolved.ranks, resolved.scales, resolved.trained, labels
-        )
+            config, contents, resolved.ranks, resolved.scales, resolved.trained, labels,
+            DEFINITIONS,
+        )  # fmt: skip
         evaluation = identity.evaluation(config, contents, DEFINITIONS)
         run_id = identity.short_hash(training)
         state_bytes = weight_bytes * resolved.num_trainable
@@ -254,11 +266,12 @@ class Planner:
             token_bytes=token_bytes,
             logit_bytes=logit_bytes,
             disk_bytes=state_bytes + 300_000,
-            # Weights and two moments: the last one, the one before, and the one being written.
-            checkpoint_bytes=9 * state_bytes,
+            # Weights, two moments and the best weights: the last one, the one before, and the one
+            # being written.
+            checkpoint_bytes=(12 if config.trainer.keep == "best" else 9) * state_bytes,
             train_flops=4.0
             * total
-            * config.trainer.steps
+            * config.trainer.num_steps
             * config.trainer.batch_size
             * config.data.max_length,
             tracker=tracker_address(config),
@@ -356,8 +369,13 @@ def _warnings(config: Config, base: Any) -> list[str]:
     from transformers import AutoConfig
 
     found = []
-    if config.trainer.warmup_steps >= config.trainer.steps:
+    if config.trainer.warmup_steps >= config.trainer.num_steps:
         found.append("trainer.warmup_steps: the whole run is warm-up; lr never reaches its peak")
+    patience, every = config.trainer.patience, config.trainer.eval_every
+    if patience is not None and patience * every >= config.trainer.num_steps:
+        found.append(
+            f"trainer.patience: {patience} evaluations, one every {every} steps, are all of the run"
+        )
     if config.model.dtype == "bfloat16" and machine.choose_device(config.trainer.device) == "cpu":
         found.append(
             "model.dtype: bfloat16 is rounded more than float32 and, on most CPUs, slower; on this "

@@ -100,7 +100,7 @@ class Session:
         to_score = [job for job in distinct if self.worker(job).asked.must_score(job)]
         self.display.num_runs = len(distinct)
         self.display.steps_total = sum(
-            job.config.trainer.steps for job in distinct if job not in to_score
+            job.config.trainer.num_steps for job in distinct if job not in to_score
         )
         kept = [job for job in self.jobs if job not in self.left]
         busy = [j for j in distinct if self.worker(j).folder.holder(j.plan.run_id)]

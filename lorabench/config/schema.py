@@ -127,12 +127,15 @@ class TrainerConfig:
     """Optimization with AdamW. One step is one batch, in one or more micro-batches."""
 
     # Optimizer
-    steps: int = 200  # optimizer steps
+    steps: int | None = 200  # optimizer steps; set this or epochs, not both
+    epochs: float | None = None  # passes over train, counted as the HF Trainer counts them
     batch_size: int = 8  # examples per step
     micro_batch_size: int | None = None  # examples per forward, a divisor of batch_size; None: all
     lr: float = 1e-3  # peak learning rate
-    schedule: str = "linear"  # of the learning rate after the warm-up; linear and cosine end at 0
+    schedule: str = "linear"  # of the learning rate after the warm-up
     warmup_steps: int = 0  # steps of linear warm-up
+    warmup_ratio: float | None = None  # the same as a share of all steps, rounded up
+    min_lr_ratio: float = 0.0  # share of lr at which linear and cosine end
     weight_decay: float = 0.0  # not applied to biases and norms, as in the HF Trainer
     beta1: float = 0.9  # AdamW's decay rate of the first moment
     beta2: float = 0.999  # AdamW's decay rate of the second moment
@@ -146,13 +149,23 @@ class TrainerConfig:
     allow_tf32: bool = False  # TF32 matrix products on CUDA
     num_threads: int | None = None  # CPU threads; None: torch's default
     # Evaluation, logs, checkpoints
-    eval_every: int = 0  # steps between validation losses; 0: only after training
+    eval_every: int = 0  # steps between scores on validation; 0: only after training
+    keep: str = "last"  # which adapter is saved; best: of the best `objective` during training
+    patience: int | None = None  # stop after as many evaluations without a better `objective`
     eval_batch_size: int = 32  # examples per forward
     eval_examples: int | None = None  # examples per split; None: all
     eval_base: bool = True  # score the untrained base too, once per sweep; classifiers have none
     log_every: int = 1  # steps between lines of metrics.jsonl
     checkpoint_every: int = 0  # steps between checkpoints; 0: none by steps
     checkpoint_minutes: float = 5.0  # minutes between checkpoints; 0: none by time
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of a run that is planned: `Planner.resolved` turns epochs into steps."""
+        assert self.steps is not None and self.epochs is None, (
+            "epochs are turned into steps before anything counts them"
+        )
+        return self.steps
 
 
 @dataclass
@@ -212,6 +225,15 @@ class Config:
     seeds: SeedsConfig = field(default_factory=SeedsConfig)
     sweep: str = "default"  # name of the sweep's folder in output_dir
     output_dir: str = "outputs"  # folder of all sweeps
+
+
+def steps_of_epochs(epochs: float, num_examples: int, batch_size: int) -> int:
+    """Return the optimizer steps of `epochs` passes over the training examples.
+
+    An epoch is ceil(num_examples / batch_size) steps, and a fraction of one is rounded up.
+    Source: transformers' Trainer.set_initial_training_values with dataloader_drop_last=False.
+    """
+    return math.ceil(epochs * math.ceil(num_examples / batch_size))
 
 
 def lora_alpha(lora: LoraSettings) -> float:

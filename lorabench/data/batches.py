@@ -105,7 +105,7 @@ def order_of(tokens: Tokens, config: Config, start_step: int = 0) -> Iterator[np
         len(tokens),
         trainer.batch_size,
         config.seeds.data,
-        trainer.steps,
+        trainer.num_steps,
         start_step,
         tokens.input_ids.lengths if config.data.group_by_length else None,
     )

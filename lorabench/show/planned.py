@@ -213,9 +213,10 @@ def _base(job: Job) -> str:
 
 def _training(job: Job) -> str:
     trainer = job.config.trainer
+    floor = f" to {trainer.min_lr_ratio:g} of it" if trainer.min_lr_ratio else ""
     return (
-        f"{trainer.steps} steps of {trainer.batch_size} examples, "
-        f"lr {trainer.lr:g} {trainer.schedule}, computed in {trainer.dtype}"
+        f"{trainer.num_steps} steps of {trainer.batch_size} examples, "
+        f"lr {trainer.lr:g} {trainer.schedule}{floor}, computed in {trainer.dtype}"
     )
 
 
@@ -242,7 +243,7 @@ def _packing(jobs: list[Job], packs: list[list[int]], peak: float) -> str:
     sizes = ", ".join(str(len(members)) for members in packs)
     packed = [jobs[i] for members in packs if len(members) > 1 for i in members]
     busy = packed and all(
-        job.plan.train_flops / peak > 5 * job.config.trainer.steps * _overhead(job)
+        job.plan.train_flops / peak > 5 * job.config.trainer.num_steps * _overhead(job)
         for job in packed
     )
     return sizes + (
@@ -290,7 +291,7 @@ def _shorten(modules: list[str]) -> str:
 
 def _seconds(job: Job, peak: float) -> float:
     """A rough time: training FLOPs at a third of the peak, plus a per-step overhead."""
-    steps = job.config.trainer.steps
+    steps = job.config.trainer.num_steps
     return job.plan.train_flops / (peak / 3) + steps * _overhead(job) + 2.0
 
 

@@ -67,8 +67,7 @@ def plan_jobs(
     mistakes.refuse()
     for config, label in typed:
         with mistakes.of(label):
-            made = planner.make(config)
-            jobs.append(Job(base_model.settled(config), label, made))
+            jobs.append(Job(planner.resolved(config), label, planner.make(config)))
             jobs[-1].check_folder()
     mistakes.refuse()
     return jobs

@@ -134,7 +134,7 @@ class Shared:
         config, padded = job.config, job.plan.padded is not None
         trainer = config.trainer
         decides = [
-            _data_key(job), config.seeds.data, config.data.group_by_length, trainer.steps,
+            _data_key(job), config.seeds.data, config.data.group_by_length, trainer.num_steps,
             trainer.batch_size, trainer.micro_batch_size, padded,
         ]  # fmt: skip
         key = json.dumps(decides)
