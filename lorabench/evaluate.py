@@ -24,6 +24,7 @@ as numbers: 18.00 is 18. The harness compares them as text; nothing else differs
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -199,6 +200,35 @@ def scored(
     return tables
 
 
+def greedy(settings: DataConfig, eos_token_ids: list[int], pad_id: int) -> GenerationConfig:
+    """Return the settings of a generation for generate(), with nothing of the base's own in them.
+
+    Args:
+        pad_id: What follows the end of a continuation.
+    """
+    decided = generation_settings(settings, eos_token_ids) | {"eos_token_id": eos_token_ids or None}
+    return GenerationConfig(**decided, pad_token_id=pad_id, use_cache=True)
+
+
+def continuations(
+    pack: ModulePack | StackedPack, prompts: Sequence[Sequence[int]], config: GenerationConfig
+) -> torch.Tensor:
+    """Return what every run writes after each prompt: token ids on the CPU, shape (R, B, L).
+
+    Args:
+        prompts: B lists of token ids.
+        config: From `greedy`.
+    """
+    pad_id, width = config.pad_token_id, max(map(len, prompts))
+    # Generation continues at the right edge, so prompts are padded on the left.
+    input_ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    written_RBL = pack.generate(
+        input_ids.to(pack.device), mask.to(pack.device), generation_config=config
+    )
+    return written_RBL[:, :, width:].cpu()
+
+
 def answers(
     pack: ModulePack | StackedPack,
     tokens: data.Tokens,
@@ -221,11 +251,7 @@ def answers(
     count = min(settings.answer_examples, len(tokens))
     size = batch_size or pack.configs[0].trainer.eval_batch_size
     wanted = [name for name in GENERATED if name in settings.metric]
-    decided = generation_settings(settings, eos_token_ids)
-    # Made anew, so that nothing of the base's generation_config.json is in it.
-    config = GenerationConfig(
-        **(decided | {"eos_token_id": eos_token_ids or None}), pad_token_id=pad_id, use_cache=True
-    )
+    config = greedy(settings, eos_token_ids, pad_id)
     rows: list[list[Any]] = [[None] * count for _ in range(pack.size)]
     # Prompts of similar length together: there is less padding before them.
     starts = tokens.completion_start[:count]
@@ -235,15 +261,9 @@ def answers(
         prompts = [tokens.input_ids[i][: starts[i]] for i in chosen]
         completions = [tokens.input_ids[i][starts[i] : tokens.spans[i][-1]] for i in chosen]
         references = tokenizer.batch_decode(completions, skip_special_tokens=True)
-        width = max(map(len, prompts))
-        # Generation continues at the right edge, so prompts are padded on the left.
-        input_ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        written_RBL = pack.generate(
-            input_ids.to(pack.device), mask.to(pack.device), generation_config=config
-        ).cpu()
+        written_RBL = continuations(pack, prompts, config)
         for run in range(pack.size):
-            texts = tokenizer.batch_decode(written_RBL[run, :, width:], skip_special_tokens=True)
+            texts = tokenizer.batch_decode(written_RBL[run], skip_special_tokens=True)
             for i, text, reference in zip(chosen, texts, references, strict=True):
                 scores = {name: score(name, text, reference, settings) for name in wanted}
                 rows[run][i] = {"generated": text, **scores}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from stock import TINY, embedded_tokenizer, mixture, packed, tokens_of, train_pa
 from tiny import SMALL
 
 from lorabench import adapters, cli, data, machine, plan
+from lorabench.data.ragged import Ragged
 from lorabench.lengths import lengths_of
 from lorabench.pack import probe
 from lorabench.train import train

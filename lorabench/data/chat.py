@@ -107,7 +107,7 @@ def chat(
     """
     template = template_of(tokenizer, cfg.chat_template)
     pairs = [(one.prompt, one.completion) for one in examples]
-    rendered = render_pairs(template, tokenizer, pairs)
+    rendered = render_pairs(template, tokenizer, pairs, cfg.chat_template_kwargs or {})
     prompts = encode(tokenizer, [opened for opened, _ in rendered])
     conversations = encode(tokenizer, [whole for _, whole in rendered])
     eos, found = tokenizer.eos_token_id, []

@@ -69,7 +69,7 @@ def as_example(found: dict[str, Any]) -> tuple[str, str, str]:
     """
     last = found["train"][-1] if found["train"] else len(found["messages"])
     prompt = {"messages": found["messages"][:last], "tools": found["tools"]}
-    turn = found["messages"][last] if found["train"] else {"content": ""}
+    turn: dict[str, Any] = found["messages"][last] if found["train"] else {"content": ""}
     answer = turn["content"] or "".join(
         _json(call["function"]) for call in turn.get("tool_calls", [])
     )

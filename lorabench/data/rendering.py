@@ -27,11 +27,15 @@ ADDED_CHARACTERS = 100_000  # around prompt and completion; a real template adds
 
 
 def render_pairs(
-    template: str, tokenizer: Any, pairs: Sequence[tuple[str, str]]
+    template: str, tokenizer: Any, pairs: Sequence[tuple[str, str]], kwargs: dict[str, Any]
 ) -> list[tuple[str, str]]:
-    """Return of each prompt and completion what `pair` does. Raises as `render_all`."""
+    """Return of each prompt and completion what `pair` does. Raises as `render_all`.
+
+    Args:
+        kwargs: what the template gets beside the turns (`data.chat_template_kwargs`).
+    """
     remedy = "set data.chat_template=false and write the turns into data.prompt"
-    made = render_all(tokenizer, pairs, lambda one: pair(template, tokenizer, *one), remedy)
+    made = render_all(tokenizer, pairs, lambda one: pair(template, tokenizer, *one, kwargs), remedy)
     return [(opened, whole) for opened, whole in made]
 
 
@@ -42,7 +46,7 @@ def render_conversations(
 
     Args:
         found: what `conversations.conversation` returns, as JSON.
-        kwargs: what the template gets beside them (`data.chat_template_kwargs`).
+        kwargs: what the template gets beside the turns.
     """
     remedy = "give another data.chat_template, or change such turns: data.system, data.merge_turns"
     made = render_all(
@@ -111,14 +115,17 @@ def _first(item: Any) -> str:
     return f"{item[0]!r:.40}"
 
 
-def pair(template: str, tokenizer: Any, prompt: str, completion: str) -> tuple[Any, Any]:
+def pair(
+    template: str, tokenizer: Any, prompt: str, completion: str, kwargs: dict[str, Any]
+) -> tuple[str, str]:
     """Return the prompt with the opening of the assistant's turn, and the whole conversation."""
     turns = [{"role": "user", "content": prompt}]
     opened = tokenizer.apply_chat_template(
-        turns, chat_template=template, add_generation_prompt=True, tokenize=False
+        turns, chat_template=template, add_generation_prompt=True, tokenize=False, **kwargs
     )
     turns.append({"role": "assistant", "content": completion})
-    return opened, tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+    whole = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, **kwargs)
+    return opened, whole
 
 
 def conversation(
@@ -131,13 +138,13 @@ def conversation(
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    special = tokenizer.special_tokens_map  # what templates call bos_token and so on
+    variables = tokenizer.special_tokens_map | kwargs  # templates call the first bos_token, ...
 
     def render(messages: list[dict[str, Any]], open_answer: bool, marks: bool = False) -> Any:
         texts, places = render_jinja_template(
             [messages], tools=found["tools"], chat_template=template,
             return_assistant_tokens_mask=marks, add_generation_prompt=open_answer,
-            **(special | kwargs),
+            **variables,
         )  # fmt: skip
         return (texts[0], places[0]) if marks else texts[0]
 

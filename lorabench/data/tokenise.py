@@ -65,7 +65,7 @@ def _encoded(
         yield from turns.encode(examples, tokenizer, cfg, stops)
     else:
         pairs = (
-            chat(examples, tokenizer, cfg, _encode)
+            chat(examples, tokenizer, cfg, encode_plain)
             if cfg.chat_template
             else _plain(examples, tokenizer, cfg)
         )
@@ -86,7 +86,7 @@ def _pieces(
     """Yield the pieces of each text; of one without a second token, an empty one."""
     opening = [tokenizer.bos_token_id] if cfg.add_bos and opens_with_bos(tokenizer) else []
     closing = [tokenizer.eos_token_id] if cfg.add_eos else []
-    texts = _encode(tokenizer, [example.completion for example in examples])
+    texts = encode_plain(tokenizer, [example.completion for example in examples])
     for index, text in enumerate(texts):
         ids = [*([] if text[:1] == opening else opening), *text, *closing]
         if not text or len(ids) < 2:
@@ -102,8 +102,8 @@ def _plain(
     examples: Sequence[Example], tokenizer: Any, cfg: DataConfig
 ) -> list[tuple[list[int], list[int], str | None]]:
     """Return ids of prompt and completion; nothing of a completion's text can be lost here."""
-    prompts = _encode(tokenizer, [example.prompt for example in examples])
-    completions = _encode(tokenizer, [example.completion for example in examples])
+    prompts = encode_plain(tokenizer, [example.prompt for example in examples])
+    completions = encode_plain(tokenizer, [example.completion for example in examples])
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if cfg.add_bos and opens_with_bos(tokenizer):
         prompts = [ids if ids[:1] == [bos] else [bos, *ids] for ids in prompts]
@@ -122,7 +122,7 @@ def opens_with_bos(tokenizer: Any) -> bool:
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def encode_plain(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Ids without special tokens; without the tokenizer's warning of long texts, we count them."""
     if not texts:
         return []

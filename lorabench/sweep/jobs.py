@@ -11,7 +11,6 @@ from omegaconf import DictConfig
 
 from lorabench import config as configs
 from lorabench import masking, plan, record
-from lorabench import model as base_model
 from lorabench.config import Config, ConfigErrors
 
 
