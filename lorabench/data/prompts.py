@@ -15,7 +15,8 @@ from lorabench.data.tokenise import encode_plain, opens_with_bos
 def prompt_ids(prompts: Sequence[str], tokenizer: Any, cfg: DataConfig) -> list[list[int]]:
     """Return the token ids of prompts, by the rules of `tokenise`; nothing is left out or cut.
 
-    With `data.chat_template`, and of conversations, a prompt is a user turn, followed by the opening of the assistant's.
+    With `data.chat_template`, and of conversations, a prompt is a user turn, followed by the
+    opening of the assistant's.
 
     Raises:
         ConfigErrors: A prompt gives no token; the chat template is missing or refuses a prompt.

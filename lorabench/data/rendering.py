@@ -35,7 +35,9 @@ def render_pairs(
         kwargs: what the template gets beside the turns (`data.chat_template_kwargs`).
     """
     remedy = "set data.chat_template=false and write the turns into data.prompt"
-    made = render_all(tokenizer, pairs, lambda one: pair(template, tokenizer, *one, kwargs), remedy)
+    made = render_all(
+        tokenizer, pairs, lambda one: pair(template, tokenizer, one[0], one[1], kwargs), remedy
+    )
     return [(opened, whole) for opened, whole in made]
 
 
@@ -141,11 +143,11 @@ def conversation(
     variables = tokenizer.special_tokens_map | kwargs  # templates call the first bos_token, ...
 
     def render(messages: list[dict[str, Any]], open_answer: bool, marks: bool = False) -> Any:
-        texts, places = render_jinja_template(
+        made: Any = render_jinja_template(
             [messages], tools=found["tools"], chat_template=template,
-            return_assistant_tokens_mask=marks, add_generation_prompt=open_answer,
-            **variables,
+            return_assistant_tokens_mask=marks, add_generation_prompt=open_answer, **variables,
         )  # fmt: skip
+        texts, places = made
         return (texts[0], places[0]) if marks else texts[0]
 
     messages, wanted = found["messages"], found["train"]
