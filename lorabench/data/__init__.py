@@ -29,7 +29,7 @@ from lorabench.data.labels import classify, labels_of
 from lorabench.data.prompts import prompt_ids
 from lorabench.data.sources import check
 from lorabench.data.splits import Splits, load
-from lorabench.data.tokenise import opens_with_bos, tokenise
+from lorabench.data.tokenise import opens_with_bos, tokenise, tokenise_once
 from lorabench.data.tokens import Tokens
 
 __all__ = [
@@ -52,4 +52,5 @@ __all__ = [
     "pad_id",
     "prompt_ids",
     "tokenise",
+    "tokenise_once",
 ]

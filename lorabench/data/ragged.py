@@ -43,6 +43,13 @@ class Ragged:
         ends = self.ends[:count]
         return Ragged(self.values[: int(ends[-1]) if len(ends) else 0], ends)
 
+    def distinct(self) -> list[int]:
+        """Return every integer that occurs, once."""
+        found: set[int] = set()
+        for start in range(0, len(self.values), 1 << 20):
+            found.update(np.unique(self.values[start : start + (1 << 20)]).tolist())
+        return sorted(found)
+
     def __len__(self) -> int:
         return len(self.ends)
 

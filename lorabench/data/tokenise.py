@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
+from lorabench import interrupt
 from lorabench.config import ConfigErrors, DataConfig
-from lorabench.data import turns
+from lorabench.data import token_cache, turns
 from lorabench.data.chat import chat
 from lorabench.data.examples import Example
+from lorabench.data.labels import classify
 from lorabench.data.tokens import Encoded, Kept, Tokens
+
+PARALLEL = 40_000  # examples from which several processes take less time, their start included
+PART = 5_000  # examples that one of them is given at once
 
 
 def tokenise(
@@ -49,10 +59,116 @@ def tokenise(
             "data.add_eos: must be false with a tokenizer that has no EOS token; "
             f"got true and '{tokenizer.name_or_path}'; set data.add_eos=false"
         )
+    if len(examples) > PARALLEL:
+        kept = _in_parallel(examples, tokenizer, cfg, stops)
+    else:
+        kept = _some(range(len(examples)), examples, tokenizer, cfg, stops)
+    return kept.tokens(len(examples))
+
+
+def tokenise_once(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    cfg: DataConfig,
+    content: str,
+    tokenizer_hash: str,
+    stops: Collection[int] = (),
+    labels: list[str] | None = None,
+) -> Tokens:
+    """Return the tokens of a split; those of a large one are kept on disk for the next time.
+
+    Args:
+        content: the content hash of the split.
+        tokenizer_hash: the hash of the tokenizer's files.
+        labels: of a classification.
+    Raises:
+        ConfigErrors: as `tokenise` and `classify`.
+    """
+
+    def make() -> Tokens:
+        if labels:
+            return classify(examples, tokenizer, cfg, labels)
+        return tokenise(examples, tokenizer, cfg, stops)
+
+    if len(examples) < token_cache.SMALLEST:
+        return make()
+    key = token_cache.key_of(cfg, content, tokenizer_hash, stops, labels or [])
+    found = token_cache.load(key)
+    if found is None:
+        found = make()
+        token_cache.save(key, found)
+    return found
+
+
+def _some(
+    places: range,
+    examples: Sequence[Example],
+    tokenizer: Any,
+    cfg: DataConfig,
+    stops: Collection[int],
+) -> Kept:
+    """Return the tokens of some examples.
+
+    Args:
+        places: of these examples among all.
+    """
     kept = Kept(cfg, tokenizer.bos_token_id)
     for index, encoded in _encoded(examples, tokenizer, cfg, stops):
-        kept.add(index, examples[index], encoded)
-    return kept.tokens(len(examples))
+        kept.add(places[index], examples[index], encoded)
+    return kept
+
+
+def _in_parallel(
+    examples: Sequence[Example], tokenizer: Any, cfg: DataConfig, stops: Collection[int]
+) -> Kept:
+    """Return the tokens of many examples, from several processes that are started anew.
+
+    A fork of this process would inherit torch's threads, and locks that they hold.
+    """
+    workers = max(
+        1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
+    )
+    kept = Kept(cfg, tokenizer.bos_token_id)
+    parts = [
+        range(start, min(start + PART, len(examples))) for start in range(0, len(examples), PART)
+    ]
+    waiting: deque[Future[Kept]] = deque()
+    with ProcessPoolExecutor(
+        workers, get_context("spawn"), _start, (tokenizer, cfg, tuple(stops))
+    ) as pool:
+        try:
+            for part in parts:
+                # What waits is held in memory: as many parts as there are processes, and one more.
+                if len(waiting) > workers:
+                    kept.take(waiting.popleft().result())
+                waiting.append(pool.submit(_work, part, list(examples[part.start : part.stop])))
+            while waiting:
+                kept.take(waiting.popleft().result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return kept
+
+
+# --- in a process of its own ------------------------------------------------------------------
+
+_GIVEN: list[Any] = []  # tokenizer, config and stops of this process
+
+
+def _start(*given: Any) -> None:
+    for number in interrupt.HEARD:  # the parent decides
+        signal.signal(number, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other processes are the other cores
+    _GIVEN[:] = given
+
+
+def _work(places: range, examples: list[Example]) -> Kept:
+    kept = _some(places, examples, *_GIVEN)
+    kept.pack()
+    return kept
+
+
+# --- by format -------------------------------------------------------------------------------
 
 
 def _encoded(

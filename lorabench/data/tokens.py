@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -85,6 +86,19 @@ class Tokens:
         widths = begins_ends[:, 1] - begins_ends[:, 0]
         return np.bincount(owner, weights=widths, minlength=len(self)).astype(np.int64)
 
+    def error(self, split: str, cfg: DataConfig) -> str:
+        """Return why too much of a split would be left out as too long; empty if it is not."""
+        total = self.num_examples - self.num_empty
+        if self.num_too_long <= cfg.allow_left_out * total:
+            return ""
+        enough = int(np.quantile(self.all_lengths, 0.99, method="higher"))
+        return (
+            f"data.max_length: must let at least {1 - cfg.allow_left_out:.0%} of data.{split} "
+            f"through; got {cfg.max_length}, and {self.num_too_long} of {total} examples are "
+            f"longer; data.max_length={enough} keeps 99%; set it, or data.allow_left_out="
+            f"{_share(self.num_too_long / total)} to leave them out"
+        )
+
     def notes(self, split: str, cfg: DataConfig) -> list[str]:
         """Return what a user should know about the examples left out or changed, in sentences."""
         found, total = [], self.num_examples
@@ -162,6 +176,11 @@ class Tokens:
         )
 
 
+def _share(part: float) -> str:
+    """A part of one, rounded up to two digits."""
+    return f"{math.ceil(part * 100) / 100:g}"
+
+
 def _shortened(text: str, width: int = 60) -> str:
     return repr(text if len(text) <= width else f"{text[: width - 3]}...")
 
@@ -179,17 +198,18 @@ class Kept:
         self.num_too_long = self.num_cut = self.num_empty = self.num_losing_text = 0
         self.first_loss: tuple[str, str] | None = None
 
-    def add(self, index: int, example: Example, encoded: Encoded) -> None:
+    def add(self, index: int, example: Example, encoded: Encoded) -> bool:
+        """Add an example if it fits; return whether it does."""
         ids, spans, limit = encoded.ids, encoded.spans, self.cfg.max_length
         if not spans:
             self.num_empty += 1
-            return
+            return False
         self.lengths.append(len(ids))
         if (over := len(ids) - limit) > 0:
             # One token stays before the first span, to predict it from: BOS, where there is one.
             if self.cfg.too_long != "cut_prompt" or over > spans[0] - 1:
                 self.num_too_long += 1
-                return
+                return False
             keep = int(ids[0] == self.bos)
             ids = [*ids[:keep], *ids[keep + over :]]
             spans = [place - over for place in spans]
@@ -206,6 +226,13 @@ class Kept:
         if encoded.left is not None:
             self.num_losing_text += 1
             self.first_loss = self.first_loss or (example.completion, encoded.left)
+        return True
+
+    def pack(self) -> None:
+        """Make it something that can be sent to another process."""
+        self._flush()
+        self.values = array("i", bytes(self._spool.content()))
+        del self._spool
 
     def _flush(self) -> None:
         self._spool.write(self.values)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.table import Table
 
 from lorabench import machine, stages, versions
+from lorabench.show.examples import examples
 from lorabench.show.text import console, dump, quantity, size, whole
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def plan(
     unread: str = "",
     told: Outlook | None = None,
     difference: float | None = None,
+    seen: dict[str, Any] | None = None,
 ) -> None:
     """Show what a command will do.
 
@@ -37,6 +39,7 @@ def plan(
         unread: why the data could not be read.
         told: what the sweep will be able to tell.
         difference: that is to be found, in the unit of its metric.
+        seen: examples as the model sees them, and lengths, of the first run.
     """
     peak = machine.matmul_flops()
     plans = [
@@ -48,9 +51,12 @@ def plan(
         content |= {"versions": versions.shown(), "notes": list(notes), "unread": unread}
         content["outlook"] = _outlook_content(told, difference, content["seconds"] / len(jobs))
         tried = [dataclasses.asdict(attempt) for attempt in attempts]
-        dump(content | ({"smoke": tried} if tried else {}))
+        dump(content | ({"smoke": tried} if tried else {}) | (seen or {}))
         return
     out = console()
+    if seen is not None:
+        examples(seen["examples"], seen["lengths"])
+        out.print()
     first = jobs[0]
     models = ", ".join(dict.fromkeys(job.plan.model for job in jobs))
     table = Table(
