@@ -187,7 +187,7 @@ class Stock:
         self.config, self.device = config, device
         model: Any = AutoModelForCausalLM.from_pretrained(
             base_model.location(config.model),
-            dtype=getattr(torch, config.model.dtype),
+            dtype=getattr(torch, base_model.settled(config).model.dtype),
             attn_implementation=config.model.attn_implementation,
         ).to(device)
         lora, planned = config.lora, (planner or plan.Planner()).make(config)

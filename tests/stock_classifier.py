@@ -47,7 +47,7 @@ def stock_model(config: Config) -> Any:
     model = t.AutoModelForSequenceClassification.from_pretrained(
         base_model.location(config.model),
         num_labels=len(LABELS),
-        dtype=getattr(torch, config.model.dtype),
+        dtype=getattr(torch, base_model.settled(config).model.dtype),
     )
     model.config.pad_token_id = tokenizer_at(base_model.location(config.model)).pad_token_id
     return model
