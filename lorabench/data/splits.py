@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from lorabench.config import ConfigErrors, DataConfig
 from lorabench.data import sources, templates
 from lorabench.data.hashes import split_hashes
+from lorabench.data.references import check_references
 from lorabench.data.templates import SPLITS, own_sources
 
 
@@ -69,6 +70,8 @@ def load(cfg: DataConfig) -> Splits:
                     f"data.{split}: has {there} examples, fewer than data.num_{split}={wanted} "
                     f"asks for; all are used; give more, or set data.num_{split}={there}"
                 )
+    for split in ("validation", "test"):
+        notes += check_references(cfg, split, (one.completion for one in sets[split]))
     train_prompts = {example.prompt for example in sets["train"]}
     for split in ("validation", "test"):
         shared = sum(example.prompt in train_prompts for example in sets[split])

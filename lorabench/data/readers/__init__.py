@@ -7,7 +7,6 @@ opening   bytes -> text: compression and encoding
 objects   json
 tables    csv, tsv and parquet
 texts     plain text
-look      what a file holds, for people who write a config for it
 """
 
 from __future__ import annotations

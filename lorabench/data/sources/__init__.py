@@ -6,6 +6,7 @@ found    what lies at a path
 files    jsonl files, and whatever data.source=path finds here
 hub      datasets, loaded by datasets
 skills   generated examples
+look     what a path holds, for people who write a config for it
 """
 
 from __future__ import annotations

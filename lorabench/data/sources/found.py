@@ -1,4 +1,4 @@
-"""What lies at a path: a file, the files of a folder or a glob, a dataset of the hub, or nothing."""
+"""What lies at a path: a file, the files of a folder or glob, a dataset of the hub, or nothing."""
 
 from __future__ import annotations
 
