@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 
-from lorabench.config import ConfigErrors, DataConfig, and_more
+from lorabench.config import ConfigErrors, DataConfig
 
 
-def check_references(cfg: DataConfig, split: str, completions: Iterable[str]) -> list[str]:
-    """Return a note if data.answer_pattern matches only some references of a split.
+def check_references(cfg: DataConfig, references: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return notes on the splits where data.answer_pattern matches only some references.
 
+    Args:
+        references: The completions of each split that is scored.
     Raises:
-        ConfigErrors: It matches none, so that every model would score 0.
+        ConfigErrors: It matches none at all, so that every model would score 0.
     """
     if cfg.answer_pattern is None or not {"answer", "answer_flexible"}.intersection(cfg.metric):
         return []
-    total = 0
-    unmatched: list[str] = []
-    for completion in completions:
-        total += 1
-        if re.search(cfg.answer_pattern, completion) is None:
-            unmatched.append(completion)
-    if total and len(unmatched) == total:
+    pattern = re.compile(cfg.answer_pattern)
+    unmatched = {
+        split: [text for text in texts if not pattern.search(text)]
+        for split, texts in references.items()
+    }
+    if all(len(unmatched[split]) == len(texts) for split, texts in references.items()):
+        example = next(text for texts in references.values() for text in texts)
         raise ConfigErrors(
-            f"data.answer_pattern: must match the references of data.{split}; "
-            f"got {cfg.answer_pattern!r}, which matches none of {total}, "
-            f"such as {unmatched[0][-60:]!r}; correct it, or leave these metrics out"
+            f"data.answer_pattern: must match references of {' or '.join(references)}; "
+            f"got {cfg.answer_pattern!r}, which matches none of "
+            f"{sum(map(len, references.values()))}, such as {example[-60:]!r}; correct it, or "
+            "leave `answer` and `answer_flexible` out of data.metric"
         )
-    if unmatched:
-        return [
-            f"data.{split}: data.answer_pattern matches no answer in {len(unmatched)} of {total} "
-            f"references ({and_more([repr(unmatched[0][-60:])])}), which count as wrong"
-        ]
-    return []
+    return [
+        f"data.{split}: data.answer_pattern finds no answer in {len(texts)} of "
+        f"{len(references[split])} references, such as {texts[0][-60:]!r}; whatever is generated "
+        "for them counts as wrong"
+        for split, texts in unmatched.items()
+        if texts
+    ]

@@ -70,8 +70,8 @@ def load(cfg: DataConfig) -> Splits:
                     f"data.{split}: has {there} examples, fewer than data.num_{split}={wanted} "
                     f"asks for; all are used; give more, or set data.num_{split}={there}"
                 )
-    for split in ("validation", "test"):
-        notes += check_references(cfg, split, (one.completion for one in sets[split]))
+    scored = ("validation", "test")
+    notes += check_references(cfg, {s: [one.completion for one in sets[s]] for s in scored})
     train_prompts = {example.prompt for example in sets["train"]}
     for split in ("validation", "test"):
         shared = sum(example.prompt in train_prompts for example in sets[split])

@@ -172,7 +172,7 @@ def _row(number: int, value: Any, where: str, text: str) -> Row:
             try:
                 json.dumps([column, cell], ensure_ascii=False).encode()
             except UnicodeEncodeError:
-                error = f"column '{column!a:.40}' holds an unpaired surrogate: {cell!a:.40}"
+                error = f"column {column!a:.40} holds an unpaired surrogate: {cell!a:.40}"
                 return Row(number, {}, where, error)
     return Row(number, value, where)
 
