@@ -82,7 +82,7 @@ def only_error(cfg):
         ),
         (
             "a.json",
-            b'[\n{"prompt": "a"},\n{"x": {"k": 1, "k": 1}}]',
+            b'[\n{"prompt": 1, "completion": 2},\n{"x": {"k": 1, "k": 1}}]',
             "line 3 of {}: key 'k' occurs",
         ),
         (

@@ -26,6 +26,7 @@ from lorabench.hashes import file_hash
 
 __all__ = [
     "Reading",
+    "Refused",
     "Row",
     "check",
     "check_source",
