@@ -48,7 +48,6 @@ def test_every_form_is_read_as_the_same_examples(odd_files, monkeypatch):
         assert sorted((e.prompt, e.completion) for e in found) == sorted(
             (row["prompt"], row["completion"]) for row in PAIRS
         ), form
-    assert say("plan", *PLAN, "data=path", "data.train.path=c.csv").code == 0
 
 
 @pytest.mark.parametrize(
@@ -96,20 +95,14 @@ def test_the_documented_template_makes_a_line_break(tmp_path, monkeypatch):
         assert data.load(cfg.data).train[0].prompt.count("\n") == 1
 
 
-def test_main_hands_line_breaks_on(tmp_path):
-    """Of a run and of every run of a sweep, as the record says it."""
-    rows = [{"question": f"{i}", "answer": str(i)} for i in range(40)]
-    path = write(tmp_path / "qa.jsonl", rows)
-    words = [
-        "train", "-m", *PLAN, "trainer.steps=1", "data=path", f"data.train.path={path}",
-        r'data.prompt="Q: {question}\nA:","{question}\\n"', 'data.completion="{answer}"',
-        f"output_dir={tmp_path / 'out'}",
-    ]  # fmt: skip
-    said = say(*words)
-    assert said.code == 0, said.err
-    configs = [yaml.safe_load(f.read_text()) for f in (tmp_path / "out").glob("*/*/config.yaml")]
-    prompts = {config["data"]["prompt"] for config in configs}
-    assert prompts == {"Q: {question}\nA:", "{question}\\n"}
+def test_main_hands_line_breaks_on():
+    said = say(
+        "train", "--cfg", "job", "data=path", r'data.prompt="Q: {question}\nA:"',
+        r'data.test.completion="{answer}\\n"',
+    )  # fmt: skip
+    found = yaml.safe_load(said.out)["data"]
+    assert found["prompt"] == "Q: {question}\nA:"
+    assert found["test"]["completion"] == "{answer}\\n"
 
 
 def test_line_breaks_in_nothing_else():
