@@ -24,6 +24,7 @@ as numbers: 18.00 is 18. The harness compares them as text; nothing else differs
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -73,7 +74,7 @@ def evaluate(
     exact = np.zeros((pack.size, count), dtype=np.int8)
     texts = [[""] * count for _ in range(pack.size)]
     # Examples of similar length together: a model that pads computes less.
-    by_length = np.argsort([len(ids) for ids in tokens.input_ids], kind="stable")
+    by_length = np.argsort(tokens.input_ids.lengths, kind="stable")
     for start in range(0, count, size):
         indices = by_length[start : start + size]
         input_ids, labels_BT = data.batch(tokens, indices, None, pad_id)
@@ -175,6 +176,59 @@ def generation_settings(settings: DataConfig, eos_token_ids: list[int]) -> dict[
     }
 
 
+def scored(
+    pack: ModulePack | StackedPack,
+    tokens: data.Tokens,
+    tokenizer: Any,
+    pad_id: int,
+    settings: DataConfig,
+    batch_size: int,
+) -> list[pa.Table]:
+    """Return the tables of `evaluate` with every column that settings.metric asks for.
+
+    Those of generated answers come from `answers`.
+    """
+    tables = evaluate(pack, tokens, tokenizer, pad_id, settings.metric, batch_size)
+    if set(GENERATED) & set(settings.metric):
+        eos = eos_token_ids(pack.tree.generation_config, tokenizer)
+        texts = answers(pack, tokens, tokenizer, pad_id, settings, eos, batch_size)
+        for name in texts[0].column_names:
+            tables = [
+                table.append_column(name, text[name])
+                for table, text in zip(tables, texts, strict=True)
+            ]
+    return tables
+
+
+def greedy(settings: DataConfig, eos_token_ids: list[int], pad_id: int) -> GenerationConfig:
+    """Return the settings of a generation for generate(), with nothing of the base's own in them.
+
+    Args:
+        pad_id: What follows the end of a continuation.
+    """
+    decided = generation_settings(settings, eos_token_ids) | {"eos_token_id": eos_token_ids or None}
+    return GenerationConfig(**decided, pad_token_id=pad_id, use_cache=True)
+
+
+def continuations(
+    pack: ModulePack | StackedPack, prompts: Sequence[Sequence[int]], config: GenerationConfig
+) -> torch.Tensor:
+    """Return what every run writes after each prompt: token ids on the CPU, shape (R, B, L).
+
+    Args:
+        prompts: B lists of token ids.
+        config: From `greedy`.
+    """
+    pad_id, width = config.pad_token_id, max(map(len, prompts))
+    # Generation continues at the right edge, so prompts are padded on the left.
+    input_ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    written_RBL = pack.generate(
+        input_ids.to(pack.device), mask.to(pack.device), generation_config=config
+    )
+    return written_RBL[:, :, width:].cpu()
+
+
 def answers(
     pack: ModulePack | StackedPack,
     tokens: data.Tokens,
@@ -197,28 +251,19 @@ def answers(
     count = min(settings.answer_examples, len(tokens))
     size = batch_size or pack.configs[0].trainer.eval_batch_size
     wanted = [name for name in GENERATED if name in settings.metric]
-    decided = generation_settings(settings, eos_token_ids)
-    # Made anew, so that nothing of the base's generation_config.json is in it.
-    config = GenerationConfig(
-        **(decided | {"eos_token_id": eos_token_ids or None}), pad_token_id=pad_id, use_cache=True
-    )
+    config = greedy(settings, eos_token_ids, pad_id)
     rows: list[list[Any]] = [[None] * count for _ in range(pack.size)]
     # Prompts of similar length together: there is less padding before them.
-    by_length = np.argsort(tokens.completion_start[:count], kind="stable")
+    starts = tokens.completion_start[:count]
+    by_length = np.argsort(starts, kind="stable")
     for start in range(0, count, size):
         chosen = by_length[start : start + size]
-        prompts = [tokens.input_ids[i][: tokens.completion_start[i]] for i in chosen]
-        completions = [tokens.input_ids[i][tokens.completion_start[i] :] for i in chosen]
+        prompts = [tokens.input_ids[i][: starts[i]] for i in chosen]
+        completions = [tokens.input_ids[i][starts[i] : tokens.spans[i][-1]] for i in chosen]
         references = tokenizer.batch_decode(completions, skip_special_tokens=True)
-        width = max(map(len, prompts))
-        # Generation continues at the right edge, so prompts are padded on the left.
-        input_ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        written_RBL = pack.generate(
-            input_ids.to(pack.device), mask.to(pack.device), generation_config=config
-        ).cpu()
+        written_RBL = continuations(pack, prompts, config)
         for run in range(pack.size):
-            texts = tokenizer.batch_decode(written_RBL[run, :, width:], skip_special_tokens=True)
+            texts = tokenizer.batch_decode(written_RBL[run], skip_special_tokens=True)
             for i, text, reference in zip(chosen, texts, references, strict=True):
                 scores = {name: score(name, text, reference, settings) for name in wanted}
                 rows[run][i] = {"generated": text, **scores}

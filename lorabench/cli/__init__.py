@@ -14,6 +14,7 @@ from lorabench import masking
 from lorabench.cli.comparing import compare
 from lorabench.cli.composing import compose, register
 from lorabench.cli.exporting import export
+from lorabench.cli.generating import generate
 from lorabench.cli.mistakes import guarded
 from lorabench.cli.planning import plan
 from lorabench.cli.planning import split as split_plan
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         "runs": runs,
         "compare": compare,
         "settle": settle,
+        "generate": generate,
         "export": export,
         "replay": replay,
         "diff": diff,

@@ -8,6 +8,7 @@ VERBS = {
     "runs": "list every run of a sweep and its status",
     "compare": "what a sweep has found, in sentences, and its table: one row per setting",
     "settle": "add seeds to a sweep until its questions are settled, at looks fixed before",
+    "generate": "what the base and every setting of a sweep answer to a prompt, side by side",
     "export": "a run's adapter, or base and adapter merged, checked against the run",
     "replay": "train a run again from its record alone; --verify says whether it is the same",
     "diff": "what differs between two runs: config, data, stack, losses, results",
@@ -21,6 +22,7 @@ examples:
   lorabench evaluate outputs/default 'data.metric=[nll,nll_per_token]'   scored again
   lorabench plan -m experiment=lm_head              what a sweep will do
   lorabench plan --smoke -m experiment=lm_head      and a few steps of each pack, reloaded
+  lorabench generate outputs/default --prompt 'TEXT' base and settings, side by side
   lorabench export outputs/default/ID --to merged D a transformers folder, checked
   lorabench train --cfg job                         every key and its value
 """

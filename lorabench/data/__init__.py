@@ -10,6 +10,7 @@ splits    which example is in train, validation and test
 tokens    prompt and completion as token ids
 chat      the same, through the tokenizer's chat template
 labels    of a classification: the classes, and prompts as token ids
+prompts   prompts without completions, for `lorabench generate`
 batches   padding, labels, and the order of the training examples
 """
 
@@ -22,11 +23,14 @@ from lorabench.data.batches import (
     order_of,
     pad_id,
 )
+from lorabench.data.examples import Example
 from lorabench.data.hashes import content_hash, content_hashes
 from lorabench.data.labels import classify, labels_of
+from lorabench.data.prompts import prompt_ids
 from lorabench.data.sources import check
-from lorabench.data.splits import Example, Splits, load
-from lorabench.data.tokens import Tokens, opens_with_bos, tokenise
+from lorabench.data.splits import Splits, load
+from lorabench.data.tokenise import opens_with_bos, tokenise, tokenise_once
+from lorabench.data.tokens import Tokens
 
 __all__ = [
     "IGNORED",
@@ -46,5 +50,7 @@ __all__ = [
     "order_hash",
     "order_of",
     "pad_id",
+    "prompt_ids",
     "tokenise",
+    "tokenise_once",
 ]

@@ -111,13 +111,20 @@ def _finished_near(folder: Path) -> str:
     return ""
 
 
-def check_base(run: Run) -> None:
-    """Refuse a base that is not, byte for byte, the one the run was trained on."""
+def check_base(run: Run, with_tokenizer: bool = False) -> None:
+    """Refuse a base that is not, byte for byte, the one the run was trained on.
+
+    Args:
+        with_tokenizer: its tokenizer must be the same too; old records do not tell.
+    """
     errors = base_model.check(run.model)
     if errors:
         raise ConfigErrors(errors)
     now = base_model.identity(run.model)
-    for key in ("hub", "revision", "weights"):
+    parts = ["hub", "revision", "weights"]
+    if with_tokenizer and "tokenizer" in run.entry.provenance:
+        parts.append("tokenizer")
+    for key in parts:
         then = run.entry.provenance[key]
         if now[key] != then:
             raise ConfigErrors(
