@@ -161,7 +161,10 @@ def test_duplicate_keys_are_refused_for_jsonl_too(tmp_path):
 def test_conversations_are_passed_on_as_they_are(tmp_path):
     """Lists, nulls and objects; `tools` may be there or not, and only text is checked as text."""
     turns = [
-        [{"role": "user", "content": f"é{i}"}, {"role": "assistant", "content": "a", "n": None}]
+        [
+            {"role": "user", "content": f"é{i}", "n": None},  # a struct of parquet has every key
+            {"role": "assistant", "content": "a", "n": i},
+        ]
         for i in range(40)
     ]
     rows = [{"messages": turn} for turn in turns]
