@@ -197,10 +197,10 @@ def template_columns(key: str, template: str) -> tuple[Wanted, str]:
     try:
         sections = parse(template)
     except ValueError as error:
-        brackets = "brackets" if "[[" in str(error) or "several" in str(error) else ""
-        remedy = "put two brackets of the text as four" if brackets else (
-            "write a brace of the text twice"
-        )  # fmt: skip
+        if "[[" in str(error) or "]]" in str(error):
+            remedy = "put two brackets of the text as four"
+        else:
+            remedy = "write a brace of the text twice"
         return Wanted({}), (
             f"{key}: must be a template over columns, such as 'Q: {{question}}'; "
             f"got {template!r}: {error}; {remedy}"

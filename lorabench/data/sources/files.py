@@ -97,6 +97,7 @@ def _check(
     read: Callable[[], Iterator[Row]],
     is_strict: bool,
 ) -> Checked:
+    """Return what is wrong with one file, and its number of rows, in one pass."""
     num_rows = num_bad = 0
     first_bad = first_reason = ""
     unseen = dict(wanted.optional)

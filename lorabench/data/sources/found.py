@@ -84,9 +84,8 @@ def mode_of(path: Path) -> int | None:
         return None
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         reason = getattr(error, "strerror", None) or str(error)
-        raise Refused("be readable", f"'{path}': {reason}", "correct its rights or the path") from (
-            error
-        )
+        remedy = "correct its rights or the path"
+        raise Refused("be readable", f"'{path}': {reason}", remedy) from error
 
 
 def must_be_a_file(path: Path, mode: int) -> None:
