@@ -8,6 +8,7 @@ from typing import Any
 from lorabench.config.schema import DataConfig
 
 FORMATS = ("prompt_completion", "messages", "sharegpt", "text")
+SAMPLE_BY = ("document", "paragraph", "line")
 
 
 def check(found: Any, data: DataConfig) -> None:
@@ -26,10 +27,14 @@ def check(found: Any, data: DataConfig) -> None:
         must(
             data.train.path is not None,
             "data.train.path",
-            "a file" if data.source == "jsonl" else "a dataset id or folder",
+            {"jsonl": "a file", "path": "a file, a folder, a glob or a dataset id"}.get(
+                data.source, "a dataset id or folder"
+            ),
             None,
             "set data.train.path=...",
         )
+    for split in ("train", "validation", "test"):
+        one_of(f"data.{split}.sample_by", getattr(data, split).sample_by)
     must(bool(data.metric), "data.metric", f"a list out of {', '.join(found.metrics)}", data.metric)
     for metric in data.metric:
         one_of("data.metric", metric)

@@ -3,8 +3,10 @@
 Knows no model and no trainer, and imports without torch, transformers and datasets.
 
 files     hashes of files
-sources   reading and checking: skills, jsonl files, datasets of the hub
+readers   files as rows: jsonl, json, csv, tsv, parquet and text
+sources   finding, checking and reading: skills, files, datasets of the hub
 templates columns -> the text of prompt and completion
+references whether data.answer_pattern finds an answer in them
 hashes    the content hash of each split
 splits    which example is in train, validation and test
 tokens    prompt and completion as token ids

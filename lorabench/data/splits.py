@@ -16,6 +16,7 @@ from lorabench.config import ConfigErrors, DataConfig, SourceConfig
 from lorabench.data import conversations, sources, templates
 from lorabench.data.examples import Collector, Example, Examples
 from lorabench.data.hashes import split_hashes
+from lorabench.data.references import check_references
 from lorabench.data.templates import SPLITS, own_sources
 
 
@@ -65,6 +66,8 @@ def load(cfg: DataConfig) -> Splits:
         prompts = {split: _hashes(example.prompt for example in sets[split]) for split in SPLITS}
     else:
         sets, prompts, read = _read(cfg, notes)
+    scored = ("validation", "test")
+    notes += check_references(cfg, {s: (one.completion for one in sets[s]) for s in scored})
     train_prompts = prompts["train"]
     for split in ("validation", "test"):
         shared = int(np.isin(prompts[split], train_prompts).sum())
@@ -159,8 +162,8 @@ def _read(
 def _rows(cfg: DataConfig, split: str, source: SourceConfig, notes: list[str]) -> tuple[Rows, Any]:
     """Return the examples of one source, and what identifies it."""
     key = f"data.{split}.path"
-    reader = sources.read(cfg, split)
-    if cfg.source != "jsonl" and source.revision is None and not sources.local(source).is_dir():
+    reading = sources.read(cfg, split)
+    if source.revision is None and sources.is_remote(cfg.source, source):
         notes.append(
             f"data.{split}: '{source.path}' is read at its newest commit, so its content "
             f"may change between runs; set data.{split}.revision to a commit"
@@ -168,17 +171,17 @@ def _rows(cfg: DataConfig, split: str, source: SourceConfig, notes: list[str]) -
     make = _maker(cfg, split)
     rows, num_empty = Rows(), 0
     bad: list[str] = []
-    for where, row in reader.rows():
+    for row in reading:
         try:
-            prompt, completion, conversation = make(row)
+            prompt, completion, conversation = make(row.columns)
         except ValueError as error:
-            bad.append(f"{where}: {error}")
+            bad.append(f"{row.where}: {error}")
             continue
         if not completion.strip():
             num_empty += 1
             continue
         by = cfg.split_by if split == "train" else None
-        rows.add(prompt, completion, conversation, None if by is None else str(row[by]))
+        rows.add(prompt, completion, conversation, None if by is None else str(row.columns[by]))
     if bad:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise ConfigErrors(
@@ -200,7 +203,7 @@ def _rows(cfg: DataConfig, split: str, source: SourceConfig, notes: list[str]) -
             "none; fill the completions in, or give another path"
         )
     rows.finish()
-    return rows, reader.identity()
+    return rows, reading.identity
 
 
 def _maker(cfg: DataConfig, split: str) -> Any:
