@@ -116,6 +116,7 @@ def training(
         "trainer": trainer,
         "stages": [
             [stage.step, dict(sorted(stage.lr_scale.items()))]
+            + ([dict(sorted(stage.rewarm_steps.items()))] if stage.rewarm_steps else [])
             for stage in Stages(config.stages, trained).all
         ],
         "seeds": groups["seeds"],

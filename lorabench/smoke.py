@@ -84,7 +84,10 @@ def _shortened(job: Job) -> Job:
         micro_batch_size=None,
         warmup_steps=0,
     )
-    stages = [stage | {"from_step": begins[stage["from_step"]]} for stage in job.config.stages]
+    stages = [
+        stage | {"from_step": begins[stage["from_step"]], "rewarm_steps": 0}
+        for stage in job.config.stages
+    ]
     config = dataclasses.replace(job.config, trainer=trainer, stages=stages)
     return dataclasses.replace(job, config=config)
 
