@@ -61,6 +61,7 @@ NEUTRAL: dict[str, Any] = {
     "trainer.min_lr_ratio": 0.0,
     "trainer.keep": "last",
     "trainer.patience": None,
+    "start_from": None,
 }
 
 
@@ -84,7 +85,7 @@ def training(
     """Return what decides a training, canonically: the content that the run id is the hash of.
 
     Args:
-        contents: hashes of base, tokenizer and data.
+        contents: hashes of base, tokenizer and data, and of the adapter it starts from.
         ranks, scales: of each adapted module, patterns included.
         trained: every module that trains, adapted or in full.
         labels: of a classification, in the order of their numbers.
@@ -120,6 +121,7 @@ def training(
             for stage in Stages(config.stages, trained).all
         ],
         "seeds": groups["seeds"],
+        **({"start": contents["start"]} if config.start_from is not None else {}),
     } | chosen
 
 
