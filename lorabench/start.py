@@ -107,7 +107,7 @@ def put(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
 
     with torch.no_grad():
         for name, tensor in tensors.items():
-            state[name].copy_(tensor)
+            state[_in_run(name, state)].copy_(tensor)
 
 
 # --- whether a run can begin with it ---------------------------------------------------------
@@ -117,8 +117,9 @@ def notes(start: Start, wrapped: PeftModel) -> list[str]:
     """Say which modules a run begins with from the adapter, and which it draws."""
     from lorabench import adapters
 
-    held = {_module(name) for name in _header(start.folder / WEIGHTS)}
-    trained = list(dict.fromkeys(map(_module, adapters.adapter_state(wrapped))))
+    held = {_module(name) for name in _header(start.folder / WEIGHTS) if not _is_bias(name)}
+    mine = [name for name in adapters.adapter_state(wrapped) if not _is_bias(name)]
+    trained = list(dict.fromkeys(map(_module, mine)))
     drawn = [module for module in trained if module not in held]
     more = f"; drawn by seeds.init: {and_more(drawn, 3)}" if drawn else ""
     return [f"start_from: {len(trained) - len(drawn)} of {len(trained)} modules begin with "
@@ -152,10 +153,11 @@ def differences(
                 f"base; it says: {first_line(error).partition('. ')[0]}"]  # fmt: skip
     lora = config.lora
     found.must("lora.use_dora", bool(settings.use_dora), lora.use_dora)
-    if lora.bias != "none" or settings.bias != "none":
-        found.must("lora.bias", settings.bias, lora.bias)
     head = base_model.output_head(skeleton)
-    header, mine = _header(start.folder / WEIGHTS), adapters.adapter_state(wrapped)
+    mine = adapters.adapter_state(wrapped)
+    header = {_in_run(n, mine): one for n, one in _header(start.folder / WEIGHTS).items()}
+    if any(_is_bias(name) and not (head and _module(name) == head[0]) for name in header):
+        found.must("lora.bias", settings.bias, lora.bias)
     layers, their_layers = adapters.lora_layers(wrapped), adapters.lora_layers(theirs)
     policy = _head_policy(header, head[0] if head else None)
     if policy is not None and config.task == "causal_lm":
@@ -266,8 +268,12 @@ def _compare_tensors(
             f"start_from: tensors must have the shapes of this run's; '{found.folder}' has "
             f"{theirs} for {own} in {name} and {len(other)} in all: it was trained on another base"
         )
-    held = {_module(name) for name in header}
-    lost = [n for n in mine if _module(n) in held - explained and n not in header]
+    held = {_module(name) for name in header if not _is_bias(name)}
+    lost = [
+        name
+        for name in mine
+        if _module(name) in held - explained and name not in header and not _is_bias(name)
+    ]
     if lost:
         found.errors.append(
             f"start_from: a module must be in '{found.folder}' whole or not at all; it lacks "
@@ -303,6 +309,20 @@ def _header(path: Path) -> dict[str, tuple[list[int], str]]:
     with safe_open(path, "np") as file:
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         return {name: (part.get_shape(), part.get_dtype()) for name, part in parts.items()}
+
+
+def _is_bias(name: str) -> bool:
+    """Whether a saved tensor is a bias of the base, which begins as the base's where it is not."""
+    return name.endswith(".bias") and ".lora_" not in name
+
+
+def _in_run(name: str, mine: Mapping[str, Any]) -> str:
+    """The run's name of an adapter's tensor: PEFT renames a bias whose module gets an adapter."""
+    if name in mine or not _is_bias(name):
+        return name
+    bare = name.replace(".base_layer.bias", ".bias")
+    adapted = f"{bare.removesuffix('.bias')}.base_layer.bias"
+    return next((one for one in (bare, adapted) if one in mine), name)
 
 
 def _module(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,14 @@ def stock_base(config: Config) -> Any:
     )
 
 
-def saved_by_peft(folder: Path, seed: int = 0, **settings: Any) -> Path:
+def saved_by_peft(
+    folder: Path, seed: int = 0, words: Sequence[str] = SHORT, **settings: Any
+) -> Path:
     """An adapter that stock PEFT made: every tensor random, B too."""
     asked = {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION, "task_type": "CAUSAL_LM"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about tied layers
-        wrapped = get_peft_model(stock_base(composed(*SHORT)), LoraConfig(**(asked | settings)))
+        wrapped = get_peft_model(stock_base(composed(*words)), LoraConfig(**(asked | settings)))
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in wrapped.named_parameters():
@@ -189,6 +191,45 @@ def test_modules_that_it_lacks_get_their_own_draw(more: list[str], tmp_path: Pat
     assert "4 of 16 modules" in note and "drawn by seeds.init: " in note
 
 
+def test_biases_begin_as_the_adapters_or_as_the_bases(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """GPT-2 has some, Gemma none: bias=all, which trains none there, is no difference."""
+    words = [*SHORT, "model=local", f"model.path={tiny_folder('gpt2')}"]
+    targets = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+    without = saved_by_peft(tmp_path / "without", words=words, **targets)
+    biased = saved_by_peft(tmp_path / "all", words=words, bias="all", **targets)
+    planner = plan.Planner()
+    for began in (without, biased):
+        pack, _ = begun(planner, composed(*words, "lora.bias=all", f"start_from={began}"))
+        drawn, _ = begun(planner, composed(*words, "lora.bias=all"))
+        mine, own = pack.adapter_state(0), drawn.adapter_state(0)
+        # A bias has another name where its module is adapted: c_proj's, by the run alone.
+        held = {name.replace(".base_layer", ""): one for name, one in weights(began).items()}
+        names = {name: name.replace(".base_layer", "") for name in mine}
+        assert set(held) < set(names.values())
+        assert ("base_model.model.transformer.h.0.attn.c_proj.bias" in held) == (began == biased)
+        for name, tensor in mine.items():
+            assert torch.equal(tensor, held.get(names[name], own[name])), name
+    with pytest.raises(ConfigErrors, match=r"all; got none; set lora\.bias=all"):
+        planner.make(composed(*words, f"start_from={biased}"))
+    nothing = saved_by_peft(tmp_path / "nothing", bias="all")
+    assert planner.make(composed(*SHORT, f"start_from={nothing}")).run_id
+
+
+def test_a_classifier_begins_with_its_head(tmp_path: Path) -> None:
+    words = [
+        "experiment=classify", *[word for word in SHORT if "target_modules" not in word],
+        f"output_dir={tmp_path}",
+    ]  # fmt: skip
+    assert say("train", *words).code == 0
+    ((folder, _),) = recorded_runs(tmp_path)
+    pack, _ = begun(plan.Planner(), composed(*words, f"start_from={folder}", "seed=5"))
+    mine, held = pack.adapter_state(0), weights(folder / "adapter")
+    assert set(mine) == set(held) and any("score" in name for name in held)
+    assert all(torch.equal(tensor, held[name]) for name, tensor in mine.items())
+
+
 # --- ids -------------------------------------------------------------------------------------
 
 
@@ -257,7 +298,6 @@ def test_every_difference_is_told_at_once(tmp_path: Path) -> None:
         ({"modules_to_save": ["lm_head"]}, ["head=lora"], "full; got lora; set head=full"),
         ({"target_modules": [*ATTENTION, "lm_head"]}, ["head=full"], "lora; got full"),
         ({"use_rslora": True}, [], "got false; set lora.use_rslora=true"),
-        ({"bias": "lora_only"}, [], "lora_only; got none; set lora.bias=lora_only"),
         ({"rank_pattern": {"q_proj": 2}}, [], "got 4; set lora.rank_pattern for them"),
         ({"alpha_pattern": {"q_proj": 2}}, [], "got 2; set lora.alpha_pattern for them"),
         ({"lora_bias": True}, [], "every tensor of"),
