@@ -168,9 +168,15 @@ def test_a_sweep_over_starts_trains_as_stock_peft_does(plain: Path, tmp_path: Pa
         theirs = stock.state()
         for name, tensor in weights(folder / "adapter").items():
             assert relative(tensor, theirs[name]) < 1e-9, name
-    # One can be trained again from its record, and not once the start is another.
-    again = tmp_path / "again"
-    said = say("replay", folder, "--verify", "--out", again)
+
+
+@pytest.mark.slow
+def test_a_record_is_trained_again_while_its_start_is_what_it_was(tmp_path: Path) -> None:
+    began = saved_by_peft(tmp_path / "it")
+    out = tmp_path / "out"
+    assert say("train", *SHORT, f"start_from={began}", f"output_dir={out}").code == 0
+    ((folder, _),) = recorded_runs(out)
+    said = say("replay", folder, "--verify", "--out", tmp_path / "again")
     assert said.code == 0, said.out + said.err
     saved_by_peft(began, seed=2)
     said = say("replay", folder, "--out", tmp_path / "third")
