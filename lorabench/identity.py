@@ -64,6 +64,7 @@ NEUTRAL: dict[str, Any] = {
     "trainer.min_lr_ratio": 0.0,
     "trainer.keep": "last",
     "trainer.patience": None,
+    "start_from": None,
 }
 
 
@@ -87,7 +88,7 @@ def training(
     """Return what decides a training, canonically: the content that the run id is the hash of.
 
     Args:
-        contents: hashes of base, tokenizer and data.
+        contents: hashes of base, tokenizer and data, and of the adapter it starts from.
         ranks, scales: of each adapted module, patterns included.
         trained: every module that trains, adapted or in full.
         labels: of a classification, in the order of their numbers.
@@ -119,9 +120,11 @@ def training(
         "trainer": trainer,
         "stages": [
             [stage.step, dict(sorted(stage.lr_scale.items()))]
+            + ([dict(sorted(stage.rewarm_steps.items()))] if stage.rewarm_steps else [])
             for stage in Stages(config.stages, trained).all
         ],
         "seeds": groups["seeds"],
+        **({"start": contents["start"]} if config.start_from is not None else {}),
     } | chosen
 
 

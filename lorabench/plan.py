@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from lorabench import data, formats, identity, machine, stages, versions
+from lorabench import data, formats, identity, machine, stages, start, versions
 from lorabench import model as base_model
 from lorabench.config import Config, ConfigErrors, ModelConfig, model_name, scale
 from lorabench.files import obstacle
@@ -37,7 +37,7 @@ class Plan(BaseModel):
     run_id: str
     evaluation_id: str
     evaluation: dict[str, Any]  # what decides the scores
-    contents: dict[str, str]  # hashes of base, tokenizer and the examples of each split
+    contents: dict[str, str]  # hashes of base, tokenizer, examples of each split, start_from
     folder: str
     model: str
     lora_modules: list[str]
@@ -157,7 +157,12 @@ class Planner:
         return self._wrapped.setdefault(_skeleton_key(model, classes), {})
 
     def resolved(self, config: Config) -> Config:
-        """Return the config that a run has: a dtype for `auto`, steps for epochs and warm-up."""
+        """Return the config that a run has.
+
+        A dtype stands for `auto`, steps for epochs and warm-up, a folder for `start_from`.
+        """
+        if (folder := start.resolved(config)) != config.start_from:
+            config = dataclasses.replace(config, start_from=folder)
         return self._steps.resolved(base_model.settled(config))
 
     def make(self, config: Config) -> Plan:
@@ -211,6 +216,7 @@ class Planner:
         return self._resolved[key]
 
     def _make(self, config: Config) -> Plan:
+        from lorabench import adapters
         from lorabench.evaluate import DEFINITIONS
         from lorabench.pack.probe import why_padded
 
@@ -224,6 +230,15 @@ class Planner:
         if wrong:
             raise ConfigErrors(wrong)
         head = _head_plan(config, base)
+        started: list[str] = []
+        if config.start_from is not None:
+            begins = start.find(config.start_from)
+            contents["start"] = begins.hash
+            known = self.wrapped(config.model, len(labels))
+            wrapped = adapters.attach_skeleton(base, config, resolved.modules, known)
+            if wrong := start.differences(begins, config, base, wrapped, contents, labels):
+                raise ConfigErrors(wrong)
+            started = start.notes(begins, wrapped)
         total = base_model.num_parameters(base)
         weight_bytes = 8 if config.trainer.dtype == "float64" else 4
         text = base.config.get_text_config()
@@ -236,7 +251,7 @@ class Planner:
         logit_bytes = 12 * (len(labels) or text.vocab_size)
         logits = _logits_bytes(tokens, logit_bytes)
         narrow = _narrow(base, resolved.ranks)
-        warnings = [*_warnings(config, base), *narrow, *resolved.left_out]
+        warnings = [*_warnings(config, base), *narrow, *resolved.left_out, *started]
         warnings += base_model.unpinned(config.model, contents)
         saved = [head.module] if head.policy == "full" and head.module else []
         training = identity.training(

@@ -77,7 +77,8 @@ class StageStart(BaseModel):
     step: int  # steps done before
     modules: list[str]
     lr_scale: float
-    lr: float  # of the first of its steps; the schedule times lr_scale
+    lr: float  # of the first of its steps, re-warm-up aside: the schedule times lr_scale
+    rewarm_steps: int = 0  # steps in which the rate rises from zero
 
 
 class Best(BaseModel):

@@ -25,7 +25,7 @@ from lorabench.pack import Batch
 from lorabench.pack.solo import autocast
 from lorabench.sweep import Job
 from lorabench.train import train
-from lorabench.worker import Shared, make_pack
+from lorabench.worker import Shared, begin_from, make_pack
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,10 @@ def _shortened(job: Job) -> Job:
         micro_batch_size=None,
         warmup_steps=0,
     )
-    stages = [stage | {"from_step": begins[stage["from_step"]]} for stage in job.config.stages]
+    stages = [
+        stage | {"from_step": begins[stage["from_step"]], "rewarm_steps": 0}
+        for stage in job.config.stages
+    ]
     config = dataclasses.replace(job.config, trainer=trainer, stages=stages)
     return dataclasses.replace(job, config=config)
 
@@ -99,6 +102,7 @@ def _there_and_back(jobs: list[Job], shared: Shared) -> float:
     pad_id = data.pad_id(shared.tokenizer(jobs[0]))
 
     pack, base, checksum = make_pack(shared, jobs, device)
+    begin_from(pack, jobs)
     initial = [adapters.state_hash(pack.adapter_state(run)) for run in range(pack.size)]
     for step in train(pack, tokens, pad_id):
         for run in step.ended:

@@ -7,7 +7,7 @@ only freezes and thaws them. A frozen module keeps its weights and its optimizer
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorabench.config import and_more, nearest
@@ -21,6 +21,24 @@ class Stage:
 
     step: int  # steps done before it begins
     lr_scale: dict[str, float]  # by module: what multiplies the run's learning rate
+    rewarm_steps: dict[str, int] = field(default_factory=dict)  # by module, where it re-warms
+
+    def changes_at(self, step: int) -> bool:
+        """Whether learning rates of a step (from 0) are other parts of the run's than before it."""
+        return step == self.step or step <= self.step + max(self.rewarm_steps.values(), default=-1)
+
+    def scales_at(self, step: int) -> dict[str, float]:
+        """What multiplies the run's learning rate at a step (from 0), by module.
+
+        A module that re-warms over n steps trains at (step - self.step) / n of its rate until they
+        are over, so that its first step is taken at zero, as the first of `trainer.warmup_steps`.
+        Source: transformers' get_constant_schedule_with_warmup.
+        """
+        done = step - self.step
+        return self.lr_scale | {
+            module: self.lr_scale[module] * min(1.0, done / n)
+            for module, n in self.rewarm_steps.items()
+        }
 
 
 class Stages:
@@ -33,12 +51,14 @@ class Stages:
             modules: everything that is trained, by full name.
         """
         known = list(dict.fromkeys(modules))
-        begun: dict[int, dict[str, float]] = {}
-        for entry in canonical(entries) or [{"from_step": 0, "train": [ALL], "lr_scale": 1.0}]:
-            scales = begun.setdefault(entry["from_step"], {})
+        begun: dict[int, Stage] = {}
+        for entry in canonical(entries or [{"from_step": 0, "train": [ALL]}]):
+            stage = begun.setdefault(entry["from_step"], Stage(entry["from_step"], {}))
             for module in matched(entry["train"], known):
-                scales[module] = entry["lr_scale"]
-        self.all = [Stage(step, scales) for step, scales in sorted(begun.items())]
+                stage.lr_scale[module] = entry["lr_scale"]
+                if entry["rewarm_steps"]:
+                    stage.rewarm_steps[module] = entry["rewarm_steps"]
+        self.all = [stage for _, stage in sorted(begun.items())]
 
     def at(self, step: int) -> Stage:
         """The stage that a step (from 0) belongs to: the last one begun."""
@@ -46,12 +66,13 @@ class Stages:
 
 
 def canonical(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries of a config with nothing left out."""
+    """The entries of a config with nothing left out, once `from_epoch` is a step."""
     return [
         {
             "from_step": entry["from_step"],
             "train": list(entry["train"]),
             "lr_scale": float(entry.get("lr_scale", 1.0)),
+            "rewarm_steps": int(entry.get("rewarm_steps", 0)),
         }
         for entry in entries
     ]
@@ -126,5 +147,7 @@ def describe(entries: list[dict[str, Any]]) -> str:
     for entry in canonical(entries):
         scale = entry["lr_scale"]
         names = ", ".join(entry["train"]) + ("" if scale == 1 else f" at {scale:g} lr")
+        if steps := entry["rewarm_steps"]:
+            names += f" re-warmed over {steps} step{'s' if steps > 1 else ''}"
         begun.setdefault(entry["from_step"], []).append(names)
     return "; ".join(f"from step {step} {' + '.join(names)}" for step, names in begun.items())

@@ -74,8 +74,8 @@ def train(
     assert all(Stages(config.stages, owners).all == stages.all for config in pack.configs)
     for step in range(start_step, trainer.num_steps):
         stage = stages.at(step)
-        if step in (start_step, stage.step):
-            _enter(pack, stage)
+        if step == start_step or stage.changes_at(step):
+            _enter(pack, stage, step)
         chosen = [next(order) for order in orders]
         batches = [data.batch(tokens, indices, None, pad_id) for indices in chosen]
         num_targets = [int((labels != data.IGNORED).sum()) for _, labels in batches]
@@ -119,9 +119,9 @@ def each(values: list[int], sizes: list[int]) -> list[int]:
     return [value for value, size in zip(values, sizes, strict=True) for _ in range(size)]
 
 
-def _enter(pack: ModulePack | StackedPack, stage: Stage) -> None:
+def _enter(pack: ModulePack | StackedPack, stage: Stage, step: int) -> None:
     """Freeze and thaw what a stage says, and make sure that nothing else moves."""
-    pack.train_only(stage.lr_scale)
+    pack.train_only(stage.scales_at(step))
     expected = {name for name, module in pack.owners.items() if module in stage.lr_scale}
     assert expected and pack.trainable() == expected, (
         f"from step {stage.step} on {sorted(expected)} train, and nothing else; "

@@ -167,6 +167,50 @@ def test_staged_training_equals_stock_peft_frozen_by_hand(
     assert weights < 1e-9, name
 
 
+REWARMED = [  # what joins at 3 alone, then all again; the stage at 9 ends the latter's third step
+    {"from_step": 0, "train": ["layer.11"]},
+    {"from_step": 3, "train": ["layer.11"]},
+    {"from_step": 3, "train": ["layer.1"], "lr_scale": 0.5, "rewarm_steps": 2},
+    {"from_step": 6, "train": ["all"], "rewarm_steps": 4},
+    {"from_step": 9, "train": ["layer.1", "layer.11", "layer.5"]},
+]
+
+
+def warmed_up(scale: float, steps: int) -> list[float]:
+    """The first rates of transformers' warm-up to `scale`."""
+    from transformers import get_constant_schedule_with_warmup
+
+    rate = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=scale)
+    scheduler, found = get_constant_schedule_with_warmup(rate, steps), []
+    for _ in range(3):
+        found += scheduler.get_last_lr()
+        rate.step()
+        scheduler.step()
+    return found
+
+
+@pytest.mark.usefixtures("float64_inside")
+@pytest.mark.parametrize("pack_kind", ["packed", "alone"])
+def test_rewarming_is_a_warm_up_of_an_entrys_modules(
+    pack_kind: str,
+    make: Callable[..., Any],
+    planner: plan.Planner,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(BY_USER, "bert", REWARMED)
+    table = {0: {r"\.11\.": 1.0}, 9: {r"\.(1|5|11)\.": 1.0}}
+    table |= {3 + i: {r"\.11\.": 1.0, r"\.1\.": x} for i, x in enumerate(warmed_up(0.5, 2))}
+    table |= {6 + i: {"": x} for i, x in enumerate(warmed_up(1.0, 4))}
+    pack, configs = make("bert", pack_kind, "head=exclude")
+    initial = states(pack)
+    stocks = (Stock(*pair, planner=planner) for pair in zip(configs, initial, strict=True))
+    trained = ((stock, train_by_hand(stock, table)) for stock in stocks)
+    loss, (weights, name) = differences(pack, initial, train_pack(pack), trained)
+    # As above: float64 rounding, grown by twelve AdamW steps.
+    assert loss < 1e-10
+    assert weights < 1e-9, name
+
+
 # --- frozen is frozen ------------------------------------------------------------------------
 
 
@@ -228,12 +272,19 @@ def test_frozen_layers_below_run_no_backward(make: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("pack_kind", ["packed", "alone"])
+@pytest.mark.parametrize("entries", [BERT, REWARMED], ids=["plain", "rewarmed"])
 def test_resumed_across_a_change_is_bitwise_the_uninterrupted_run(
-    pack_kind: str, make: Callable[..., Any], tmp_path: Path
+    entries: list[Any],
+    pack_kind: str,
+    make: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole, configs = make("bert", pack_kind)
+    monkeypatch.setitem(BY_USER, "bert", entries)
+    common = ["head=exclude"] if entries is REWARMED else []
+    whole, configs = make("bert", pack_kind, *common)
     tokens, pad_id = tokens_of(configs[0])
-    stops = [2, 3, 8]  # before a change, at one, with some at rest
+    stops = [2, 3, 8]  # before a change, at one, with some at rest or re-warming
     steps = []
     for step in train(whole, tokens, pad_id):
         steps.append(step)
@@ -243,7 +294,7 @@ def test_resumed_across_a_change_is_bitwise_the_uninterrupted_run(
             checkpoint.commit(folder)
     expected = [adapters.state_hash(state) for state in states(whole)]
     for stop in stops:
-        resumed, _ = make("bert", pack_kind)
+        resumed, _ = make("bert", pack_kind, *common)
         for run in range(resumed.size):
             resumed.load_state(run, checkpoint.load(tmp_path / f"{stop}-{run}", stop, {}))
         assert list(train(resumed, tokens, pad_id, stop)) == steps[stop:]
@@ -293,6 +344,7 @@ def test_trained_modules_are_the_owners_of_pefts_parameters(
 
 
 def test_a_table_tells_stages_apart_in_a_line() -> None:
+    assert text.setting(REWARMED[2:3]) == "from step 3 layer.1 at 0.5 lr re-warmed over 2 steps"
     assert text.setting(BERT[:3]) == (
         "from step 0 layer.11; from step 3 layer.11.attention, layer.11.output + layer.1 at 0.5 lr"
     )

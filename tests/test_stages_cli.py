@@ -181,7 +181,7 @@ def test_the_experiment_plans_both_ways_of_training(capsys: pytest.CaptureFixtur
 
 SHORT = (
     "[{from_step: 0, train: [layer.11]}, {from_step: 3, train: [layer.11]}, "
-    "{from_step: 3, train: [layer.1], lr_scale: 0.5}]"
+    "{from_step: 3, train: [layer.1], lr_scale: 0.5, rewarm_steps: 2}]"
 )
 
 
@@ -230,10 +230,12 @@ def test_a_killed_sweep_ends_with_the_same_bits_and_the_whole_history(
         assert [len(modules) for modules in by_layer.values()] == [6, 6]
         # linear from 1e-2 over 6 steps: half of it is left at step 3
         assert one["stages"] == [
-            {"step": 0, "modules": by_layer["11"], "lr_scale": 1.0, "lr": 1e-2},
-            {"step": 3, "modules": by_layer["11"], "lr_scale": 1.0, "lr": 5e-3},
-            {"step": 3, "modules": by_layer["1"], "lr_scale": 0.5, "lr": 2.5e-3},
-        ]
+            {"step": step, "modules": by_layer[layer], "lr_scale": scale, "lr": lr,
+             "rewarm_steps": rewarm}
+            for step, layer, scale, lr, rewarm in (
+                (0, "11", 1.0, 1e-2, 0), (3, "11", 1.0, 5e-3, 0), (3, "1", 0.5, 2.5e-3, 2)
+            )
+        ]  # fmt: skip
 
 
 def test_an_unstaged_run_has_a_history_of_one_entry(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import SMOKE, composed, recorded_runs, say
 from torch import nn
 
 from lorabench import plan
-from lorabench.config import Config, ConfigErrors, steps_of_epochs
+from lorabench.config import Config, ConfigErrors, range_errors, steps_of_epochs
 
 EPOCHS = ["trainer.steps=null", "trainer.epochs=1.5"]
 
@@ -130,3 +131,57 @@ def test_a_sweep_over_epochs_trains_the_runs_of_their_steps(tmp_path: Path) -> N
     again = say("train", "-m", *words, "trainer.steps=4,7")
     assert again.code == 0 and "2 of 2 runs are kept from before" in again.err
     assert say("evaluate", tmp_path / "default", "data.metric=[nll_per_token]").code == 0
+
+
+# --- stages that begin at an epoch -----------------------------------------------------------
+
+SIXTY = ["data.num_train=60", "trainer.steps=20"]  # eight steps per epoch
+
+
+def staged(entry: str) -> tuple[Config, plan.Plan]:
+    """Plan a run of two stages, the second one as a user writes it."""
+    config, planner = composed("tracker=none", *SIXTY), plan.Planner()
+    second = yaml.safe_load(f"{{{entry}}}")
+    config.stages = [{"from_step": 0, "train": ["layers.3"]}, second]
+    if errors := range_errors(config):
+        raise ConfigErrors(errors)
+    return planner.resolved(config), planner.make(config)
+
+
+@pytest.mark.parametrize(("epoch", "step"), [("1", 8), ("1.3", 11), ("0", 0)])
+def test_a_stage_begins_where_a_run_of_its_epochs_would_end(epoch: str, step: int) -> None:
+    """Such a run ends as the HF Trainer's: see the first test."""
+    rest = "train: [all], rewarm_steps: 2"
+    if epoch == "0":
+        rest = "train: [layers.0, layers.1, layers.2]"
+    config, by_epoch = staged(f"from_epoch: {epoch}, {rest}")
+    other, by_step = staged(f"from_step: {step}, {rest}")
+    assert steps_of_epochs(float(epoch), 60, 8) == step == config.stages[1]["from_step"]
+    assert config == other and by_epoch.run_id == by_step.run_id
+
+
+def test_re_warming_is_part_of_an_id_where_there_is_any() -> None:
+    def run_id(more: str) -> str:
+        return staged(f"from_step: 9, train: [all]{more}")[1].run_id
+
+    assert run_id("") == run_id(", rewarm_steps: 0")
+    assert len({run_id(""), run_id(", rewarm_steps: 1"), run_id(", rewarm_steps: 2")}) == 3
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ("from_epoch: 1, from_step: 8", "from_step: must be left out beside from_epoch; got 8"),
+        ("from_epoch: -1", "from_epoch: must be a number, at least 0 as in the stages before"),
+        ("from_epoch: x", "stages[1].from_epoch: must be a number"),
+        ("from_epoch: 3", "below trainer.steps=20; got 24; raise trainer.steps"),
+        ("from_step: 8, rewarm_steps: 1.5", "rewarm_steps: must be a whole number, at least 0"),
+        ("from_step: 8, rewarm: 2", "stages[1].rewarm: no such key; got 'rewarm'"),
+    ],
+)
+def test_a_stage_that_cannot_begin_is_refused(entry: str, told: str) -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        staged(f"{entry}, train: [all]")
+    (error,) = caught.value.errors
+    assert told in error
+    assert ("(from_epoch=3)" in error) == (entry == "from_epoch: 3")

@@ -6,7 +6,7 @@ PEFT sees them, seeds every module by its name, and reads and writes plain PEFT 
 
 from lorabench.adapters.anatomy import experts
 from lorabench.adapters.dropout import Clock, KeyedDropout, key_dropout
-from lorabench.adapters.files import adapter_state, reload, save, state_hash
+from lorabench.adapters.files import adapter_state, read_settings, reload, save, state_hash
 from lorabench.adapters.inject import (
     ADAPTER,
     CHANGES_BASE,
@@ -23,6 +23,7 @@ from lorabench.adapters.inject import (
     peft_config,
     seed_weights,
     trainable,
+    wrap_skeleton,
 )
 from lorabench.adapters.loraplus import embedding_notes, is_group_b, lr_factors
 from lorabench.adapters.seeding import initial_a, initial_ab, key
@@ -54,10 +55,12 @@ __all__ = [
     "notes",
     "owner",
     "peft_config",
+    "read_settings",
     "reload",
     "resolve_modules",
     "save",
     "seed_weights",
     "state_hash",
     "trainable",
+    "wrap_skeleton",
 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 
 from lorabench import model as base_model
@@ -55,6 +55,20 @@ def reload(base: PreTrainedModel, folder: Path) -> PeftModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tied-layer warnings: the plan says it in full
         return PeftModel.from_pretrained(tree, str(folder), adapter_name=ADAPTER).eval()
+
+
+def read_settings(folder: Path) -> LoraConfig:
+    """Return the config that a plain PEFT folder holds.
+
+    Raises:
+        ValueError: it is no LoRA adapter.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # keys of other versions of PEFT
+        found = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(found, LoraConfig):
+        raise ValueError(f"it is an adapter of {found.peft_type}, not LORA")
+    return found
 
 
 def save(tensors: Mapping[str, Tensor], settings: LoraConfig, folder: Path) -> str:

@@ -135,6 +135,24 @@ def attach_skeleton(
     return known[key]
 
 
+def wrap_skeleton(skeleton: PreTrainedModel, settings: LoraConfig) -> PeftModel:
+    """Return an adapter of these settings on the meta device, by PEFT alone.
+
+    Raises:
+        ValueError, TypeError: PEFT refuses them on this base.
+    """
+    own = copy.deepcopy(settings)
+    own.init_lora_weights = True  # others need real weights; shapes are the same
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model(
+            base_model.share(skeleton, owned=lambda name: name.endswith("bias")),
+            own,
+            adapter_name=ADAPTER,
+            low_cpu_mem_usage=True,
+        )
+
+
 def _attach_skeleton(skeleton: PreTrainedModel, config: Config, modules: list[str]) -> PeftModel:
     head = base_model.output_head(skeleton)
     asked = config.target_modules.names or config.target_modules.select

@@ -20,6 +20,7 @@ CONTENTS = {  # of a plan, by the name of a hash; what each is of
     "train": "the training data (data.train)",
     "validation": "the validation data",
     "test": "the test data",
+    "start": "the adapter it starts from (start_from)",
 }
 
 

@@ -183,6 +183,14 @@ def _lora(found: Found, lora: LoraSettings) -> None:
 
 def _rest(found: Found, config: Config) -> None:
     must, one_of, tracker = found.must, found.one_of, config.tracker
+    must(config.start_from != "", "start_from", "a run, a PEFT folder or null", config.start_from)
+    must(
+        config.start_from is None or config.lora.init not in ("olora", "pissa"),
+        "lora.init",
+        "one that leaves the base as it is with start_from",
+        config.lora.init,
+        "use lora.init=default",
+    )
     one_of("tracker.kind", tracker.kind)
     split, _, metric = config.objective.partition("/")
     known = METRICS_OF.get(config.task, METRICS)

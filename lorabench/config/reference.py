@@ -47,7 +47,7 @@ COLUMNS = "| key | type | default | meaning | values | id |\n|---|---|---|---|--
 
 # Groups in no id, and groups in the run id only through what they resolve to.
 NO_ID = ("tracker", "worker", "compare", "sweep", "output_dir")
-RESOLVED_GROUPS = ("target_modules", "seed")
+RESOLVED_GROUPS = ("target_modules", "start_from", "seed")
 
 
 def text() -> str:

@@ -217,6 +217,7 @@ class Config:
     lora: LoraSettings = field(default_factory=LoraSettings)
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    start_from: str | None = None  # run or PEFT folder whose adapter is the initial one
     stages: list[Any] = field(default_factory=list)  # what trains when; see conf/stages/
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     worker: WorkerConfig = field(default_factory=WorkerConfig)

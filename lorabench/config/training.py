@@ -12,7 +12,7 @@ from lorabench.config.schema import Config
 if TYPE_CHECKING:
     from lorabench.config.ranges import Found
 
-STAGE_KEYS = ("from_step", "train", "lr_scale")
+STAGE_KEYS = ("from_step", "from_epoch", "train", "lr_scale", "rewarm_steps")
 
 
 def trainer(found: Found, config: Config) -> None:
@@ -130,7 +130,7 @@ def selection(found: Found, config: Config) -> None:
 
 
 def stages(found: Found, config: Config) -> None:
-    must, steps, before = found.must, config.trainer.steps, 0
+    must, steps, before, epochs = found.must, config.trainer.steps, 0, 0.0
     late: set[int] = set()  # said once a step, however many entries begin there
     for i, entry in enumerate(config.stages):
         key, example = f"stages[{i}]", "{from_step: 0, train: [layer.11], lr_scale: 0.5}"
@@ -144,8 +144,10 @@ def stages(found: Found, config: Config) -> None:
         ]
         start: Any = entry.get("from_step")
         names, scale = entry.get("train"), entry.get("lr_scale", 1.0)
-        whole = isinstance(start, int) and not isinstance(start, bool)
-        if i == 0:
+        whole = _is_number(start, int)
+        if entry.get("from_epoch") is not None:
+            epochs = _begins_by_epoch(found, entry, key, i == 0, epochs)
+        elif i == 0:
             must(whole and start == 0, f"{key}.from_step", "0 in the first stage", start)
         else:
             must(
@@ -171,5 +173,31 @@ def stages(found: Found, config: Config) -> None:
             names,
             "for example train: [layer.11], or train: [all]",
         )
-        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        number = _is_number(scale, int, float)
         must(number and 0 < scale < math.inf, f"{key}.lr_scale", "above 0", scale)
+        rewarm = entry.get("rewarm_steps", 0)
+        whole = _is_number(rewarm, int)
+        must(whole and rewarm >= 0, f"{key}.rewarm_steps", "a whole number, at least 0", rewarm)
+
+
+def _begins_by_epoch(
+    found: Found, entry: dict[str, Any], key: str, is_first: bool, before: float
+) -> float:
+    """Check a stage's `from_epoch`, and return the latest one so far.
+
+    Whether it is in order with stages that begin at a step is known once it is a step itself.
+    """
+    start, step = entry["from_epoch"], entry.get("from_step")
+    law = "left out beside from_epoch"
+    found.must(step is None, f"{key}.from_step", law, step, "keep one of the two")
+    valid = _is_number(start, int, float) and math.isfinite(start)
+    if is_first:
+        found.must(valid and start == 0, f"{key}.from_epoch", "0 in the first stage", start)
+    else:
+        law = f"a number, at least {before:g} as in the stages before"
+        found.must(valid and start >= before, f"{key}.from_epoch", law, start)
+    return max(before, start) if valid else before
+
+
+def _is_number(value: Any, *types: type) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)

@@ -12,7 +12,7 @@ shared    what packs share: the base, its tokenizer, the tokens
 from lorabench.worker.members import stale_checkpoints
 from lorabench.worker.outcome import Outcome
 from lorabench.worker.shared import Shared
-from lorabench.worker.training import make_pack
+from lorabench.worker.training import begin_from, make_pack
 from lorabench.worker.work import Worker
 
-__all__ = ["Outcome", "Shared", "Worker", "make_pack", "stale_checkpoints"]
+__all__ = ["Outcome", "Shared", "Worker", "begin_from", "make_pack", "stale_checkpoints"]

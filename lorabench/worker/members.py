@@ -65,7 +65,7 @@ class Member:
         self.entry.write(self.folder)
 
     def enter(self, stage: Stage, modules: list[str]) -> None:
-        """Note what trains from now on: one entry per learning rate.
+        """Note what trains from now on: one entry per learning rate and re-warm-up.
 
         Args:
             modules: what this run trains in any stage.
@@ -73,12 +73,16 @@ class Member:
         from lorabench.train import learning_rate
 
         rate = learning_rate(self.job.config.trainer, stage.step)
-        for scale in dict.fromkeys(stage.lr_scale.values()):
-            mine = [module for module in modules if stage.lr_scale.get(module) == scale]
+        alike: dict[tuple[float, int], list[str]] = {}
+        for module, scale in stage.lr_scale.items():
+            alike.setdefault((scale, stage.rewarm_steps.get(module, 0)), []).append(module)
+        for (scale, rewarm), found in alike.items():
+            mine = [module for module in modules if module in found]
             if mine:
                 entry = record.StageStart(
-                    step=stage.step, modules=mine, lr_scale=scale, lr=rate * scale
-                )
+                    step=stage.step, modules=mine, lr_scale=scale, lr=rate * scale,
+                    rewarm_steps=rewarm,
+                )  # fmt: skip
                 self.entry.stages.append(entry)
 
     def log(self, step: int, row: dict[str, float], **more: float) -> None:

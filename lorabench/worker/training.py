@@ -13,7 +13,17 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from lorabench import adapters, checkpoint, data, intact, interrupt, machine, provenance, record
+from lorabench import (
+    adapters,
+    checkpoint,
+    data,
+    intact,
+    interrupt,
+    machine,
+    provenance,
+    record,
+    start,
+)
 from lorabench import model as base_model
 from lorabench.config import TrainerConfig
 from lorabench.files import sync, sync_folder
@@ -54,6 +64,18 @@ def make_pack(shared: Shared, jobs: Sequence[Job], device: str) -> tuple[Any, An
     return pack, base, checksum
 
 
+def begin_from(pack: Any, jobs: Sequence[Job]) -> None:
+    """Give the runs of a pack the weights of the adapters that they start from.
+
+    Raises:
+        ConfigErrors: an adapter is not the one that was planned.
+    """
+    for slot, job in enumerate(jobs):
+        if job.config.start_from is not None:
+            found = start.find(job.config.start_from)._replace(hash=job.plan.contents["start"])
+            start.put(start.weights(found), pack.adapter_state(slot))
+
+
 def train_pack(
     members: list[Member],
     slots: Sequence[Job],
@@ -79,6 +101,7 @@ def train_pack(
     dataset = shared.dataset(members[0].job)
     tokenizer = shared.tokenizer(members[0].job)
     pack, base, checksum = make_pack(shared, slots, device)
+    begin_from(pack, slots)
     for slot in set(range(pack.size)) - {member.slot for member in members}:
         pack.stop(slot)
     train_tokens = dataset.tokens["train"].hash()
