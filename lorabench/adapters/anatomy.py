@@ -5,6 +5,9 @@ Read off names and shapes, so that a skeleton is enough.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -88,6 +91,34 @@ def towers(base: PreTrainedModel) -> dict[str, str]:
             depth = next(i for i, part in enumerate(parts) if not _below(text, _up_to(parts, i)))
             found[name] = parts[depth]
     return found
+
+
+def state_space(base: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the state-space mixers of a base, by name: those of Mamba and of its hybrids."""
+    return {
+        name: module
+        for name, module in base.named_modules()
+        if {"A_log", "D"} <= set(module._parameters)
+    }
+
+
+def uncalled(base: PreTrainedModel, names: list[str]) -> list[str]:
+    """Return those of the linear layers that their mixer never calls (Mamba's dt_proj).
+
+    It multiplies by their weight itself, so that an adapter on them changes nothing.
+    """
+    mixers = state_space(base)
+    found = []
+    for name in names:
+        holder, _, leaf = name.rpartition(".")
+        if holder in mixers and _multiplies_by(type(mixers[holder]), leaf):
+            found.append(name)
+    return found
+
+
+@functools.cache
+def _multiplies_by(mixer: type, leaf: str) -> bool:
+    return re.search(rf"self\.{leaf}\.weight @", inspect.getsource(mixer)) is not None
 
 
 def _up_to(parts: list[str], depth: int) -> str:
