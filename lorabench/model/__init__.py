@@ -6,7 +6,7 @@ needed, so that run ids and checks of a sweep cost no import.
 
 from lorabench.model.dtypes import dtype_notes, resolved, settled
 from lorabench.model.fits import check_tokens
-from lorabench.model.hub import hub_commit, hub_failure, unpinned
+from lorabench.model.hub import hub_commit, must_be_reachable, unpinned
 from lorabench.model.loading import (
     NO_CODE,
     architecture,
@@ -43,13 +43,13 @@ __all__ = [
     "dtype_notes",
     "findable",
     "hub_commit",
-    "hub_failure",
     "identity",
     "is_tied",
     "load",
     "load_verified",
     "local_folder",
     "location",
+    "must_be_reachable",
     "num_parameters",
     "output_head",
     "plain",

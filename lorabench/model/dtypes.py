@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.config import Config, ConfigErrors, ModelConfig, range_errors
+from lorabench.hub import hub_failure
 from lorabench.model.fits import headers
-from lorabench.model.hub import hub_commit, hub_failure, must_be_reachable
+from lorabench.model.hub import hub_commit, must_be_reachable
 from lorabench.model.place import findable, local_folder
 
 STORED = {"float64": "float64", "float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench import tasks, versions
 from lorabench.config import ConfigErrors, ModelConfig, and_more, first_line, model_name
+from lorabench.hub import hub_failure
 from lorabench.model import fits, foreign
 from lorabench.model.dtypes import resolved
-from lorabench.model.hub import hub_failure, must_be_reachable, pickled_on_hub
+from lorabench.model.hub import must_be_reachable, pickled_on_hub
 from lorabench.model.place import adapter_beside, beside, local_folder, location
 
 if TYPE_CHECKING:
