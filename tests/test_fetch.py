@@ -140,10 +140,10 @@ def test_a_data_set_is_fetched_with_its_model(
     assert said.code == 0, said.err
     told = next(line for line in said.out.splitlines() if line.startswith("data"))
     size = f"{len(lines) / 1000:.1f} KB"
-    assert told == f"data   org/set at {'f' * 40}: 1 files, {size} to download"
+    assert told == f"data   org/set at {'f' * 40}: 1 file, {size} to download"
     hub.downloaded.clear()
     said = say("fetch", *words)
-    assert said.code == 0 and f"1 files, 0 B to download, {size} there already" in said.out
+    assert said.code == 0 and f"1 file, 0 B to download, {size} there already" in said.out
     assert "data/train.jsonl" not in hub.downloaded
 
 

@@ -47,7 +47,8 @@ def fetch(arguments: list[str]) -> int:
     for part in parts:
         there = part.total_bytes - part.missing_bytes
         print(
-            f"{part.what:6} {part.name} at {part.commit}: {part.num_files} files, "
+            f"{part.what:6} {part.name} at {part.commit}: {part.num_files} "
+            f"file{'s' if part.num_files > 1 else ''}, "
             f"{size(part.missing_bytes)} to download"
             + (f", {size(there)} there already" if there else ""),
             flush=True,
