@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +56,17 @@ def needed(configs: Sequence[Config]) -> list[Needed]:
     """
     models = {(one.model.path, one.model.revision): one.model for one in configs}
     settings = {json.dumps(list(map(repr, _sources(one)))): one for one in configs}
+    parts = [
+        *(partial(of_model, m) for m in models.values() if base_model.local_folder(m) is None),
+        *(partial(of_data, one) for one in settings.values()),
+    ]
     found: list[Needed] = []
     errors: list[str] = []
-    for find, arguments in (
-        (of_model, [m for m in models.values() if base_model.local_folder(m) is None]),
-        (of_data, list(settings.values())),
-    ):
-        for argument in arguments:
-            try:
-                found += find(argument)  # type: ignore[operator]
-            except ConfigErrors as refused:
-                errors += refused.errors
+    for part in parts:
+        try:
+            found += part()
+        except ConfigErrors as refused:
+            errors += refused.errors
     if errors:
         raise ConfigErrors(errors)
     return found

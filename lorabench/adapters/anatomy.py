@@ -5,9 +5,7 @@ Read off names and shapes, so that a skeleton is enough.
 
 from __future__ import annotations
 
-import functools
 import inspect
-import re
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -108,17 +106,13 @@ def uncalled(base: PreTrainedModel, names: list[str]) -> list[str]:
     It multiplies by their weight itself, so that an adapter on them changes nothing.
     """
     mixers = state_space(base)
+    source = {kind: inspect.getsource(kind) for kind in set(map(type, mixers.values()))}
     found = []
     for name in names:
         holder, _, leaf = name.rpartition(".")
-        if holder in mixers and _multiplies_by(type(mixers[holder]), leaf):
+        if holder in mixers and f"self.{leaf}.weight @" in source[type(mixers[holder])]:
             found.append(name)
     return found
-
-
-@functools.cache
-def _multiplies_by(mixer: type, leaf: str) -> bool:
-    return re.search(rf"self\.{leaf}\.weight @", inspect.getsource(mixer)) is not None
 
 
 def _up_to(parts: list[str], depth: int) -> str:
