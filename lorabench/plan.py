@@ -196,7 +196,9 @@ class Planner:
         key += f" {config.task} {base.config.num_labels} {config.data.max_length}"
         if key not in self._resolved:
             too_old = versions.too_old_for_experts()
-            if too_old and adapters.experts(base):
+            # Jamba's class has experts in its code, even where a checkpoint has none.
+            of_experts = adapters.experts(base) or hasattr(base.config, "num_experts")
+            if too_old and of_experts:
                 raise ConfigErrors(f"model.path: '{model_name(config.model)}': {too_old}")
             modules = adapters.resolve_modules(base, config)
             wrapped = adapters.attach_skeleton(base, config, modules, known)

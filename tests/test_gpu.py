@@ -124,3 +124,42 @@ def plain_nll(folder: Path, record: dict[str, Any]) -> float:
         nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         values.append(float(nll[start - 1 :].mean()))
     return sum(values) / count
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_go_to_the_device_without_a_copy_on_the_host(dtype: str, tmp_path: Path) -> None:
+    """Also where they are cast: a copy in bfloat16 of all weights would be half of the file."""
+    import threading
+
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from lorabench import model as base_model
+    from lorabench.config import ModelConfig
+
+    def anonymous() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path, max_shard_size="200MB")
+    torch.zeros(1, device=DEVICE)  # the context takes memory of its own
+    before = peak = anonymous()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    base = base_model.load(ModelConfig(path=str(tmp_path), dtype=dtype), DEVICE)
+    done.set()
+    watcher.join()
+    stored = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    assert {p.device.type for p in base.parameters()} == {"cuda"}
+    assert not any(hasattr(module, "_hf_hook") for module in base.modules())
+    # One tensor at a time per loading thread, the largest of 131 MB, beside the interpreter's own.
+    assert peak - before < 0.4 * stored

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 SHELL = "\n".join(re.findall(r"^```sh\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE))
 LINES = [line for line in SHELL.splitlines() if line.startswith("lorabench ")]
+COMPOSE = {"train", "plan", "fetch"}  # verbs that take KEY=VALUE; the others serve a folder
 INLINE = re.findall(r"`(lorabench (?:train|plan) [^`]+)`", TEXT.replace("\n", " "))
 PLANNED = [
     line
@@ -67,8 +68,8 @@ def test_lines_serve_a_folder() -> None:
     fast = ["data.num_train=16", "data.num_validation=2", "data.num_test=2", "trainer.steps=2"]
     assert say("train", "tracker=none", "lora.r=2", *fast).code == 0
     (run,) = Path("outputs/default").glob("*/record.json")
-    lines = [line for line in LINES if line.split()[1] not in ("train", "plan")]
-    assert {line.split()[1] for line in lines} == {*VERBS} - {"train", "plan"}
+    lines = [line for line in LINES if line.split()[1] not in COMPOSE]
+    assert {line.split()[1] for line in lines} == {*VERBS} - COMPOSE
     for line in lines:
         said = typed(re.sub(r"/ID2?\b", f"/{run.parent.name}", line))
         assert said.code == 0, (line, said.err)

@@ -4,7 +4,7 @@ PEFT decides which modules are wrapped, their shapes and scales; this room resol
 PEFT sees them, seeds every module by its name, and reads and writes plain PEFT folders.
 """
 
-from lorabench.adapters.anatomy import experts
+from lorabench.adapters.anatomy import experts, state_space
 from lorabench.adapters.dropout import Clock, KeyedDropout, key_dropout
 from lorabench.adapters.files import adapter_state, read_settings, reload, save, state_hash
 from lorabench.adapters.inject import (
@@ -61,6 +61,7 @@ __all__ = [
     "save",
     "seed_weights",
     "state_hash",
+    "state_space",
     "trainable",
     "wrap_skeleton",
 ]

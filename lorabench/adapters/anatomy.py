@@ -5,6 +5,7 @@ Read off names and shapes, so that a skeleton is enough.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -87,6 +88,30 @@ def towers(base: PreTrainedModel) -> dict[str, str]:
         elif name and text and not any(_below(name, i) or _below(i, name) for i in inside):
             depth = next(i for i, part in enumerate(parts) if not _below(text, _up_to(parts, i)))
             found[name] = parts[depth]
+    return found
+
+
+def state_space(base: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the state-space mixers of a base, by name: those of Mamba and of its hybrids."""
+    return {
+        name: module
+        for name, module in base.named_modules()
+        if {"A_log", "D"} <= set(module._parameters)
+    }
+
+
+def uncalled(base: PreTrainedModel, names: list[str]) -> list[str]:
+    """Return those of the linear layers that their mixer never calls (Mamba's dt_proj).
+
+    It multiplies by their weight itself, so that an adapter on them changes nothing.
+    """
+    mixers = state_space(base)
+    source = {kind: inspect.getsource(kind) for kind in set(map(type, mixers.values()))}
+    found = []
+    for name in names:
+        holder, _, leaf = name.rpartition(".")
+        if holder in mixers and f"self.{leaf}.weight @" in source[type(mixers[holder])]:
+            found.append(name)
     return found
 
 

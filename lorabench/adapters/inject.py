@@ -171,7 +171,10 @@ def _attach_skeleton(skeleton: PreTrainedModel, config: Config, modules: list[st
                 low_cpu_mem_usage=True,
             )
         except (ValueError, TypeError) as error:
-            raise ConfigErrors(f"{refused}: {first_line(error).partition('. ')[0]}") from error
+            why = first_line(error).partition(". ")[0]
+            if found := re.search(r"Module '(\w+)' is incompatible", why):
+                why += f"; set 'target_modules.exclude=[{found[1]}]'"
+            raise ConfigErrors(f"{refused}: {why}") from error
     _name_init(wrapped, asked_init)
     missing = sorted(set(modules) - set(wrapped.targeted_module_names))
     if missing:

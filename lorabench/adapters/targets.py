@@ -104,7 +104,7 @@ def resolve_modules(skeleton: PreTrainedModel, config: Config) -> list[str]:
 
 
 def notes(skeleton: PreTrainedModel, adapted: list[str]) -> list[str]:
-    """What of the base gets no adapter and might be thought to, for the plan."""
+    """What of the base gets no adapter, or one without effect, and might be thought to have one."""
     head = base_model.output_head(skeleton)
     tree = dict(skeleton.named_modules())
     towers, routers = anatomy.towers(skeleton), anatomy.routers(skeleton)
@@ -124,12 +124,19 @@ def notes(skeleton: PreTrainedModel, adapted: list[str]) -> list[str]:
         ("linear layer", _named_like_experts(skeleton, linear), "PEFT reads the name as experts'"),
         ("linear layer", outside, "outside the text model, left out unless asked for by name"),
     ]
-    return [
+    found = [
         f"no adapter on {len(names)} {what}{'s' if len(names) > 1 else ''} (such as {names[0]}): "
         f"{why}"
         for what, names, why in left
         if names
     ]
+    if idle := anatomy.uncalled(skeleton, adapted):
+        found.append(
+            f"target_modules: an adapter on {and_more(idle, 1)} changes nothing: the base "
+            f"multiplies by that weight without calling the layer; set "
+            f"'target_modules.exclude=[{idle[0].rpartition('.')[2]}]'"
+        )
+    return found
 
 
 def _is_attention(name: str) -> bool:

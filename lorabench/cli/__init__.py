@@ -14,6 +14,7 @@ from lorabench import masking
 from lorabench.cli.comparing import compare
 from lorabench.cli.composing import compose, register
 from lorabench.cli.exporting import export
+from lorabench.cli.fetching import fetch
 from lorabench.cli.generating import generate
 from lorabench.cli.mistakes import guarded
 from lorabench.cli.planning import plan
@@ -44,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     handlers: dict[str, Callable[[list[str]], int]] = {
         "train": train,
         "plan": plan,
+        "fetch": fetch,
         "work": work,
         "evaluate": evaluate,
         "runs": runs,
@@ -68,7 +70,7 @@ def _composed(verb: str, arguments: list[str]) -> list[str] | None:
     if verb == "plan":
         with contextlib.suppress(ValueError):  # the verb itself refuses them
             return split_plan(arguments)[1]
-    return arguments if verb == "train" else None
+    return arguments if verb in ("train", "fetch") else None
 
 
 def _refuse(verb: str) -> Callable[[list[str]], int]:

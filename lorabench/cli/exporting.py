@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lorabench.cli.telling import Parser
 from lorabench.cli.verbs import VERBS
 
+BASE = "model.path="
+
 
 def export(arguments: list[str]) -> int:
-    """lorabench export RUN --to adapter|merged PATH [--dtype DTYPE] [--json], or RUN --to gguf"""
+    """lorabench export RUN --to adapter|merged PATH [--dtype DTYPE] [--json] [model.path=FOLDER]"""
     parser = Parser(prog="lorabench export", description=VERBS["export"])
     parser.add_argument(
         "run", type=Path, metavar="RUN", help="folder of a finished run, or the beginning of its id"
@@ -23,7 +26,10 @@ def export(arguments: list[str]) -> int:
         "--dtype", help="of merged: float32, bfloat16 or float16; default: the run's model.dtype"
     )
     parser.add_argument("--json", action="store_true", help="what was checked, as JSON")
-    options = parser.parse_intermixed_args(arguments)  # RUN --to KIND PATH
+    parser.epilog = f"{BASE}FOLDER: where the run's base is now, if it was moved"
+    places = [word.removeprefix(BASE) for word in arguments if word.startswith(BASE)]
+    words = [word for word in arguments if not word.startswith(BASE)]
+    options = parser.parse_intermixed_args(words)  # RUN --to KIND PATH
 
     from lorabench import formats
     from lorabench.config import ConfigErrors, did_you_mean
@@ -42,7 +48,8 @@ def export(arguments: list[str]) -> int:
         errors.append(f"PATH: must be a new or an empty folder for --to {options.to}; got none")
     if errors:
         raise ConfigErrors(errors)
-    run = source.open_run(folder_of(options.run, must_exist=False))
+    base = os.path.expanduser(places[-1]) if places else None
+    run = source.open_run(folder_of(options.run, must_exist=False), base)
     if options.to == "gguf":
         _no_gguf(run, run.folder)
     source.check_path(options.path)

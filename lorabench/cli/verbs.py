@@ -3,6 +3,7 @@
 VERBS = {
     "train": "train one run, or a sweep with -m",
     "plan": "show and check what train would do; trains nothing",
+    "fetch": "download what train needs from the Hub, for a machine without a network",
     "work": "train and score every pack of a sweep folder that is left",
     "evaluate": "score the saved adapters of a sweep again; trains nothing",
     "runs": "list every run of a sweep and its status",

@@ -25,12 +25,16 @@ class Run:
     folder: Path
     entry: record.Record
     config: Config
+    base: str | None = None  # where its base is now; None: where the record says
 
     @property
     def model(self) -> ModelConfig:
         """Where the base is; a hub base at the very commit the run had."""
         commit = self.entry.provenance["revision"]
-        return dataclasses.replace(self.config.model, revision=commit or None)
+        path = self.base or self.config.model.path
+        return base_model.findable(
+            dataclasses.replace(self.config.model, path=path, revision=commit or None)
+        )
 
     @property
     def auto_class(self) -> Any:
@@ -58,9 +62,11 @@ class Run:
         return name if name in DTYPES else "float32"
 
 
-def open_run(folder: Path) -> Run:
+def open_run(folder: Path, base: str | None = None) -> Run:
     """The run in a folder.
 
+    Args:
+        base: where its base is now; None: where the record says.
     Raises:
         ConfigErrors: no run there, or one that has not finished (names the nearest), or one whose
             adapter is damaged.
@@ -82,7 +88,7 @@ def open_run(folder: Path) -> Run:
     if damaged := intact.of_adapter(damaged):
         told = intact.described_damage(folder, entry, damaged)
         raise ConfigErrors(f"RUN: must hold the adapter that was trained; {told}")
-    return Run(folder, entry, typed(OmegaConf.create(entry.config)))
+    return Run(folder, entry, typed(OmegaConf.create(entry.config)), base)
 
 
 def _what_is(folder: Path) -> str:
@@ -117,6 +123,8 @@ def check_base(run: Run, with_tokenizer: bool = False) -> None:
     Args:
         with_tokenizer: its tokenizer must be the same too; old records do not tell.
     """
+    if not run.entry.provenance["hub"]:
+        _must_be_there(run)
     errors = base_model.check(run.model)
     if errors:
         raise ConfigErrors(errors)
@@ -130,8 +138,18 @@ def check_base(run: Run, with_tokenizer: bool = False) -> None:
             raise ConfigErrors(
                 f"model.path: must be the base run {run.entry.run_id} was trained on, {key} "
                 f"{then or 'none'}; '{run.model.path}' has {now[key] or 'none'}; put that base "
-                f"back in its place"
+                f"back in its place, or give its place with model.path=FOLDER"
             )
+
+
+def _must_be_there(run: Run) -> None:
+    """Refuse a folder that is gone, or relative to another one: its name could be a hub id."""
+    where = base_model.location(run.model)
+    if not Path(where).is_dir():
+        raise ConfigErrors(
+            f"model.path: must be the folder that run {run.entry.run_id} was trained on; there is "
+            f"no folder '{where}', seen from {Path.cwd()}; give its place with model.path=FOLDER"
+        )
 
 
 def check_path(path: Path) -> None:

@@ -53,6 +53,7 @@ def to_adapter(run: Run, path: Path) -> dict[str, Any]:
     base = _base(run, run.config.model.dtype)
     with _whole_or_nothing(path) as part:
         shutil.copytree(run.folder / "adapter", part, dirs_exist_ok=True)
+        _name_base(part / "adapter_config.json", base_model.location(run.model))
         wrapped = _attach(base, run, part)
         tensors = adapters.adapter_state(wrapped)
         report = _report(run, "adapter", {"modules": len(wrapped.targeted_module_names)})
@@ -323,13 +324,20 @@ def _whole_or_nothing(path: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _name_base(file: Path, where: str) -> None:
+    """Say in an adapter's config where its base is now; PEFT's Auto classes load it from there."""
+    content = json.loads(file.read_text())
+    content["base_model_name_or_path"] = where
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
 def _report(run: Run, kind: str, checks: dict[str, Any]) -> dict[str, Any]:
     origin = run.entry.provenance
     return {
         "to": kind,
         "run_id": run.entry.run_id,
         "base": {key: origin[key] for key in ("hub", "revision", "weights")}
-        | {"path": run.config.model.path},
+        | {"path": run.model.path},
         "adapter": run.entry.hashes["adapter"],
         "packages": provenance.versions(),
         "checks": checks,

@@ -6,7 +6,7 @@ needed, so that run ids and checks of a sweep cost no import.
 
 from lorabench.model.dtypes import dtype_notes, resolved, settled
 from lorabench.model.fits import check_tokens
-from lorabench.model.hub import hub_commit, hub_failure, unpinned
+from lorabench.model.hub import hub_commit, must_be_reachable, unpinned
 from lorabench.model.loading import (
     NO_CODE,
     architecture,
@@ -22,6 +22,7 @@ from lorabench.model.place import (
     WEIGHT_PATTERNS,
     ZOO,
     check,
+    findable,
     identity,
     local_folder,
     location,
@@ -40,14 +41,15 @@ __all__ = [
     "checksum",
     "dtype",
     "dtype_notes",
+    "findable",
     "hub_commit",
-    "hub_failure",
     "identity",
     "is_tied",
     "load",
     "load_verified",
     "local_folder",
     "location",
+    "must_be_reachable",
     "num_parameters",
     "output_head",
     "plain",

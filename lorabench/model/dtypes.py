@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.config import Config, ConfigErrors, ModelConfig, range_errors
+from lorabench.hub import hub_failure
 from lorabench.model.fits import headers
-from lorabench.model.hub import hub_commit, hub_failure, must_be_reachable
-from lorabench.model.place import local_folder
+from lorabench.model.hub import hub_commit, must_be_reachable
+from lorabench.model.place import findable, local_folder
 
 STORED = {"float64": "float64", "float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
 # As the header of a safetensors file spells them.
@@ -41,15 +42,17 @@ def resolved(model: ModelConfig) -> ModelConfig:
 
 
 def settled(config: Config) -> Config:
-    """Return the same run with dtypes in place of `auto`; `trainer.dtype` follows `model.dtype`.
+    """Return the same run as it is recorded: the folder of its base absolute, no dtype `auto`.
+
+    `trainer.dtype` follows `model.dtype`.
 
     Raises:
         ConfigErrors: what `resolved` raises; a `trainer.dtype` that does not go with the base's.
     """
-    model, trainer = resolved(config.model), config.trainer
+    model, trainer = resolved(findable(config.model)), config.trainer
     if trainer.dtype == "auto":
         trainer = dataclasses.replace(trainer, dtype=model.dtype)
-    if model is config.model and trainer is config.trainer:
+    if model == config.model and trainer is config.trainer:
         return config
     found = dataclasses.replace(config, model=model, trainer=trainer)
     if errors := range_errors(found):

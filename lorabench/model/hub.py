@@ -1,4 +1,4 @@
-"""A base on the hub: the commit it is pinned to, and one line for every way it cannot be had."""
+"""A base on the hub: the commit it is pinned to, and whether it can be had."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lorabench.config import ConfigErrors, ModelConfig, first_line
+from lorabench.config import ConfigErrors, ModelConfig
+from lorabench.hub import hub_failure
 from lorabench.model import foreign
 
 
@@ -102,29 +103,3 @@ def must_be_reachable(model: ModelConfig) -> None:
         raise ConfigErrors(
             hub_failure("model.path", model.path, OSError(f"no network: {host} does not resolve"))
         ) from error
-
-
-def hub_failure(key: str, path: str, error: BaseException) -> str:
-    """One line for a hub that does not answer, refuses, or does not know the name."""
-    text = f"{type(error).__name__}: {error}"
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in (401, 403) or re.search(r"\b(401|403)\b|[Gg]ated", text):
-        return (
-            f"{key}: '{path}' is gated or private and this machine may not read it; accept the "
-            f"licence at https://huggingface.co/{path} and set HF_TOKEN, or give a local folder "
-            f"with {key}=/path/to/checkpoint"
-        )
-    if (
-        status == 404
-        or "RepositoryNotFound" in text
-        or "not a valid model id" in text
-        or "RevisionNotFound" in text
-    ):
-        return (
-            f"{key}: the hub knows no '{path}' at that revision; check the name, or give a local "
-            f"folder with {key}=/path/to/checkpoint"
-        )
-    return (
-        f"{key}: '{path}' is no local folder and cannot be had from the hub ({first_line(error)}); "
-        f"give a local folder with {key}=/path/to/checkpoint, or run once with a network"
-    )

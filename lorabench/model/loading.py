@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench import tasks, versions
 from lorabench.config import ConfigErrors, ModelConfig, and_more, first_line, model_name
+from lorabench.hub import hub_failure
 from lorabench.model import fits, foreign
 from lorabench.model.dtypes import resolved
-from lorabench.model.hub import hub_failure, must_be_reachable, pickled_on_hub
+from lorabench.model.hub import must_be_reachable, pickled_on_hub
 from lorabench.model.place import adapter_beside, beside, local_folder, location
 
 if TYPE_CHECKING:
@@ -108,6 +109,12 @@ def skeleton(model: ModelConfig, classes: int = 0) -> PreTrainedModel:
                 trust_remote_code=False,
             )
     except (ValueError, ImportError) as error:
+        if model.attn_implementation == "sdpa" and "scaled_dot_product_attention" in str(error):
+            kind = first_line(error).partition(" ")[0]
+            raise ConfigErrors(
+                f"model.attn_implementation: must be one that {kind} of '{model.path}' has; got "
+                f"sdpa; set model.attn_implementation=eager"
+            ) from error
         why = first_line(error)
         raise ConfigErrors(f"model.path: '{model.path}' cannot be built: {why}") from error
     tasks.check(built, classes, model_name(model))
@@ -125,8 +132,11 @@ def load(model: ModelConfig, device: str, classes: int = 0) -> PreTrainedModel:
     import torch
 
     config = architecture(model, classes)
-    # A checkpoint that is a classifier itself may have another number of classes.
-    options = {"ignore_mismatched_sizes": True} if classes else {}
+    on_host = torch.device(device).type == "cpu"
+    # Tensor by tensor to the device; the host never holds the model, not even to cast it.
+    options: dict[str, Any] = {} if on_host else {"device_map": {"": device}}
+    if classes:  # a checkpoint that is a classifier itself may have another number of them
+        options["ignore_mismatched_sizes"] = True
     with _quiet_loading(bool(classes)):
         base, loaded = _call(
             model,
@@ -148,7 +158,7 @@ def load(model: ModelConfig, device: str, classes: int = 0) -> PreTrainedModel:
             module.p = 0.0
     base.requires_grad_(False)
     base.config.use_cache = False
-    if torch.device(device).type == "cpu":
+    if on_host:
         _copy_off_the_file(base)
     return base.to(device).eval()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -65,6 +66,13 @@ def location(model: ModelConfig) -> str:
             )
         return str(folder)
     return model.path
+
+
+def findable(model: ModelConfig) -> ModelConfig:
+    """Return the same base, a folder by its absolute path: it is found from any other folder."""
+    if not Path(model.path).is_dir():
+        return model
+    return dataclasses.replace(model, path=os.path.abspath(model.path))
 
 
 def local_folder(model: ModelConfig) -> Path | None:

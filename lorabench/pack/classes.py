@@ -41,7 +41,7 @@ class ClassHead:
     def logits(self, hidden: Any, laid: Laid) -> list[Tensor]:
         """Logits, (size, B, C) of each block of runs, at least float32; the model's own pooling."""
         name = self.tree.base_model_prefix
-        setattr(self.tree, name, Result(hidden))
+        setattr(self.tree, name, Result(hidden, self.body))
         # Ids of one token an example, none of them padding: encoders do not look at them here.
         ids = torch.ones(laid.examples.total, 1, dtype=torch.long, device=laid.chosen_N.device)
         try:

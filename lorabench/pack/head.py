@@ -27,11 +27,18 @@ CHUNK_BYTES = 1 << 28  # of float32 logits that exist at a time
 
 
 class Result(nn.Module):
-    """Stands where the body was and returns what it had computed."""
+    """Stands where the body was and returns what it had computed.
 
-    def __init__(self, output: Any):
+    Its other attributes are the body's: Falcon-H1 scales logits by a number that its body holds.
+    """
+
+    def __init__(self, output: Any, body: nn.Module):
         super().__init__()
         self.output = output
+        self.__dict__["body"] = body  # not a submodule: hooks and modes stay with the real one
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["body"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.output
@@ -69,7 +76,7 @@ class RowHead:
         """Logits of these rows, (N, V), at least float32."""
         body = self.parent._modules[self.name]
         output = self.output_class(last_hidden_state=hidden_ND[None])
-        self.parent._modules[self.name] = Result(output)
+        self.parent._modules[self.name] = Result(output, body)
         try:
             ids = torch.zeros(1, 1, dtype=torch.long, device=hidden_ND.device)
             with self.spans.at(rows):

@@ -75,6 +75,8 @@ def why_alone(
     if adapters.experts(skeleton):
         return "experts route tokens of all runs together"
     tree = dict(skeleton.named_modules())
+    for mixer in adapters.state_space(skeleton).values():
+        return f"{type(mixer).__name__} computes with weights of its layers beside calling them"
     if any(name.endswith(".rel_embeddings") for name in tree):  # DeBERTa
         return "its layers project relative positions, which all runs would share"
     for name in modules:
