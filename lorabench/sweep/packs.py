@@ -10,8 +10,8 @@ from lorabench.sweep.jobs import Job
 
 # What each run of a pack has for itself; everything else must be the same.
 OWN_GROUPS = (
-    "lora", "head", "target_modules", "seeds", "seed", "tracker", "worker", "compare", "sweep",
-    "output_dir",
+    "lora", "head", "target_modules", "seeds", "seed", "tracker", "worker", "compare", "presets",
+    "sweep", "output_dir",
 )  # fmt: skip
 OWN_TRAINER = (
     "lr", "schedule", "warmup_steps", "weight_decay", "beta1", "beta2", "eps", "max_grad_norm",
