@@ -10,6 +10,7 @@ from sources import hub, hub_folder, jsonl, numbered, skills_config, texts, writ
 from lorabench import data, hashes
 from lorabench.config import ConfigErrors, SourceConfig
 from lorabench.data import files, sources
+from lorabench.data.sources import files as source_files
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ def test_unchanged_files_are_read_once(tmp_path, monkeypatch):
     cfg = jsonl(write(path, numbered(100)))
     first = data.content_hashes(cfg)
     monkeypatch.setattr(hashes, "fresh_hash", None)  # not called again
-    monkeypatch.setattr(sources, "_check_jsonl", None)
+    monkeypatch.setattr(source_files, "_check", None)
     assert data.content_hashes(cfg) == first
     os.replace(write(tmp_path / "b.jsonl", numbered(100)), path)  # the same size, another inode
     with pytest.raises(TypeError):

@@ -24,14 +24,14 @@ from lorabench.cli.serving import evaluate, work
 from lorabench.cli.settling import settle
 from lorabench.cli.training import train
 from lorabench.cli.verbs import EXAMPLES, EXIT_CODES, VERBS
-from lorabench.cli.words import conf_folder
+from lorabench.cli.words import conf_folder, with_line_breaks
 
 __all__ = ["VERBS", "compose", "conf_folder", "main", "register"]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = with_line_breaks(sys.argv[1:] if arguments is None else arguments)
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):
         _overview().print_help()

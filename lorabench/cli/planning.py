@@ -63,6 +63,7 @@ def plan(arguments: list[str]) -> int:
         return 0
     from lorabench import machine, show, sweep
     from lorabench.config import ConfigErrors
+    from lorabench.data.sources import remote_paths
     from lorabench.plan import Planner
 
     spreads = _spreads(options.pilot)  # a folder that tells nothing is refused at once
@@ -80,7 +81,7 @@ def plan(arguments: list[str]) -> int:
         notes += shared.check_data(jobs)
     except ConfigErrors as error:
         # A hub may be out of reach; what is wrong with files here is refused, as by `train`.
-        if options.smoke or any(job.config.data.source != "hub" for job in jobs):
+        if options.smoke or not all(remote_paths(job.config.data) for job in jobs):
             raise
         unread = error.errors[0]
     memory = machine.free_memory(machine.choose_device(jobs[0].config.trainer.device))

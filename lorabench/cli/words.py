@@ -19,6 +19,7 @@ from lorabench.cli.telling import Parser
 NAME_MAX = 255  # bytes in the name of a file, on every file system in use
 # Flags of Hydra that do nothing here, or read a pickle.
 NOT_OURS = ("--shell-completion", "-sc", "--experimental-rerun")
+TEXT_KEYS = re.compile(r"\+{0,2}data\.((train|validation|test)\.)?(prompt|completion|answer_stop)=")
 # At most one of these says what Hydra is to do.
 MODES = {
     "--run": {"--run", "-r"},
@@ -33,6 +34,20 @@ def conf_folder() -> str:
     package = Path(__file__).parent.parent
     inside = package / "conf"
     return str(inside if inside.is_dir() else package.parent / "conf")
+
+
+def with_line_breaks(words: Sequence[str]) -> list[str]:
+    """Return the words with \\n as a line break where a template or a stop text is given.
+
+    In quotes, neither the shell nor Hydra makes a line break of \\n, and a template that holds
+    these two characters looks right wherever it is printed. \\\\n is what remains to write them.
+    """
+    return [
+        re.sub(r"\\(\\n|n)", lambda found: "\n" if found[1] == "n" else "\\n", word)
+        if TEXT_KEYS.match(word)
+        else word
+        for word in words
+    ]
 
 
 def in_hydras_order(arguments: Sequence[str]) -> list[str]:

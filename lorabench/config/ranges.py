@@ -15,6 +15,7 @@ METRICS_OF = {
     "causal_lm": ("nll", "exact_match", "nll_per_token", "answer", "answer_flexible"),
     "seq_cls": ("nll", "accuracy"),
 }
+SAMPLE_BY = ("document", "paragraph", "line")
 METRICS = tuple(dict.fromkeys(name for names in METRICS_OF.values() for name in names))
 # The values that a key can take, or the elements of a list.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -25,7 +26,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "head.policy": ("exclude", "lora", "full"),
     "lora.bias": ("none", "lora_only", "all"),
     "lora.init": ("default", "gaussian", "olora", "orthogonal", "pissa"),
-    "data.source": ("skills", "jsonl", "hub"),
+    "data.source": ("skills", "jsonl", "hub", "path"),
+    "data.train.sample_by": SAMPLE_BY,
+    "data.validation.sample_by": SAMPLE_BY,
+    "data.test.sample_by": SAMPLE_BY,
     "data.metric": METRICS,
     "trainer.schedule": ("constant", "linear", "cosine"),
     "trainer.dtype": DTYPES,
@@ -181,10 +185,14 @@ def _data(found: Found, data: DataConfig) -> None:
         must(
             data.train.path is not None,
             "data.train.path",
-            "a file" if data.source == "jsonl" else "a dataset id or folder",
+            {"jsonl": "a file", "path": "a file, a folder, a glob or a dataset id"}.get(
+                data.source, "a dataset id or folder"
+            ),
             None,
             "set data.train.path=...",
         )
+    for split in ("train", "validation", "test"):
+        one_of(f"data.{split}.sample_by", getattr(data, split).sample_by)
     must(bool(data.metric), "data.metric", f"a list out of {', '.join(METRICS)}", data.metric)
     for metric in data.metric:
         one_of("data.metric", metric)

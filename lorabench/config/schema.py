@@ -64,10 +64,11 @@ class LoraSettings:
 class SourceConfig:
     """Where the examples of one split come from."""
 
-    path: str | None = None  # jsonl: a file; hub: a dataset id or a local folder
+    path: str | None = None  # jsonl: a file; hub: an id or a folder; path: file, folder, glob or id
     subset: str | None = None  # hub: name of the dataset's configuration
     split: str = "train"  # hub: name of the split
     revision: str | None = None  # hub: commit
+    sample_by: str = "document"  # text files: what a row is, the whole file, a paragraph or a line
     prompt: str | None = None  # template over columns; None: data.prompt
     completion: str | None = None  # template over columns; None: data.completion
 
@@ -82,11 +83,11 @@ class DataConfig:
     skills: list[str] = field(default_factory=list)  # names in lorabench/zoo/skills.py
     min_word_length: int = 3  # letters per word, at least
     max_word_length: int = 8  # letters per word, at most
-    # source=jsonl and source=hub
+    # source=jsonl, source=hub and source=path
     train: SourceConfig = field(default_factory=SourceConfig)
     validation: SourceConfig = field(default_factory=SourceConfig)
     test: SourceConfig = field(default_factory=SourceConfig)
-    prompt: str = "{prompt}"  # template over columns
+    prompt: str = "{prompt}"  # template over columns; [[ ]]: left out if a column in it is empty
     completion: str = "{completion}"  # template over columns
     labels: list[str] | None = None  # task=seq_cls: the classes; None: train's completions, sorted
     split_by: str | None = None  # column whose hash decides an example's split; None: the prompt

@@ -5,7 +5,8 @@ train   its source, templates and num_train; where a set without a path is taken
 others  their own source, templates and num_*; where taken from train, what decides train's split.
 
 A source is, of skills, the generated examples; of jsonl, the sha256 of the file, wherever it lies;
-of hub, id, subset, split and revision, or subset, split and the files of a local folder.
+of hub, id, subset, split and revision, or subset, split and the files of a local folder; of path,
+the kind of the files and the sha256 of each in order, wherever they lie, or as of hub.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import Any
 from lorabench.config import ConfigErrors, DataConfig
 from lorabench.data import sources, templates
 from lorabench.data.templates import SPLITS, own_sources
-from lorabench.hashes import file_hash
 
 # Of rendering, splitting and ordering, and of how prompts get BOS; part of every content hash.
 RULES_VERSION = 2
@@ -33,10 +33,7 @@ def content_hashes(cfg: DataConfig) -> dict[str, str]:
         raise ConfigErrors(errors)
     if cfg.source == "skills":
         return split_hashes(cfg, {split: sources.skill_examples(cfg, split) for split in SPLITS})
-    read: dict[str, Any] = {}
-    for split, source in own_sources(cfg).items():
-        is_file = cfg.source == "jsonl"
-        read[split] = file_hash(sources.local(source)) if is_file else sources.hub_identity(source)
+    read = {split: sources.identity(cfg.source, own) for split, own in own_sources(cfg).items()}
     return split_hashes(cfg, read)
 
 
@@ -47,7 +44,8 @@ def split_hashes(cfg: DataConfig, read: dict[str, Any]) -> dict[str, str]:
         facts[split] = {"rules": RULES_VERSION, "source": cfg.source, "content": content}
         if cfg.source != "skills":
             facts[split]["templates"] = [
-                templates.template_of(cfg, split, part)[1] for part in ("prompt", "completion")
+                _template(templates.template_of(cfg, split, part)[1])
+                for part in ("prompt", "completion")
             ]
     missing = [split for split in SPLITS if split not in read]
     if missing:
@@ -61,6 +59,11 @@ def split_hashes(cfg: DataConfig, read: dict[str, Any]) -> dict[str, str]:
         for split in SPLITS:
             facts[split]["num"] = getattr(cfg, f"num_{split}")
     return {split: _hash(json.dumps(facts[split], sort_keys=True)) for split in SPLITS}
+
+
+def _template(text: str) -> Any:
+    """Return what stands for a template: its text, which used to be all of it, and its rules."""
+    return {"text": text, "optional": 1} if "[[" in text else text
 
 
 def combined(hashes: dict[str, str]) -> str:

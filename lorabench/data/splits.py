@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from lorabench.config import ConfigErrors, DataConfig
 from lorabench.data import sources, templates
 from lorabench.data.hashes import split_hashes
+from lorabench.data.references import check_references
 from lorabench.data.templates import SPLITS, own_sources
 
 
@@ -69,6 +70,8 @@ def load(cfg: DataConfig) -> Splits:
                     f"data.{split}: has {there} examples, fewer than data.num_{split}={wanted} "
                     f"asks for; all are used; give more, or set data.num_{split}={there}"
                 )
+    scored = ("validation", "test")
+    notes += check_references(cfg, {s: [one.completion for one in sets[s]] for s in scored})
     train_prompts = {example.prompt for example in sets["train"]}
     for split in ("validation", "test"):
         shared = sum(example.prompt in train_prompts for example in sets[split])
@@ -95,34 +98,27 @@ def _read(cfg: DataConfig, notes: list[str]) -> tuple[dict[str, list[Example]], 
     groups: list[str] = []
     for split, source in own_sources(cfg).items():
         key = f"data.{split}.path"
-        columns, _ = templates.columns_of(cfg, split)
-        if cfg.source == "hub":
-            rows: Iterable[dict[str, Any]]
-            rows, read[split] = sources.hub_rows(key, source, columns)
-            if source.revision is None and not sources.local(source).is_dir():
-                notes.append(
-                    f"data.{split}: '{source.path}' is read at its newest commit, so its content "
-                    f"may change between runs; set data.{split}.revision to a commit"
-                )
-        else:
-            digest = hashlib.sha256()
-            rows = sources.jsonl_columns(key, source, columns, digest)
+        reading = sources.read(cfg, split)
+        if source.revision is None and sources.is_remote(cfg.source, source):
+            notes.append(
+                f"data.{split}: '{source.path}' is read at its newest commit, so its content "
+                f"may change between runs; set data.{split}.revision to a commit"
+            )
         parts = [
             templates.parse(templates.template_of(cfg, split, part)[1])
             for part in ("prompt", "completion")
         ]
         pairs, num_empty = [], 0
-        for row in rows:
-            prompt, completion = (templates.render(part, row) for part in parts)
+        for row in reading:
+            prompt, completion = (templates.render(part, row.columns) for part in parts)
             if not completion.strip():
                 num_empty += 1
                 continue
             pairs.append((prompt, completion))
             if split == "train":
                 by = cfg.split_by
-                groups.append(prompt if by is None else str(row[by]))
-        if cfg.source == "jsonl":
-            read[split] = digest.hexdigest()
+                groups.append(prompt if by is None else str(row.columns[by]))
+        read[split] = reading.identity
         if num_empty:
             total = len(pairs) + num_empty
             notes.append(

@@ -1,14 +1,18 @@
 """Templates over columns: what a split's prompt and completion are made of.
 
 As `str.format`, but a field is a column's name and nothing more, and braces in the data are data.
+A part in [[ ]] is left out where a column in it is empty: blank, null or not there. Four brackets
+in a row stand for two of the text, as two braces stand for one.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import string
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from lorabench.config import DataConfig, SourceConfig, did_you_mean
 
@@ -21,25 +25,77 @@ def own_sources(cfg: DataConfig) -> dict[str, SourceConfig]:
     return {split: source for split, source in sources.items() if source.path is not None}
 
 
-def parse(template: str) -> list[tuple[str, str | None]]:
-    """A template as (text, column) pairs.
+class Part(NamedTuple):
+    """A text and the column that follows it; None: the text alone."""
 
-    As `str.format`, but a field is a column's name and nothing more: no attributes, no indices.
+    text: str
+    column: str | None
+
+
+class Section(NamedTuple):
+    """Neighbouring parts that are rendered together, or, if optional, left out together."""
+
+    parts: list[Part]
+    is_optional: bool = False
+
+
+def parse(template: str) -> list[Section]:
+    """Return the sections of a template.
 
     Raises:
         ValueError: it is no template; the reason.
     """
-    parts = []
+    sections = [Section([])]
+    has_optional = "[[" in template  # if not, ]] is text, as it always was
     for text, column, spec, conversion in string.Formatter().parse(template):
         if column is not None and (not column or spec or conversion):
             raise ValueError("between braces there must be the name of a column alone")
-        parts.append((text, column))
-    return parts
+        pieces = re.split(r"(\[{2,}|\]{2,})", text) if has_optional else [text]
+        said = ""
+        for piece in pieces:
+            is_bracket = has_optional and len(piece) > 1 and set(piece) in ({"["}, {"]"})
+            if not is_bracket:
+                said += piece
+                continue
+            if len(piece) > 4:
+                raise ValueError(f"{piece} can be read in several ways")
+            if len(piece) == 4:
+                said += piece[:2]
+                continue
+            opens = piece[0] == "["
+            if opens == sections[-1].is_optional:
+                raise ValueError("[[ must be closed by ]] before another one opens")
+            if not opens:
+                said += piece[2:]  # of ]]] the first is text, of [[[ the last
+            sections[-1].parts.append(Part(said, None))
+            sections.append(Section([], is_optional=opens))
+            said = piece[2:] if opens else ""
+        sections[-1].parts.append(Part(said, column))
+    if sections[-1].is_optional:
+        raise ValueError("[[ must be closed by ]]")
+    if any(section.is_optional and not _columns([section]) for section in sections):
+        raise ValueError("between [[ and ]] there must be a column; four brackets are two of text")
+    return sections
 
 
-def render(parts: list[tuple[str, str | None]], row: dict[str, Any]) -> str:
-    """The template filled in. Braces in the data are data."""
-    return "".join(text if col is None else f"{text}{as_text(row[col])}" for text, col in parts)
+def render(sections: list[Section], row: Mapping[str, Any]) -> str:
+    """Return the template filled in. Braces and brackets in the data are data."""
+    return "".join(
+        text if column is None else f"{text}{as_text(row[column])}"
+        for section in sections
+        if not section.is_optional
+        or all(not is_empty(row.get(column)) for column in _columns([section]))
+        for text, column in section.parts
+    )
+
+
+def is_empty(value: Any) -> bool:
+    """Return whether a cell is null or blank."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _columns(sections: list[Section]) -> list[str]:
+    return [part.column for s in sections for part in s.parts if part.column is not None]
 
 
 def as_text(value: Any) -> str | None:
@@ -61,41 +117,81 @@ def template_of(cfg: DataConfig, split: str, part: str) -> tuple[str, str]:
     return (f"data.{part}", getattr(cfg, part)) if own is None else (f"data.{split}.{part}", own)
 
 
-def columns_of(cfg: DataConfig, split: str) -> tuple[dict[str, str], list[str]]:
-    """The columns that a split needs, each with the key that asks for it; and bad templates."""
-    columns: dict[str, str] = {}
+def row_error(row: Mapping[str, Any], wanted: Wanted) -> str:
+    """Return why a row cannot be filled into templates; empty if it can."""
+    for column in wanted.columns:
+        if column not in row:
+            return f"no column '{column}'"
+        if as_text(row[column]) is None:
+            return f"column '{column}' holds {row[column]!r:.40}"
+    for column in wanted.optional:
+        value = row.get(column)
+        if value is not None and as_text(value) is None:
+            return f"column '{column}' holds {value!r:.40}"
+    return ""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of the rows of a source.
+
+    Args:
+        columns: Columns that every row must have, each with the key that asks for it.
+        optional: Columns that may be null or missing in a row, though not in all of them.
+        error: Returns why a row cannot be used, or nothing. The default asks for text or a number
+            in each column.
+    """
+
+    columns: dict[str, str]
+    optional: dict[str, str] = field(default_factory=dict)
+    error: Callable[[Mapping[str, Any], Wanted], str] = row_error
+
+    def key(self) -> tuple[Any, ...]:
+        """Return what decides the outcome of a check, to remember it by."""
+        return (tuple(self.columns.items()), tuple(self.optional.items()), self.error)
+
+
+def wanted_of(cfg: DataConfig, split: str) -> tuple[Wanted, list[str]]:
+    """Return the columns that a split's templates need, and bad templates."""
+    wanted = Wanted({})
     errors = []
     for part in ("prompt", "completion"):
         key, template = template_of(cfg, split, part)
-        try:
-            named = [column for _, column in parse(template) if column is not None]
-        except ValueError as error:
-            errors.append(
-                f"{key}: must be a template over columns, such as 'Q: {{question}}'; "
-                f"got {template!r}: {error}; write a brace of the text twice"
-            )
-            continue
-        if part == "completion" and not named:
-            errors.append(f"{key}: must name at least one column; got {template!r}")
-        columns.update((column, key) for column in named)
+        found, error = template_columns(key, template)
+        if not error and part == "completion" and not (found.columns or found.optional):
+            error = f"{key}: must name at least one column; got {template!r}"
+        errors += [error] if error else []
+        wanted.columns.update(found.columns)
+        wanted.optional.update(found.optional)
     if split == "train" and cfg.split_by is not None and len(own_sources(cfg)) < len(SPLITS):
-        columns[cfg.split_by] = "data.split_by"
-    return columns, errors
+        wanted.columns[cfg.split_by] = "data.split_by"
+    for column in wanted.columns:
+        wanted.optional.pop(column, None)
+    return wanted, errors
 
 
-def unknown_columns(columns: dict[str, str], there: Sequence[str], where: str) -> list[str]:
+def template_columns(key: str, template: str) -> tuple[Wanted, str]:
+    """Return the columns of one template and why it is none; empty if it is."""
+    try:
+        sections = parse(template)
+    except ValueError as error:
+        brackets = "brackets" if "[[" in str(error) or "several" in str(error) else ""
+        remedy = "put two brackets of the text as four" if brackets else (
+            "write a brace of the text twice"
+        )  # fmt: skip
+        return Wanted({}), (
+            f"{key}: must be a template over columns, such as 'Q: {{question}}'; "
+            f"got {template!r}: {error}; {remedy}"
+        )
+    columns = _columns([section for section in sections if not section.is_optional])
+    optional = _columns([section for section in sections if section.is_optional])
+    return Wanted(dict.fromkeys(columns, key), dict.fromkeys(optional, key)), ""
+
+
+def unknown_columns(columns: Mapping[str, str], there: Sequence[str], where: str) -> list[str]:
+    """Return an error for each column that is not there."""
     return [
         f"{key}: every column must be one of {', '.join(there)} ({where}); "
         f"unknown: {did_you_mean(column, there)}"
         for column, key in columns.items() if column not in there
     ]  # fmt: skip
-
-
-def row_error(row: dict[str, Any], columns: dict[str, str]) -> str:
-    """Why a row cannot be used; empty if it can."""
-    for column in columns:
-        if column not in row:
-            return f"no column '{column}'"
-        if as_text(row[column]) is None:
-            return f"column '{column}' holds {row[column]!r:.40}"
-    return ""

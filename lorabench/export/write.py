@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lorabench import adapters, data, machine, provenance
 from lorabench import model as base_model
 from lorabench.config import ConfigErrors
+from lorabench.data import sources
 from lorabench.export import agreement
 from lorabench.export.source import Run
 from lorabench.files import share, sync_folder
@@ -208,11 +209,9 @@ def _batches(run: Run, model: Any, tokenizer: Any) -> tuple[list[Tensor], str]:
     own: list[Tensor] = []
     settings = run.config.data
     try:
-        if settings.source == "hub":  # read only where that needs no network
-            sources = (settings.train, settings.validation, settings.test)
-            away = [s.path for s in sources if s.path and not Path(s.path).expanduser().is_dir()]
-            if away:
-                raise ConfigErrors(f"{away[0]} lies on the hub")
+        # Read only where that needs no network.
+        if away := sources.remote_paths(settings):
+            raise ConfigErrors(f"{away[0]} lies on the hub")
         scored = {e.splits["test"].examples for e in run.entry.evaluations if "test" in e.splits}
         if data.content_hashes(settings)["test"] not in scored:
             raise ConfigErrors("the data has changed since")
