@@ -74,7 +74,7 @@ def evaluate(
     exact = np.zeros((pack.size, count), dtype=np.int8)
     texts = [[""] * count for _ in range(pack.size)]
     # Examples of similar length together: a model that pads computes less.
-    by_length = np.argsort([len(ids) for ids in tokens.input_ids], kind="stable")
+    by_length = np.argsort(tokens.input_ids.lengths, kind="stable")
     for start in range(0, count, size):
         indices = by_length[start : start + size]
         input_ids, labels_BT = data.batch(tokens, indices, None, pad_id)
@@ -176,6 +176,30 @@ def generation_settings(settings: DataConfig, eos_token_ids: list[int]) -> dict[
     }
 
 
+def scored(
+    pack: ModulePack | StackedPack,
+    tokens: data.Tokens,
+    tokenizer: Any,
+    pad_id: int,
+    settings: DataConfig,
+    batch_size: int,
+) -> list[pa.Table]:
+    """Return the tables of `evaluate` with every column that settings.metric asks for.
+
+    Those of generated answers come from `answers`.
+    """
+    tables = evaluate(pack, tokens, tokenizer, pad_id, settings.metric, batch_size)
+    if set(GENERATED) & set(settings.metric):
+        eos = eos_token_ids(pack.tree.generation_config, tokenizer)
+        texts = answers(pack, tokens, tokenizer, pad_id, settings, eos, batch_size)
+        for name in texts[0].column_names:
+            tables = [
+                table.append_column(name, text[name])
+                for table, text in zip(tables, texts, strict=True)
+            ]
+    return tables
+
+
 def greedy(settings: DataConfig, eos_token_ids: list[int], pad_id: int) -> GenerationConfig:
     """Return the settings of a generation for generate(), with nothing of the base's own in them.
 
@@ -230,11 +254,12 @@ def answers(
     config = greedy(settings, eos_token_ids, pad_id)
     rows: list[list[Any]] = [[None] * count for _ in range(pack.size)]
     # Prompts of similar length together: there is less padding before them.
-    by_length = np.argsort(tokens.completion_start[:count], kind="stable")
+    starts = tokens.completion_start[:count]
+    by_length = np.argsort(starts, kind="stable")
     for start in range(0, count, size):
         chosen = by_length[start : start + size]
-        prompts = [tokens.input_ids[i][: tokens.completion_start[i]] for i in chosen]
-        completions = [tokens.input_ids[i][tokens.completion_start[i] :] for i in chosen]
+        prompts = [tokens.input_ids[i][: starts[i]] for i in chosen]
+        completions = [tokens.input_ids[i][starts[i] : tokens.spans[i][-1]] for i in chosen]
         references = tokenizer.batch_decode(completions, skip_special_tokens=True)
         written_RBL = continuations(pack, prompts, config)
         for run in range(pack.size):

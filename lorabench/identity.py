@@ -11,6 +11,7 @@ versions did: it goes into NEUTRAL with that value.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -33,23 +34,37 @@ EVALUATION_KEYS = (
     "objective",
 )
 # Keys that decide a training only through what they resolve to: content hashes stand for sources,
-# modules with their ranks and scales for LoRA's settings. What they resolve to is in the run id.
+# modules with their ranks and scales for LoRA's settings, steps for epochs and
+# for a warm-up's share. What they resolve to is in the run id.
 RESOLVED = {
     "model": {"path", "revision"},
     "data": {
         "source", "skills", "min_word_length", "max_word_length", "train", "prompt", "completion",
+        "format", "messages", "text", "system", "merge_turns", "loss_on", "tools",
         "labels", "split_by", "validation_fraction", "test_fraction", "num_train",
     },
+    "trainer": {"epochs", "warmup_ratio"},
     "lora": {"r", "lora_alpha", "alpha_ratio", "use_rslora", "rank_pattern", "alpha_pattern"},
 }  # fmt: skip
 # Keys of the same groups that change no result: labels, places, logs.
 NOT_DECIDING = {
     "model": {"name"},
-    "data": {"name"},
+    "data": {"name", "allow_left_out"},
     "trainer": {"device", "num_threads", "checkpoint_every", "checkpoint_minutes", "log_every"},
 }
+# Keys of the evaluation that decide a training which looks at validation: see `selects`.
+SELECTION_KEYS = (
+    "objective", "trainer.eval_every", "trainer.eval_examples", "trainer.eval_batch_size",
+)  # fmt: skip
 # Keys added since arithmetic version 3, at the value that does what runs before them did.
-NEUTRAL: dict[str, Any] = {"lora.loraplus_lr_ratio": None}
+NEUTRAL: dict[str, Any] = {
+    "lora.loraplus_lr_ratio": None,
+    "data.chat_template_kwargs": None,
+    "data.too_long": "leave_out",
+    "trainer.min_lr_ratio": 0.0,
+    "trainer.keep": "last",
+    "trainer.patience": None,
+}
 
 
 def is_of_evaluation(key: str) -> bool:
@@ -67,16 +82,19 @@ def training(
     scales: dict[str, float],
     trained: Iterable[str],
     labels: list[str],
+    definitions: dict[str, str],
 ) -> dict[str, Any]:
     """Return what decides a training, canonically: the content that the run id is the hash of.
 
     Args:
-        contents: hashes of base, tokenizer and training data.
+        contents: hashes of base, tokenizer and data.
         ranks, scales: of each adapted module, patterns included.
         trained: every module that trains, adapted or in full.
         labels: of a classification, in the order of their numbers.
+        definitions: the version of each metric.
     """
     groups = dataclasses.asdict(config)
+    chosen = _selection(config, contents, definitions) if selects(groups["trainer"]) else {}
     for group in ("model", "data", "lora", "trainer", "seeds"):
         groups[group] = {
             key: value
@@ -104,6 +122,37 @@ def training(
             for stage in Stages(config.stages, trained).all
         ],
         "seeds": groups["seeds"],
+    } | chosen
+
+
+def selects(trainer: dict[str, Any]) -> bool:
+    """Whether validation decides what is saved: the best adapter is kept, or a run stops early."""
+    return trainer.get("keep") == "best" or trainer.get("patience") is not None
+
+
+def _selection(
+    config: Config, contents: dict[str, str], definitions: dict[str, str]
+) -> dict[str, Any]:
+    """What decides the validation values that a training looks at."""
+    metric = config.objective.partition("/")[2]
+    found: dict[str, Any] = {key: value_of(config, key) for key in SELECTION_KEYS}
+    found |= {"examples": contents["validation"], "definition": definitions[metric]}
+    if metric.startswith("answer"):
+        found |= _answer_settings(config)
+    return {"selection": found}
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    return functools.reduce(getattr, key.split("."), config)
+
+
+def _answer_settings(config: Config) -> dict[str, Any]:
+    data = dataclasses.asdict(config.data)
+    return {
+        key: data[key]
+        for key in sorted(data)
+        if key.startswith("answer_") and not _is_neutral(f"data.{key}", data[key])
     }
 
 
@@ -134,12 +183,7 @@ def evaluation(
         "eval_batch_size": config.trainer.eval_batch_size,
     }
     if any(name.startswith("answer") for name in metrics):
-        data = dataclasses.asdict(config.data)
-        settings |= {
-            key: data[key]
-            for key in sorted(data)
-            if key.startswith("answer_") and not _is_neutral(f"data.{key}", data[key])
-        }
+        settings |= _answer_settings(config)
         settings["answer_splits"] = answer_splits(config)
     return settings
 

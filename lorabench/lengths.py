@@ -31,8 +31,8 @@ def lengths_of(config: Config, tokens: data.Tokens, padded: bool) -> Lengths:
 
     trainer = config.trainer
     micro = trainer.micro_batch_size or trainer.batch_size
-    every = np.array([len(ids) for ids in tokens.input_ids])
-    loss = np.ones_like(every) if tokens.labels else every - np.array(tokens.completion_start)
+    every = tokens.input_ids.lengths
+    loss = np.ones_like(every) if tokens.labels else tokens.num_targets()
     real = padded_rows = longest = targets = 0
     order = data.order_of(tokens, config)
     while steps := list(itertools.islice(order, 4096)):

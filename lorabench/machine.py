@@ -10,30 +10,39 @@ import resource
 import time
 from pathlib import Path
 
+from lorabench import nvidia
 from lorabench.config import Config, ConfigErrors
 
 CGROUPS = Path("/sys/fs/cgroup")
 
 
 def choose_device(wanted: str) -> str:
-    """`auto` becomes what this machine has; anything else must be there."""
+    """`auto` becomes what this machine has; anything else must be there.
+
+    Raises:
+        ConfigErrors: it is not there, or torch cannot use the GPU that is.
+    """
     import torch
 
+    if errors := check_device(wanted):
+        raise ConfigErrors(errors)
     if wanted == "auto":
         if torch.cuda.is_available():
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
-    if errors := check_device(wanted):
-        raise ConfigErrors(errors)
     return wanted
 
 
 def check_device(wanted: str) -> list[str]:
     """What is wrong with trainer.device; imports torch only to look for an accelerator."""
-    if wanted in ("auto", "cpu"):
+    if wanted == "cpu" or (wanted == "auto" and nvidia.driver() is None):
         return []
     import torch
 
+    if not wanted.startswith("mps") and not torch.cuda.is_available():
+        errors = nvidia.unusable(wanted)
+        if errors or wanted == "auto":
+            return errors
     kind, _, index = wanted.partition(":")
     if kind == "mps":
         there, count = torch.backends.mps.is_available(), 1
@@ -100,6 +109,20 @@ def free_memory(device: str) -> int:
     if device.startswith("cuda"):
         return int(0.85 * torch.cuda.mem_get_info(device)[0])
     return available_memory() // 2
+
+
+def describe(device: str) -> str:
+    """Return the device's name and its free memory, of how much, for people."""
+    import psutil
+    import torch
+
+    if device.startswith("cuda"):
+        free, total = torch.cuda.mem_get_info(device)
+        name = f"{device}, {torch.cuda.get_device_name(device)}"
+    else:
+        free, total = available_memory(), psutil.virtual_memory().total
+        name = f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else device
+    return f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
 
 
 def available_memory() -> int:

@@ -17,6 +17,7 @@ from lorabench import model as base_model
 from lorabench.config import Config, ConfigErrors, ModelConfig, model_name, scale
 from lorabench.files import obstacle
 from lorabench.lengths import Lengths
+from lorabench.steps import Steps
 
 RUNTIME_BYTES = 450_000_000  # Python, torch and transformers themselves
 
@@ -138,6 +139,7 @@ class Planner:
         self._skeletons: dict[str, Any] = {}
         self._resolved: dict[str, Resolved] = {}
         self._plans: dict[str, Plan] = {}
+        self._steps = Steps()
 
     def skeleton(self, model: ModelConfig, classes: int = 0) -> Any:
         """Return the base on the meta device, built once.
@@ -154,8 +156,14 @@ class Planner:
         """Return the adapters on a skeleton so far, for `adapters.attach_skeleton` to add to."""
         return self._wrapped.setdefault(_skeleton_key(model, classes), {})
 
+    def resolved(self, config: Config) -> Config:
+        """Return the config that a run has: a dtype for `auto`, steps for epochs and warm-up."""
+        return self._steps.resolved(base_model.settled(config))
+
     def make(self, config: Config) -> Plan:
         """Resolve one run; the same config gives the same plan for as long as the planner lives.
+
+        A dtype of `auto` is resolved first: the run is the one with that dtype written out.
 
         Raises:
             ConfigErrors: names that match nothing, a base that cannot be had, options that would
@@ -163,7 +171,14 @@ class Planner:
         """
         key = json.dumps(dataclasses.asdict(config), sort_keys=True)
         if key not in self._plans:
-            self._plans[key] = self._make(config)
+            made = self._make(self.resolved(config))
+            made.warnings += base_model.dtype_notes(config.model)
+            if config.trainer.epochs is not None:
+                steps = self.resolved(config).trainer.num_steps
+                made.warnings.append(
+                    f"trainer.epochs={config.trainer.epochs:g} makes {steps} steps"
+                )
+            self._plans[key] = made
         return self._plans[key]
 
     def _resolve(self, config: Config, base: Any, known: dict[str, Any]) -> Resolved:
@@ -222,10 +237,12 @@ class Planner:
         logits = _logits_bytes(tokens, logit_bytes)
         narrow = _narrow(base, resolved.ranks)
         warnings = [*_warnings(config, base), *narrow, *resolved.left_out]
+        warnings += base_model.unpinned(config.model, contents)
         saved = [head.module] if head.policy == "full" and head.module else []
         training = identity.training(
-            config, contents, resolved.ranks, resolved.scales, resolved.trained, labels
-        )
+            config, contents, resolved.ranks, resolved.scales, resolved.trained, labels,
+            DEFINITIONS,
+        )  # fmt: skip
         evaluation = identity.evaluation(config, contents, DEFINITIONS)
         run_id = identity.short_hash(training)
         state_bytes = weight_bytes * resolved.num_trainable
@@ -249,11 +266,12 @@ class Planner:
             token_bytes=token_bytes,
             logit_bytes=logit_bytes,
             disk_bytes=state_bytes + 300_000,
-            # Weights and two moments: the last one, the one before, and the one being written.
-            checkpoint_bytes=9 * state_bytes,
+            # Weights, two moments and the best weights: the last one, the one before, and the one
+            # being written.
+            checkpoint_bytes=(12 if config.trainer.keep == "best" else 9) * state_bytes,
             train_flops=4.0
             * total
-            * config.trainer.steps
+            * config.trainer.num_steps
             * config.trainer.batch_size
             * config.data.max_length,
             tracker=tracker_address(config),
@@ -351,8 +369,18 @@ def _warnings(config: Config, base: Any) -> list[str]:
     from transformers import AutoConfig
 
     found = []
-    if config.trainer.warmup_steps >= config.trainer.steps:
+    if config.trainer.warmup_steps >= config.trainer.num_steps:
         found.append("trainer.warmup_steps: the whole run is warm-up; lr never reaches its peak")
+    patience, every = config.trainer.patience, config.trainer.eval_every
+    if patience is not None and patience * every >= config.trainer.num_steps:
+        found.append(
+            f"trainer.patience: {patience} evaluations, one every {every} steps, are all of the run"
+        )
+    if config.model.dtype == "bfloat16" and machine.choose_device(config.trainer.device) == "cpu":
+        found.append(
+            "model.dtype: bfloat16 is rounded more than float32 and, on most CPUs, slower; on this "
+            "CPU consider model.dtype=float32"
+        )
     was = [name for name in base.config.architectures or () if "SequenceClassification" in name]
     if config.task == "seq_cls" and was:
         found.append(f"the checkpoint is a classifier itself ({was[0]}): its head is replaced")

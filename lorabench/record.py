@@ -80,6 +80,14 @@ class StageStart(BaseModel):
     lr: float  # of the first of its steps; the schedule times lr_scale
 
 
+class Best(BaseModel):
+    """The best value on validation while a run trained, of a run that looks for it."""
+
+    step: int  # steps done when it was scored
+    metric: str  # the objective: validation/METRIC
+    value: float
+
+
 class Exports(BaseModel):
     """What the run's adapter can be written as (`lorabench export`): yes, or why not."""
 
@@ -123,6 +131,9 @@ class Record(BaseModel):
     exports: Exports | None = None  # None: written before exports were recorded
     notes: list[str] = Field(default_factory=list)
     steps_done: int = 0
+    best: Best | None = None  # None: nothing looked for it, or no value was finite
+    adapter_step: int | None = None  # steps done when the saved adapter was as it is
+    stopped_early: str | None = None  # why the run stopped before its last step (trainer.patience)
     started: str = ""
     ended: str | None = None
 

@@ -69,7 +69,7 @@ def attempt(jobs: list[Job], shared: Shared) -> Attempt:
     except Exception as failure:
         log.info("smoke failed", exc_info=True)
         error = f"{type(failure).__name__}: {first_line(failure, None)}"
-    ids, steps = [job.plan.run_id for job in jobs], shortened[0].config.trainer.steps
+    ids, steps = [job.plan.run_id for job in jobs], shortened[0].config.trainer.num_steps
     return Attempt(ids, steps, error, difference, time.perf_counter() - begun)
 
 

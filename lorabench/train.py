@@ -29,16 +29,23 @@ class Step:
 
 
 def learning_rate(trainer: TrainerConfig, step: int) -> float:
-    """The learning rate of a step (from 0): transformers' schedules of the same names."""
-    warmup, steps = trainer.warmup_steps, trainer.steps
+    """Return the learning rate of a step (from 0).
+
+    Source: transformers' schedules of the same names; with `min_lr_ratio`, its
+    cosine_with_min_lr, and for linear its polynomial with power=1 and lr_end.
+    """
+    assert trainer.warmup_ratio is None, "Planner.resolved turns it into steps"
+    warmup, steps = trainer.warmup_steps, trainer.num_steps
     if step < warmup:
         return trainer.lr * step / max(1, warmup)
     if trainer.schedule == "constant":
         return trainer.lr
     done = (step - warmup) / max(1, steps - warmup)
     if trainer.schedule == "linear":
-        return trainer.lr * max(0.0, 1.0 - done)
-    return trainer.lr * max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
+        left = max(0.0, 1.0 - done)
+    else:
+        left = max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
+    return trainer.lr * (left * (1.0 - trainer.min_lr_ratio) + trainer.min_lr_ratio)
 
 
 def train(
@@ -65,7 +72,7 @@ def train(
     owners = list(pack.owners.values())
     stages = Stages(pack.configs[0].stages, owners)
     assert all(Stages(config.stages, owners).all == stages.all for config in pack.configs)
-    for step in range(start_step, trainer.steps):
+    for step in range(start_step, trainer.num_steps):
         stage = stages.at(step)
         if step in (start_step, stage.step):
             _enter(pack, stage)
@@ -102,6 +109,7 @@ def train(
             ended=ended,
             stage=stage if stage.step == step else None,
         )
+        running = {run for run in running if pack.alive[run]}  # whoever reads may stop some
         if not running:
             return
 

@@ -32,6 +32,7 @@ from lorabench import model as base_model
 from lorabench.adapters import inject
 from lorabench.config import Config, ModelConfig
 
+MODELS = "lorabench-model://"  # hydra_plugins/lorabench_launcher/model_source.py
 inner = ConfigLoaderImpl._load_configuration_impl
 kept: dict[str, bytes] = {}
 
@@ -47,13 +48,14 @@ def load(
     """Stand in for `ConfigLoaderImpl._load_configuration_impl`."""
     options = (run_mode, from_shell, validate_sweep_overrides)
     places = {path.path for path in self.config_search_path.get_path()}
-    known = places <= {"pkg://hydra.conf", cli.conf_folder(), "structured://"}
+    known = places <= {"pkg://hydra.conf", cli.conf_folder(), "structured://", MODELS}
     parsed = OverridesParser.create().parse_overrides(overrides)
     groups = [one for one in parsed if is_group(one)]
     values = [one for one in parsed if not is_group(one) and not one.is_sweep_override()]
     sweeps = any(one.is_sweep_override() for one in parsed)
     if (
         not known  # files outside conf/ may be another test's, or change
+        or any(not is_ours(f"model/{one.value()}") for one in groups if is_model(one))
         or (sweeps and run_mode != RunMode.MULTIRUN)
         or any(one.get_key_element() == "hydra.searchpath" for one in parsed)
     ):
@@ -94,6 +96,17 @@ def is_group(override: Override) -> bool:
     return os.path.isdir(os.path.join(cli.conf_folder(), name)) or name.startswith("hydra/")
 
 
+def is_model(override: Override) -> bool:
+    """Whether it chooses one base: a preset, a folder or a hub id."""
+    return override.key_or_group == "model" and not override.is_sweep_override()
+
+
+def is_ours(config_path: str) -> bool:
+    """Whether a choice is a file of conf/, not a folder that comes and goes."""
+    file = os.path.join(cli.conf_folder(), f"{config_path}.yaml")
+    return not config_path.startswith("model/") or os.path.isfile(file)
+
+
 load_config = ConfigRepository.load_config
 files: dict[str, bytes] = {}
 
@@ -101,6 +114,8 @@ files: dict[str, bytes] = {}
 def read(self: ConfigRepository, config_path: str) -> Any:
     """Stand in for `ConfigRepository.load_config`: each of our own and Hydra's files once."""
     if not {one.path for one in self.sources} <= {"hydra.conf", cli.conf_folder(), ""}:
+        return load_config(self, config_path)
+    if not is_ours(config_path):
         return load_config(self, config_path)
     if config_path not in files:
         files[config_path] = pickle.dumps(load_config(self, config_path))

@@ -111,9 +111,15 @@ def pytest_collection_finish() -> None:
 
 
 def composed(*overrides: str) -> config.Config:
-    """The typed config of a command line."""
+    """The typed config of a command line; a dtype of `auto` is that of a local checkpoint."""
+    from lorabench import model as base_model
+
     (cfg,), *_ = cli.compose(list(overrides))
-    return config.typed(cfg)
+    found = config.typed(cfg)
+    with contextlib.suppress(config.ConfigErrors):
+        if Path(found.model.path).is_dir():
+            return base_model.settled(found)
+    return found
 
 
 class Said(NamedTuple):

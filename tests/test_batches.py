@@ -12,9 +12,7 @@ from lorabench import data
 def made(lengths):
     """Tokens of the given (prompt, completion) lengths."""
     ids = [list(range(1, p + c + 1)) for p, c in lengths]
-    return data.Tokens(
-        ids, [p for p, _ in lengths], [str(i) for i in range(len(ids))], list(range(len(ids))), 0, 0
-    )
+    return data.Tokens.of(ids, [p for p, _ in lengths])
 
 
 @settings(deadline=None, max_examples=50)  # shared cores

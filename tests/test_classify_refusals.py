@@ -112,7 +112,7 @@ def test_architectures_without_a_head_to_train_are_refused(
             setattr(config, key, 1)
     config.save_pretrained(tmp_path / kind)  # a skeleton needs no weights
     with pytest.raises(ConfigErrors) as refused:
-        plan.make(composed(*words_of(tmp_path / kind, texts)))
+        plan.make(composed(*words_of(tmp_path / kind, texts), "model.dtype=float32"))
     (error,) = refused.value.errors
     assert error.startswith("task: ") and said in error
 

@@ -109,7 +109,9 @@ def test_the_plan_packs_as_train_would_and_counts_a_run_once(tmp_path, monkeypat
 def test_the_first_step_tells_no_time_left(tmp_path):
     """Start-up over one step had told 22 minutes of a sweep that takes one."""
     said = say("train", *SMOKE, f"output_dir={tmp_path}")
-    assert re.fullmatch(r"  run 1 of 1  step 1/4  loss [\d.]+  [\d,]+ tokens/s", said.lines[0])
+    device, step, *_ = said.lines
+    assert device.startswith("device: ")
+    assert re.fullmatch(r"  run 1 of 1  step 1/4  loss [\d.]+  [\d,]+ tokens/s", step)
 
 
 def test_the_experiments_sweep_is_planned_whole(tmp_path, monkeypatch):

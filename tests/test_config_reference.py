@@ -11,7 +11,7 @@ from conftest import composed
 from lorabench import identity
 from lorabench.config import keys, reference, schema
 
-CONTENTS = dict.fromkeys(("hub", "revision", "weights", "tokenizer", "train"), "0")
+CONTENTS = dict.fromkeys(("hub", "revision", "weights", "tokenizer", "train", "validation"), "0")
 
 
 def test_the_committed_page_is_current() -> None:
@@ -56,7 +56,7 @@ def test_a_key_is_said_to_be_in_the_run_id_where_it_is(group: str) -> None:
     for neutral in identity.NEUTRAL:  # else a key that was added later is left out
         section, _, name = neutral.partition(".")
         setattr(getattr(config, section), name, "another value")
-    there = identity.training(config, CONTENTS, {}, {}, ["a"], [])[group]
+    there = identity.training(config, CONTENTS, {}, {}, ["a"], [], {"nll": "nll/1"})[group]
     for spec in dataclasses.fields(getattr(config, group)):
         if spec.name in ("validation", "test"):
             continue  # of the evaluation, as every key in them

@@ -121,7 +121,7 @@ def test_an_edit_between_check_and_load_shows_in_the_hash(tmp_path, monkeypatch)
     splits = data.load(cfg)
     monkeypatch.undo()
     assert splits.hashes == data.content_hashes(cfg) != before
-    assert ("p100", "c100") in texts(splits.train + splits.validation + splits.test)
+    assert ("p100", "c100") in texts([*splits.train, *splits.validation, *splits.test])
 
 
 def test_a_line_that_breaks_between_check_and_load_is_refused(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ EXPECTED = {(row["prompt"], row["completion"]) for row in ROWS}
 def all_texts(cfg):
     splits = data.load(cfg)
     assert splits.hashes == data.content_hashes(cfg)
-    return set(texts(splits.train + splits.validation + splits.test))
+    return set(texts([*splits.train, *splits.validation, *splits.test]))
 
 
 def split_over(folder, parts, ending):
@@ -156,6 +156,27 @@ def test_duplicate_keys_are_refused_for_jsonl_too(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a", "completion": "b", "completion": "c"}\n')
     assert "line 1 of" in only_error(jsonl(path)) and "twice" in only_error(jsonl(path))
+
+
+def test_conversations_are_passed_on_as_they_are(tmp_path):
+    """Lists, nulls and objects; `tools` may be there or not, and only text is checked as text."""
+    turns = [
+        [
+            {"role": "user", "content": f"é{i}", "n": None},  # a struct of parquet has every key
+            {"role": "assistant", "content": "a", "n": i},
+        ]
+        for i in range(40)
+    ]
+    rows = [{"messages": turn} for turn in turns]
+    write(tmp_path / "a.jsonl", rows)
+    (tmp_path / "b.json").write_text(json.dumps(rows, indent=1))
+    pandas.DataFrame(rows).to_parquet(tmp_path / "c.parquet")
+    for name in ("a.jsonl", "b.json", "c.parquet"):
+        cfg = path_config(tmp_path / name, format="messages")
+        assert [row.columns["messages"] for row in sources.read(cfg, "train")] == turns
+        assert len(all_texts(cfg)) == 40
+    cfg.messages = "massages"
+    assert "data.messages: every column must be one of messages" in only_error(cfg)
 
 
 # Parts in [[ ]]

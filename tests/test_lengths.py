@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from stock import TINY, embedded_tokenizer, mixture, packed, tokens_of, train_pa
 from tiny import SMALL
 
 from lorabench import adapters, cli, data, machine, plan
+from lorabench.data.ragged import Ragged
 from lorabench.lengths import lengths_of
 from lorabench.pack import probe
 from lorabench.train import train
@@ -126,8 +128,10 @@ def test_attention_never_sees_a_mates_example(
         return [adapters.state_hash(pack.adapter_state(run)) for run in (0, 1)]
 
     before = trained()
+    lists = list(tokens.input_ids)
     for index in only_the_mates:
-        tokens.input_ids[index] = [5 + token % 40 for token in tokens.input_ids[index]]
+        lists[index] = [5 + token % 40 for token in lists[index]]
+    tokens = replace(tokens, input_ids=Ragged.of(lists))
     after = trained()
     assert after[0] == before[0] and after[1] != before[1]
 

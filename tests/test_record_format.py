@@ -66,9 +66,10 @@ def test_statuses_and_versions_are_the_current_ones() -> None:
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished sweep of two runs."""
+    """A finished sweep of two runs that keep their best adapters."""
     out = tmp_path_factory.mktemp("described")
-    assert say("train", "-m", *FAST, "seed=0,1", f"output_dir={out}").code == 0
+    chosen = ["trainer.keep=best", "objective=validation/exact_match"]
+    assert say("train", "-m", *FAST, *chosen, "seed=0,1", f"output_dir={out}").code == 0
     return out / "default"
 
 
@@ -99,6 +100,7 @@ def test_rows_and_columns_are_described(sweep: Path) -> None:
         lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         keys |= {key for line in lines for key in json.loads(line)}
         columns |= set(parquet.read_schema(path / entry["evaluations"][-1]["predictions"]).names)
+    keys = {key.replace("/exact_match", "/METRIC") for key in keys}
     assert keys == set(named("metrics.jsonl"))
     known = set(named("evaluations/\\<evaluation id\\>.parquet"))
     assert columns <= known

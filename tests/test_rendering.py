@@ -114,12 +114,12 @@ def test_a_template_that_does_not_end_is_ended(
 
 def test_a_process_that_waits_is_ended(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendering, "WALL_SECONDS", 0.2)
-    monkeypatch.setattr(rendering, "render", lambda *_: time.sleep(60))
+    monkeypatch.setattr(rendering, "pair", lambda *_: time.sleep(60))
     assert "fails on example 1 of 4, 'a': it does not end within 0.2 s" in refused(TURNS)
 
 
 def test_a_process_that_dies_is_told(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendering, "render", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(rendering, "pair", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     assert "its process ended without an answer (SIGKILL)" in refused(TURNS)
 
 
@@ -143,7 +143,7 @@ def test_rendering_leaves_the_process_as_it_was(loaded: Any) -> None:
 
     before = state()
     pairs = [(f"prompt {i}", "x" * 50_000) for i in range(20)]  # more than a pipe holds
-    assert len(rendering.render_all(TURNS, loaded, pairs)) == 20
+    assert len(rendering.render_pairs(TURNS, loaded, pairs, {})) == 20
     assert state() == before
     assert signal.getitimer(signal.ITIMER_REAL) == signal.getitimer(signal.ITIMER_PROF) == (0, 0)
 

@@ -193,9 +193,7 @@ def test_hash_is_of_the_tokens_alone(tokenizer):
 
     def made(ids, starts, label_ids=()):
         count = len(ids)
-        return data.Tokens(
-            ids, starts, [""] * count, list(range(count)), 0, 0, label_ids=list(label_ids)
-        )
+        return data.Tokens.of(ids, starts, ids=[""] * count, label_ids=list(label_ids))
 
     numbers = [2, 3, 5, 6, 7, 2, 8, 9, 2, 1, 0]  # 2 examples; each length and ids; starts; labels
     expected = hashlib.sha256(struct.pack(f"<{len(numbers)}q", *numbers)).hexdigest()

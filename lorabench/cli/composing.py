@@ -35,6 +35,7 @@ def register(planner: Planner | None = None) -> None:
 
     config.register()
     OmegaConf.register_new_resolver("run_id", resolve, replace=True)
+    OmegaConf.register_new_resolver("home", os.path.expanduser, replace=True)
 
 
 class Composed(NamedTuple):

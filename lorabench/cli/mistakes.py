@@ -244,6 +244,11 @@ def _of_hydra(error: BaseException, chain: list[BaseException]) -> str | None:
     )
     if found:
         group, name, options = found[1], found[2], found[3].split()
+        if group.startswith("model/"):
+            return (
+                f"model: must be one of {', '.join(options)}, a hub id ORG/NAME or a folder; got "
+                f"'{group.removeprefix('model/')}/{name}', which is none; correct it"
+            )
         return f"{group}: must be one of {', '.join(options)}; got {did_you_mean(name, options)}"
     found = re.search(r"In 'stages/([^']+)'.*Cannot merge", text, re.DOTALL)
     if found:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.cli import presets
 from lorabench.cli.composing import compose, register, say_if_sweep
-from lorabench.cli.telling import Parser, above_zero
+from lorabench.cli.telling import Parser, above_zero, whole_number
 from lorabench.cli.training import SHOWS, run_hydra
 from lorabench.cli.words import refuse_flags
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from lorabench.sweep import Job
     from lorabench.worker import Shared
 
-FLAGS = ("--json", "--smoke", "--pilot", "--settle")
+FLAGS = ("--json", "--smoke", "--pilot", "--settle", "--show")
 HELP = """\
-lorabench plan [-m] [--json] [--smoke] [--pilot DIR] [--settle X] KEY=VALUE ...
+lorabench plan [-m] [--json] [--smoke] [--pilot DIR] [--settle X] [--show N] KEY=VALUE ...
 
 what `lorabench train` with the same words would do, how long it takes, and the smallest
 difference it could find
@@ -31,6 +31,8 @@ difference it could find
              its adapters reloaded
 --pilot DIR  an earlier sweep tells how much runs differ over seeds and examples
 --settle X   the seeds, examples and hours that a difference of X needs to be found
+--show N     also the first N training examples as the model sees them, with special tokens
+             and what carries a loss, and how long the examples are
 
 exit code 0: it can be trained; 1: --smoke failed; 2: refused"""
 
@@ -47,11 +49,12 @@ def split(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--pilot", type=Path, metavar="DIR")
     parser.add_argument("--settle", type=above_zero, metavar="X")
+    parser.add_argument("--show", type=whole_number, metavar="N", default=0)
     return parser.parse_known_args(arguments)
 
 
 def plan(arguments: list[str]) -> int:
-    """lorabench plan [-m] [--json] [--smoke] [--pilot DIR] [--settle X] OVERRIDES"""
+    """lorabench plan [-m] [--json] [--smoke] [--pilot DIR] [--settle X] [--show N] OVERRIDES"""
     if "-h" in arguments or "--help" in arguments:
         print(HELP)
         return 0
@@ -81,7 +84,7 @@ def plan(arguments: list[str]) -> int:
         notes += shared.check_data(jobs)
     except ConfigErrors as error:
         # A hub may be out of reach; what is wrong with files here is refused, as by `train`.
-        if options.smoke or not all(remote_paths(job.config.data) for job in jobs):
+        if options.smoke or options.show or not all(remote_paths(job.config.data) for job in jobs):
             raise
         unread = error.errors[0]
     memory = machine.free_memory(machine.choose_device(jobs[0].config.trainer.device))
@@ -101,8 +104,20 @@ def plan(arguments: list[str]) -> int:
     if len(jobs) < len(planned) and not options.json:
         print(f"{len(planned)} grid points, {len(planned) - len(jobs)} the same run as another")
     smoked = tried() if options.smoke else ()
-    show.plan(jobs, packs, options.json, smoked, notes, unread, told, options.settle)
+    seen = _examples(jobs[0], shared, options.show) if options.show else None
+    show.plan(jobs, packs, options.json, smoked, notes, unread, told, options.settle, seen)
     return 1 if any(attempt.error is not None for attempt in attempts) else 0
+
+
+def _examples(job: Job, shared: Shared, count: int) -> dict[str, Any]:
+    """The first training examples of a run as the model sees them, and all lengths."""
+    from lorabench.show import examples
+
+    tokens = shared.dataset(job).tokens
+    return {
+        "examples": examples.content(tokens["train"], shared.tokenizer(job), count),
+        "lengths": {split: examples.quantiles(found) for split, found in tokens.items()},
+    }
 
 
 def _spreads(pilot: Path | None) -> Spreads:

@@ -140,7 +140,7 @@ def _train(
     folder.add({job.plan.run_id: entry_of(job) for job in jobs}, [members], words)
     from lorabench.worker import Shared, Worker  # heavy: after all mistakes were told
 
-    display = Display(1, mine.config.trainer.steps)
+    display = Display(1, mine.config.trainer.num_steps)
     shared = Shared(planner, words)
     shared.check_data([mine])
     worker = Worker(folder, [mine], shared, display, scores_base=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -158,7 +159,7 @@ def _serve(
     if stale := stale_checkpoints(to_train, packs):
         raise ConfigErrors(stale)
     display.num_runs = len(left)
-    display.steps_total = sum(job.config.trainer.steps for job in to_train)
+    display.steps_total = sum(job.config.trainer.num_steps for job in to_train)
     if len(left) < len(wanted):
         display.say(
             f"{len(jobs) - len(left)} of {len(wanted)} runs have what was asked for, "
@@ -220,7 +221,7 @@ def _planned(
     from omegaconf import OmegaConf, open_dict
 
     from lorabench import config as configs
-    from lorabench import plan
+    from lorabench import identity, plan
     from lorabench.config import Config, ConfigErrors
     from lorabench.sweep import Job
 
@@ -235,7 +236,8 @@ def _planned(
         raise ConfigErrors(found)
     made = planner.make(config)
     _must_be_its_base(folder.record(run), made)
-    if made.run_id != run and not _takes_other_examples(changes):
+    chose = bool(changes) and identity.selects(dataclasses.asdict(config.trainer))
+    if made.run_id != run and not chose and not _takes_other_examples(changes):
         raise ConfigErrors(
             f"sweep.json: run {run} must still resolve to what was planned; it resolves to "
             f"{made.run_id} now: its data, base or tokenizer changed, or lorabench computes "

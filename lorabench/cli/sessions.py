@@ -56,6 +56,8 @@ class Session:
         for worker in self.workers.values():
             self._add(worker, pack_size)
         self._greet()
+        for device in dict.fromkeys(job.config.trainer.device for job in self.left):
+            self.display.say(f"device: {machine.describe(machine.choose_device(device))}")
         for note in notes:
             self.display.say(f"note: {note}")
 
@@ -99,7 +101,7 @@ class Session:
         to_score = [job for job in distinct if self.worker(job).asked.must_score(job)]
         self.display.num_runs = len(distinct)
         self.display.steps_total = sum(
-            job.config.trainer.steps for job in distinct if job not in to_score
+            job.config.trainer.num_steps for job in distinct if job not in to_score
         )
         kept = [job for job in self.jobs if job not in self.left]
         busy = [j for j in distinct if self.worker(j).folder.holder(j.plan.run_id)]

@@ -27,6 +27,13 @@ def above_zero(text: str) -> float:
     return value
 
 
+def whole_number(text: str) -> int:
+    """Return an option's number, which must be at least 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on; got '{text}'")
+    return int(text)
+
+
 class Parser(argparse.ArgumentParser):
     """Refuses words as lorabench refuses everything else."""
 

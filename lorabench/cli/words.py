@@ -70,7 +70,27 @@ def in_hydras_order(arguments: Sequence[str]) -> list[str]:
             value = [words.pop(0)]
         if word not in flags:
             flags += [word, *value]
-    return [*flags, *overrides]
+    return [*flags, *map(_with_places, overrides)]
+
+
+def _with_places(word: str) -> str:
+    """Expand `~` in the values of an override, which Hydra cannot read, and relative models.
+
+    `model=./gpt2` is a folder; Hydra would look for conf/model/./gpt2.yaml.
+    """
+    relative = r"|\.\.?(?:/[^,'\"]*)?(?=,|$)" if word.startswith("model=") else ""
+    return re.sub(
+        # Quoted texts stay: Hydra can read those.
+        rf"""'[^']*'|"[^"]*"|(?<=[=,\[])(?:~(?=[/,\]]|$){relative})""",
+        lambda found: _place(found[0]),
+        word,
+    )
+
+
+def _place(text: str) -> str:
+    if text == "~":
+        return os.path.expanduser(text)
+    return os.path.abspath(text) if text.startswith(".") else text
 
 
 def parse(arguments: Sequence[str], verb: str = "train") -> argparse.Namespace:
@@ -107,7 +127,8 @@ def refuse_values(arguments: Sequence[str]) -> None:
             continue
         # Hydra looks for a file of that name.
         names = [group] if not sign else [group, value] if _is_group(group) else []
-        longest = max((len(os.fsencode(name)) for name in names), default=0)
+        parts = [part for name in names for part in re.split("[/,]", name)]
+        longest = max((len(os.fsencode(part)) for part in parts), default=0)
         if longest > NAME_MAX:
             errors.append(
                 f"{group[:40]}: must be the name of a file; got one of {longest} bytes; correct it"

@@ -16,7 +16,8 @@ foreign      results of PEFT's own benchmark as rows of the table; peft_results 
 
 from typing import TYPE_CHECKING, Any
 
-from lorabench.compare.tables import HIGHER_IS_BETTER, other_stack, spread, table, usual_stack
+from lorabench.compare.tables import other_stack, spread, table, usual_stack
+from lorabench.config import HIGHER_IS_BETTER
 
 if TYPE_CHECKING:
     from lorabench.compare.answers import Answers, verdicts

@@ -18,8 +18,8 @@ from lorabench.compare.scored import CHOOSER, Scored, metric_of, scored
 from lorabench.compare.selection import Chosen, Selection
 from lorabench.compare.selection import select as choose
 from lorabench.compare.sentences import sentence
-from lorabench.compare.tables import HIGHER_IS_BETTER, settings_of
-from lorabench.config import ConfigErrors
+from lorabench.compare.tables import settings_of
+from lorabench.config import HIGHER_IS_BETTER, ConfigErrors
 from lorabench.record import Record
 
 if TYPE_CHECKING:

@@ -31,14 +31,13 @@ NOT_A_SETTING = (
 )
 # Keys that people know by the name of their group.
 GROUPS = {"head.policy": "head", "target_modules.select": "target_modules"}
-# Metrics where more is better; of the others less is.
 FIRST = ("nll", "exact_match", "accuracy", "answer")  # in the order in which they are asked for
-HIGHER_IS_BETTER = {"exact_match", "answer", "answer_flexible", "accuracy"}
 
 
 def setting(config: dict[str, Any]) -> dict[str, Any]:
     """What was chosen for a run, seeds and places aside."""
-    return {key: value for key, value in flatten(config).items() if _is_chosen(key)}
+    known = _neutral(config) | flatten(config)
+    return {key: value for key, value in known.items() if _is_chosen(key)}
 
 
 @functools.cache
@@ -47,6 +46,12 @@ def _is_chosen(key: str) -> bool:
     return not identity.is_of_evaluation(key) and not any(
         key == name or (name.endswith(".") and key.startswith(name)) for name in NOT_A_SETTING
     )
+
+
+def _neutral(config: dict[str, Any]) -> dict[str, Any]:
+    """What a run did by keys that its lorabench did not have yet; nothing of another program's."""
+    is_ours = "sweep" in config
+    return {key: value for key, value in identity.NEUTRAL.items() if is_ours}
 
 
 def settings_of(records: list[Record]) -> list[dict[str, Any]]:
@@ -64,6 +69,12 @@ def settings_of(records: list[Record]) -> list[dict[str, Any]]:
         if any(len(found) > 1 for found in contents.values()):
             for words, one in zip(settings, records, strict=True):
                 words[key] = one.hashes.get(name, "")[:8]
+    # What decides which adapter is kept, where it differs among the runs that choose one.
+    choosing = [one for one in records if identity.selects(one.config.get("trainer", {}))]
+    for key in ("data.validation_hash", *identity.SELECTION_KEYS):
+        if len({repr(_of_selection(one, key)) for one in choosing}) > 1:
+            for words, one in zip(settings, records, strict=True):
+                words[key] = _of_selection(one, key)
     return settings
 
 
@@ -75,6 +86,12 @@ def spread(values: list[float]) -> dict[str, Any]:
         math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (count - 1)) if count > 1 else None
     )
     return {"mean": mean, "sd": deviation, "min": min(values), "max": max(values), "n": count}
+
+
+def _of_selection(one: Record, key: str) -> Any:
+    if key == "data.validation_hash":
+        return one.plan.get("contents", {}).get("validation", "")[:8]
+    return flatten(one.config).get(key)
 
 
 SPLITS = ("validation", "test")

@@ -9,7 +9,7 @@ from lorabench.config.errors import (
     nearest,
     split_refusal,
 )
-from lorabench.config.ranges import range_errors
+from lorabench.config.ranges import HIGHER_IS_BETTER, range_errors
 from lorabench.config.schema import (
     Config,
     DataConfig,
@@ -27,9 +27,11 @@ from lorabench.config.schema import (
     lora_alpha,
     model_name,
     scale,
+    steps_of_epochs,
 )
 
 __all__ = [
+    "HIGHER_IS_BETTER",
     "Config",
     "ConfigErrors",
     "DataConfig",
@@ -54,5 +56,6 @@ __all__ = [
     "register",
     "scale",
     "split_refusal",
+    "steps_of_epochs",
     "typed",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -52,10 +53,19 @@ def typed(cfg: DictConfig) -> Config:
         raise ConfigErrors(
             f"{key}: must be given; got nothing; set {key}=..." for key in sorted(missing)
         )
-    config = _build(Config, plain)
+    config = _at_home(_build(Config, plain))
     errors = range_errors(config)
     if errors:
         raise ConfigErrors(errors)
+    return config
+
+
+def _at_home(config: Config) -> Config:
+    """Expand `~` in every path: zsh leaves it in KEY=~/..., and no shell sees those of a file."""
+    config.output_dir = os.path.expanduser(config.output_dir)
+    config.model.path = os.path.expanduser(config.model.path)
+    for source in (config.data.train, config.data.validation, config.data.test):
+        source.path = source.path and os.path.expanduser(source.path)
     return config
 
 

@@ -6,41 +6,50 @@ import math
 import re
 from typing import Any
 
+from lorabench.config import data_ranges, training
 from lorabench.config.errors import did_you_mean
-from lorabench.config.schema import CompareConfig, Config, DataConfig, LoraSettings, keys
+from lorabench.config.schema import CompareConfig, Config, LoraSettings, keys
 
 TASKS = ("causal_lm", "seq_cls")
 DTYPES = ("float64", "float32", "bfloat16")
+AUTO = "auto"  # of model.dtype and trainer.dtype, until a checkpoint is looked at
 METRICS_OF = {
     "causal_lm": ("nll", "exact_match", "nll_per_token", "answer", "answer_flexible"),
     "seq_cls": ("nll", "accuracy"),
 }
-SAMPLE_BY = ("document", "paragraph", "line")
 METRICS = tuple(dict.fromkeys(name for names in METRICS_OF.values() for name in names))
+# Metrics where more is better; of the others less is.
+HIGHER_IS_BETTER = {"exact_match", "answer", "answer_flexible", "accuracy"}
 # The values that a key can take, or the elements of a list.
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": TASKS,
-    "model.dtype": DTYPES,
+    "model.dtype": (*DTYPES, AUTO),
     "model.attn_implementation": ("sdpa", "eager", "flash_attention_2"),
     "target_modules.select": ("auto", "attention", "mlp", "all-linear", "custom"),
     "head.policy": ("exclude", "lora", "full"),
     "lora.bias": ("none", "lora_only", "all"),
     "lora.init": ("default", "gaussian", "olora", "orthogonal", "pissa"),
     "data.source": ("skills", "jsonl", "hub", "path"),
-    "data.train.sample_by": SAMPLE_BY,
-    "data.validation.sample_by": SAMPLE_BY,
-    "data.test.sample_by": SAMPLE_BY,
+    "data.train.sample_by": data_ranges.SAMPLE_BY,
+    "data.validation.sample_by": data_ranges.SAMPLE_BY,
+    "data.test.sample_by": data_ranges.SAMPLE_BY,
+    "data.format": data_ranges.FORMATS,
+    "data.system": ("template", "fold", "drop"),
+    "data.loss_on": ("all", "last"),
+    "data.too_long": ("leave_out", "cut_prompt"),
     "data.metric": METRICS,
+    "trainer.keep": ("last", "best"),
     "trainer.schedule": ("constant", "linear", "cosine"),
-    "trainer.dtype": DTYPES,
+    "trainer.dtype": (*DTYPES, AUTO),
     "tracker.kind": ("wandb", "none"),
     "tracker.mode": ("offline", "online", "disabled"),
 }
-STAGE_KEYS = ("from_step", "train", "lr_scale")
 
 
 class Found:
     """The errors so far, and the two laws most of them break."""
+
+    metrics = METRICS
 
     def __init__(self) -> None:
         self.errors: list[str] = []
@@ -64,9 +73,10 @@ def range_errors(config: Config) -> list[str]:
     _task(found, config)
     _targets(found, config)
     _lora(found, config.lora)
-    _data(found, config.data)
-    _trainer(found, config)
-    _stages(found, config)
+    data_ranges.check(found, config.data)
+    training.trainer(found, config)
+    training.selection(found, config)
+    training.stages(found, config)
     _rest(found, config)
     _compare(found, config.compare)
     return found.errors
@@ -96,9 +106,10 @@ def _task(found: Found, config: Config) -> None:
         "at least two different labels, or null for those of the training set",
         labels,
     )
-    for key, value in (("chat_template", False), ("add_bos", True), ("add_eos", True)):
+    plain = {"format": "prompt_completion", "too_long": "leave_out"}
+    for key, value in {"chat_template": False, "add_bos": True, "add_eos": True, **plain}.items():
         law = f"left out with task={task}, which takes the tokenizer's own special tokens"
-        must(getattr(data, key) == value, f"data.{key}", law, not value)
+        must(getattr(data, key) == value, f"data.{key}", law, getattr(data, key))
 
 
 def _targets(found: Found, config: Config) -> None:
@@ -168,163 +179,6 @@ def _lora(found: Found, lora: LoraSettings) -> None:
         for key, r in ranks.items():
             if isinstance(r, int) and r > 0:  # else it was refused above
                 must(r % 2 == 0, key, "even with lora.init=orthogonal", r, f"use {r + 1}")
-
-
-def _data(found: Found, data: DataConfig) -> None:
-    must, one_of = found.must, found.one_of
-    one_of("data.source", data.source)
-    if data.source == "skills":
-        must(bool(data.skills), "data.skills", "at least one skill", data.skills)
-        must(
-            1 <= data.min_word_length <= data.max_word_length,
-            "data.min_word_length",
-            f"in [1, max_word_length={data.max_word_length}]",
-            data.min_word_length,
-        )
-    else:
-        must(
-            data.train.path is not None,
-            "data.train.path",
-            {"jsonl": "a file", "path": "a file, a folder, a glob or a dataset id"}.get(
-                data.source, "a dataset id or folder"
-            ),
-            None,
-            "set data.train.path=...",
-        )
-    for split in ("train", "validation", "test"):
-        one_of(f"data.{split}.sample_by", getattr(data, split).sample_by)
-    must(bool(data.metric), "data.metric", f"a list out of {', '.join(METRICS)}", data.metric)
-    for metric in data.metric:
-        one_of("data.metric", metric)
-    must(
-        "answer" not in data.metric or data.answer_pattern is not None,
-        "data.answer_pattern",
-        "a regular expression where data.metric asks for answer",
-        data.answer_pattern,
-    )
-    if data.answer_pattern is not None:
-        try:
-            re.compile(data.answer_pattern)
-        except re.error as error:
-            found.errors.append(f"data.answer_pattern: must be a regular expression; {error}")
-    must(
-        all(data.answer_stop),
-        "data.answer_stop",
-        "a list of texts, none of them empty",
-        data.answer_stop,
-        "for example data.answer_stop=['Question:']",
-    )
-    must(data.max_length >= 2, "data.max_length", "at least 2 tokens", data.max_length)
-    for key in ("num_train", "num_validation", "num_test"):
-        value = getattr(data, key)
-        must(value is None or value >= 1, f"data.{key}", "at least 1", value)
-    for key in ("answer_examples", "answer_max_new_tokens"):
-        must(getattr(data, key) >= 1, f"data.{key}", "at least 1", getattr(data, key))
-    for key in ("validation_fraction", "test_fraction"):
-        must(0 < getattr(data, key) < 1, f"data.{key}", "in (0, 1)", getattr(data, key))
-    must(
-        data.validation_fraction + data.test_fraction < 1,
-        "data.test_fraction",
-        "such that some examples are left to train on",
-        data.test_fraction,
-    )
-
-
-def _trainer(found: Found, config: Config) -> None:
-    must, one_of, trainer = found.must, found.one_of, config.trainer
-    micro = trainer.micro_batch_size
-    must(
-        micro is None or (micro >= 1 and trainer.batch_size % micro == 0),
-        "trainer.micro_batch_size",
-        f"a divisor of trainer.batch_size={trainer.batch_size}",
-        micro,
-    )
-    for key in ("steps", "batch_size", "eval_batch_size", "log_every"):
-        must(getattr(trainer, key) >= 1, f"trainer.{key}", "at least 1", getattr(trainer, key))
-    for key in ("warmup_steps", "eval_every", "checkpoint_every"):
-        must(getattr(trainer, key) >= 0, f"trainer.{key}", "at least 0", getattr(trainer, key))
-    minutes = trainer.checkpoint_minutes
-    must(
-        math.isfinite(minutes) and minutes >= 0, "trainer.checkpoint_minutes", "0 or more", minutes
-    )
-    must(math.isfinite(trainer.lr) and trainer.lr > 0, "trainer.lr", "above 0", trainer.lr)
-    must(trainer.weight_decay >= 0, "trainer.weight_decay", "at least 0", trainer.weight_decay)
-    must(trainer.eps > 0, "trainer.eps", "above 0", trainer.eps)
-    for key in ("beta1", "beta2"):
-        must(0 <= getattr(trainer, key) < 1, f"trainer.{key}", "in [0, 1)", getattr(trainer, key))
-    must(
-        trainer.max_grad_norm is None or trainer.max_grad_norm > 0,
-        "trainer.max_grad_norm",
-        "above 0 or null",
-        trainer.max_grad_norm,
-    )
-    must(
-        trainer.num_threads is None or trainer.num_threads >= 1,
-        "trainer.num_threads",
-        "at least 1 or null",
-        trainer.num_threads,
-    )
-    one_of("trainer.schedule", trainer.schedule)
-    one_of("trainer.dtype", trainer.dtype)
-    must(
-        trainer.dtype == config.model.dtype
-        or (trainer.dtype, config.model.dtype) == ("bfloat16", "float32"),
-        "trainer.dtype",
-        f"model.dtype={config.model.dtype}, or bfloat16 (autocast) over float32",
-        trainer.dtype,
-    )
-    must(
-        re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", trainer.device) is not None,
-        "trainer.device",
-        "auto, cpu, mps, cuda or cuda:N",
-        trainer.device,
-    )
-
-
-def _stages(found: Found, config: Config) -> None:
-    must, steps, before = found.must, config.trainer.steps, 0
-    late: set[int] = set()  # said once a step, however many entries begin there
-    for i, entry in enumerate(config.stages):
-        key, example = f"stages[{i}]", "{from_step: 0, train: [layer.11], lr_scale: 0.5}"
-        if not isinstance(entry, dict):
-            must(False, key, f"a mapping such as {example}", entry)
-            continue
-        found.errors += [
-            f"{key}.{name}: no such key; got {did_you_mean(str(name), STAGE_KEYS)}"
-            for name in entry
-            if name not in STAGE_KEYS
-        ]
-        start: Any = entry.get("from_step")
-        names, scale = entry.get("train"), entry.get("lr_scale", 1.0)
-        whole = isinstance(start, int) and not isinstance(start, bool)
-        if i == 0:
-            must(whole and start == 0, f"{key}.from_step", "0 in the first stage", start)
-        else:
-            must(
-                whole and start >= before,
-                f"{key}.from_step",
-                f"a whole number, at least {before} as in the stage before",
-                start,
-            )
-        if whole and start >= steps and start not in late:
-            late.add(start)
-            must(
-                False,
-                f"{key}.from_step",
-                f"below trainer.steps={steps}",
-                start,
-                "raise trainer.steps, or give a stages file that begins earlier",
-            )
-        before = max(before, start) if whole else before
-        must(
-            isinstance(names, list) and bool(names) and all(isinstance(n, str) for n in names),
-            f"{key}.train",
-            "a list of module names, at least one",
-            names,
-            "for example train: [layer.11], or train: [all]",
-        )
-        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-        must(number and 0 < scale < math.inf, f"{key}.lr_scale", "above 0", scale)
 
 
 def _rest(found: Found, config: Config) -> None:

@@ -38,6 +38,10 @@ The column *id* says what a key decides:
 | run, resolved | the training; what the key resolves to (a content hash, modules, ranks, seeds) is part of the run id |
 | evaluation | how or when an adapter is scored; no part of the run id. `lorabench evaluate` takes these keys |
 | – | no result; part of no id |
+
+With `trainer.keep=best` or `trainer.patience`, validation decides what is trained: `objective`, the
+validation examples, `trainer.eval_every`, `trainer.eval_examples` and `trainer.eval_batch_size` are then
+part of the run id too.
 """  # noqa: E501 - a table row is one line
 COLUMNS = "| key | type | default | meaning | values | id |\n|---|---|---|---|---|---|"
 

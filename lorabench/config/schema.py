@@ -23,7 +23,9 @@ class ModelConfig:
     path: str = MISSING  # Hub id, local folder or lorabench:NAME
     name: str | None = None  # label in tables; None: the last part of path
     revision: str | None = None  # commit on the Hub; ignored for a folder
-    dtype: str = "float32"  # dtype of the frozen weights
+    dtype: str = (
+        "float32"  # dtype of the frozen weights; auto: the checkpoint's, bfloat16 for float16
+    )
     attn_implementation: str = "sdpa"  # attention kernel, as in transformers
 
 
@@ -79,6 +81,7 @@ class DataConfig:
 
     name: str = MISSING  # label in tables
     source: str = MISSING  # where examples come from; skills: generated, needs no network
+    format: str = "prompt_completion"  # what a row is; text: continued pretraining
     # source=skills
     skills: list[str] = field(default_factory=list)  # names in lorabench/zoo/skills.py
     min_word_length: int = 3  # letters per word, at least
@@ -89,6 +92,12 @@ class DataConfig:
     test: SourceConfig = field(default_factory=SourceConfig)
     prompt: str = "{prompt}"  # template over columns; [[ ]]: left out if a column in it is empty
     completion: str = "{completion}"  # template over columns
+    messages: str | None = None  # column of a conversation; None: messages, or conversations
+    text: str = "{text}"  # format=text: template over columns
+    system: str = "template"  # system turns: for the template, folded into the user's, dropped
+    merge_turns: bool = False  # join neighbouring turns of one role
+    loss_on: str = "all"  # which assistant turns carry a loss, if they do not say train: false
+    tools: str | None = "tools"  # column of the tools that a conversation may call, if there is one
     labels: list[str] | None = None  # task=seq_cls: the classes; None: train's completions, sorted
     split_by: str | None = None  # column whose hash decides an example's split; None: the prompt
     validation_fraction: float = 0.05  # part of train to hold out if validation.path is not set
@@ -98,10 +107,13 @@ class DataConfig:
     num_validation: int | None = None  # examples; None: all
     num_test: int | None = None  # examples; None: all
     # Tokens
-    chat_template: bool = False  # format the prompt as a user turn, the completion as the answer
+    chat_template: Any = False  # true: the tokenizer's; chatml, gemma, llama3, qwen; or a file
+    chat_template_kwargs: Any = None  # {name: value} that the template gets, as enable_thinking
     add_bos: bool = True  # prepend BOS if the tokenizer itself does
     add_eos: bool = True  # append EOS to the completion
-    max_length: int = 512  # tokens of prompt and completion; longer examples are skipped, counted
+    max_length: int = 512  # tokens of an example
+    too_long: str = "leave_out"  # longer examples; cut_prompt: cut the left of the prompt
+    allow_left_out: float = 0.05  # part of a split that may be left out as too long, in [0, 1]
     group_by_length: bool = False  # batches of similar lengths, as the HF Trainer groups them
     # Scores
     metric: list[str] = field(default_factory=lambda: ["nll", "exact_match"])  # metrics to report
@@ -116,32 +128,45 @@ class TrainerConfig:
     """Optimization with AdamW. One step is one batch, in one or more micro-batches."""
 
     # Optimizer
-    steps: int = 200  # optimizer steps
+    steps: int | None = 200  # optimizer steps; set this or epochs, not both
+    epochs: float | None = None  # passes over train, counted as the HF Trainer counts them
     batch_size: int = 8  # examples per step
     micro_batch_size: int | None = None  # examples per forward, a divisor of batch_size; None: all
     lr: float = 1e-3  # peak learning rate
-    schedule: str = "linear"  # of the learning rate after the warm-up; linear and cosine end at 0
+    schedule: str = "linear"  # of the learning rate after the warm-up
     warmup_steps: int = 0  # steps of linear warm-up
+    warmup_ratio: float | None = None  # the same as a share of all steps, rounded up
+    min_lr_ratio: float = 0.0  # share of lr at which linear and cosine end
     weight_decay: float = 0.0  # not applied to biases and norms, as in the HF Trainer
     beta1: float = 0.9  # AdamW's decay rate of the first moment
     beta2: float = 0.999  # AdamW's decay rate of the second moment
     eps: float = 1e-8  # AdamW's epsilon
     max_grad_norm: float | None = 1.0  # clip gradients to this norm; None: no clipping
     # Computation
-    dtype: str = "${model.dtype}"  # bfloat16 over a float32 base: autocast, adapters in float32
+    dtype: str = "${model.dtype}"  # auto: model.dtype; bfloat16 over a float32 base: autocast
     gradient_checkpointing: bool = False  # recompute activations in backward to save memory
     device: str = "auto"  # auto, cuda, cuda:N, mps or cpu
     deterministic: bool = True  # torch.use_deterministic_algorithms
     allow_tf32: bool = False  # TF32 matrix products on CUDA
     num_threads: int | None = None  # CPU threads; None: torch's default
     # Evaluation, logs, checkpoints
-    eval_every: int = 0  # steps between validation losses; 0: only after training
+    eval_every: int = 0  # steps between scores on validation; 0: only after training
+    keep: str = "last"  # which adapter is saved; best: of the best `objective` during training
+    patience: int | None = None  # stop after as many evaluations without a better `objective`
     eval_batch_size: int = 32  # examples per forward
     eval_examples: int | None = None  # examples per split; None: all
     eval_base: bool = True  # score the untrained base too, once per sweep; classifiers have none
     log_every: int = 1  # steps between lines of metrics.jsonl
     checkpoint_every: int = 0  # steps between checkpoints; 0: none by steps
     checkpoint_minutes: float = 5.0  # minutes between checkpoints; 0: none by time
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of a run that is planned: `Planner.resolved` turns epochs into steps."""
+        assert self.steps is not None and self.epochs is None, (
+            "epochs are turned into steps before anything counts them"
+        )
+        return self.steps
 
 
 @dataclass
@@ -202,6 +227,15 @@ class Config:
     presets: Any = field(default_factory=dict)  # by lorabench: sha256 of files not its own, by path
     sweep: str = "default"  # name of the sweep's folder in output_dir
     output_dir: str = "outputs"  # folder of all sweeps
+
+
+def steps_of_epochs(epochs: float, num_examples: int, batch_size: int) -> int:
+    """Return the optimizer steps of `epochs` passes over the training examples.
+
+    An epoch is ceil(num_examples / batch_size) steps, and a fraction of one is rounded up.
+    Source: transformers' Trainer.set_initial_training_values with dataloader_drop_last=False.
+    """
+    return math.ceil(epochs * math.ceil(num_examples / batch_size))
 
 
 def lora_alpha(lora: LoraSettings) -> float:

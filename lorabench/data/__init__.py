@@ -23,12 +23,14 @@ from lorabench.data.batches import (
     order_of,
     pad_id,
 )
+from lorabench.data.examples import Example
 from lorabench.data.hashes import content_hash, content_hashes
 from lorabench.data.labels import classify, labels_of
 from lorabench.data.prompts import prompt_ids
 from lorabench.data.sources import check
-from lorabench.data.splits import Example, Splits, load
-from lorabench.data.tokens import Tokens, opens_with_bos, tokenise
+from lorabench.data.splits import Splits, load
+from lorabench.data.tokenise import opens_with_bos, tokenise, tokenise_once
+from lorabench.data.tokens import Tokens
 
 __all__ = [
     "IGNORED",
@@ -50,4 +52,5 @@ __all__ = [
     "pad_id",
     "prompt_ids",
     "tokenise",
+    "tokenise_once",
 ]

@@ -29,22 +29,23 @@ def batch(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of `tokens` as input ids and labels, int64 of shape (B, T), padded on the right.
 
-    Labels are the completion's ids at their own places, `IGNORED` on prompt and padding. They are
-    not shifted (Hugging Face's convention): the loss compares logits at t with labels at t + 1.
+    Labels are the ids of the spans at their own places, `IGNORED` elsewhere. They are not shifted
+    (Hugging Face's convention): the loss compares logits at t with labels at t + 1.
     Of a classification, the number of the example's class stands at its last token.
 
     Args:
         length: T; None: that of the longest of these examples.
     """
     if length is None:
-        length = max(len(tokens.input_ids[index]) for index in indices)
+        length = max(len(tokens.input_ids.row(index)) for index in indices)
     input_ids_BT = np.full((len(indices), length), pad_id, dtype=np.int64)
     labels_BT = np.full((len(indices), length), IGNORED, dtype=np.int64)
     for row, index in enumerate(indices):
-        ids, start = tokens.input_ids[index], tokens.completion_start[index]
+        ids = tokens.input_ids.row(index)
         assert len(ids) <= length, f"example {index} has {len(ids)} tokens, the batch {length}"
         input_ids_BT[row, : len(ids)] = ids
-        labels_BT[row, start : len(ids)] = ids[start:]
+        for begin, end in tokens.spans.row(index).reshape(-1, 2):
+            labels_BT[row, begin:end] = ids[begin:end]
         if tokens.label_ids:
             labels_BT[row, len(ids) - 1] = tokens.label_ids[index]
     return input_ids_BT, labels_BT
@@ -56,7 +57,7 @@ def order(
     seed: int,
     steps: int,
     start_step: int = 0,
-    lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
     """The examples of every step from `start_step` to `steps`, `batch_size` indices each.
 
@@ -104,9 +105,9 @@ def order_of(tokens: Tokens, config: Config, start_step: int = 0) -> Iterator[np
         len(tokens),
         trainer.batch_size,
         config.seeds.data,
-        trainer.steps,
+        trainer.num_steps,
         start_step,
-        [len(ids) for ids in tokens.input_ids] if config.data.group_by_length else None,
+        tokens.input_ids.lengths if config.data.group_by_length else None,
     )
 
 

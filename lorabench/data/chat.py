@@ -4,37 +4,76 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from lorabench.config import ConfigErrors, DataConfig
-from lorabench.data.rendering import render_all
+from lorabench.data.rendering import render_pairs
 
+# Templates that come along, for bases without one, and the token that ends their turns.
+BUILT_IN = {
+    "chatml": "<|im_end|>",
+    "gemma": "<end_of_turn>",
+    "llama3": "<|eot_id|>",
+    "qwen": "<|im_end|>",
+}
 # What a template gets for today's date, so that the same run has the same tokens on every day and
 # in every time zone. Llama 3.1's template falls back to this date itself.
 TODAY = datetime(2024, 7, 26)
 
 
-def template_of(tokenizer: Any) -> str:
-    """Return the tokenizer's chat template, with a fixed date where it asks for today's.
+def template_of(tokenizer: Any, choice: Any = True) -> str:
+    """Return a chat template, with a fixed date where it asks for today's.
+
+    Args:
+        choice: `data.chat_template`: a name out of BUILT_IN, a file, or the tokenizer's own.
+    Raises:
+        ConfigErrors: The tokenizer has none, or several and no default; a built-in one whose turns
+            do not end with one token of this tokenizer.
+    """
+    template = _own(tokenizer) if isinstance(choice, bool) else _given(tokenizer, choice)
+    return _FIXED_DATE + template if "strftime_now" in template else template
+
+
+def given_text(choice: str) -> str:
+    """Return the text of a built-in template or of a file.
 
     Raises:
-        ConfigErrors: The tokenizer has none, or several and no default.
+        OSError, UnicodeDecodeError: it cannot be read.
     """
+    if choice in BUILT_IN:
+        return (Path(__file__).parent / "chat_templates" / f"{choice}.jinja").read_text("utf-8")
+    return Path(choice).expanduser().read_text("utf-8-sig")
+
+
+def _given(tokenizer: Any, choice: str) -> str:
+    ending = BUILT_IN.get(choice)
+    if ending is not None and len(tokenizer(ending, add_special_tokens=False)["input_ids"]) != 1:
+        vocabulary = tokenizer.get_vocab()
+        fit = [name for name, token in BUILT_IN.items() if token in vocabulary]
+        raise ConfigErrors(
+            f"data.chat_template: must end its turns with a token of the tokenizer; '{choice}' "
+            f"ends them with {ending}, which '{tokenizer.name_or_path}' does not have; "
+            + (f"use {' or '.join(fit)}" if fit else "give a file with a template of your own")
+        )
+    return given_text(choice)
+
+
+def _own(tokenizer: Any) -> str:
     if not tokenizer.chat_template:
         raise ConfigErrors(
             "data.chat_template: must be false with a tokenizer that has no chat template; got "
-            f"true and '{tokenizer.name_or_path}'; set data.chat_template=false or use an "
-            "instruction-tuned model"
+            f"true and '{tokenizer.name_or_path}'; set data.chat_template=false, give a template "
+            f"({', '.join(BUILT_IN)}, or a file), or use an instruction-tuned model"
         )
     try:
-        template = tokenizer.get_chat_template()
+        return str(tokenizer.get_chat_template())
     except ValueError as error:
         raise ConfigErrors(
             f"data.chat_template: must have a template named 'default' where a tokenizer has "
             f"several; '{tokenizer.name_or_path}' has {', '.join(sorted(tokenizer.chat_template))};"
             f" name one so, or set data.chat_template=false"
         ) from error
-    return _FIXED_DATE + template if "strftime_now" in template else template
 
 
 def _fixed_date() -> str:
@@ -66,9 +105,9 @@ def chat(
         ConfigErrors: No chat template, or one that does not render, or whose conversation does
             not begin with its prompt.
     """
-    template = template_of(tokenizer)
+    template = template_of(tokenizer, cfg.chat_template)
     pairs = [(one.prompt, one.completion) for one in examples]
-    rendered = render_all(template, tokenizer, pairs)
+    rendered = render_pairs(template, tokenizer, pairs, cfg.chat_template_kwargs or {})
     prompts = encode(tokenizer, [opened for opened, _ in rendered])
     conversations = encode(tokenizer, [whole for _, whole in rendered])
     eos, found = tokenizer.eos_token_id, []

@@ -43,10 +43,7 @@ def split_hashes(cfg: DataConfig, read: dict[str, Any]) -> dict[str, str]:
     for split, content in read.items():
         facts[split] = {"rules": RULES_VERSION, "source": cfg.source, "content": content}
         if cfg.source != "skills":
-            facts[split]["templates"] = [
-                _template(templates.template_of(cfg, split, part)[1])
-                for part in ("prompt", "completion")
-            ]
+            facts[split] |= _format(cfg, split)
     missing = [split for split in SPLITS if split not in read]
     if missing:
         facts["train"] |= {
@@ -59,6 +56,18 @@ def split_hashes(cfg: DataConfig, read: dict[str, Any]) -> dict[str, str]:
         for split in SPLITS:
             facts[split]["num"] = getattr(cfg, f"num_{split}")
     return {split: _hash(json.dumps(facts[split], sort_keys=True)) for split in SPLITS}
+
+
+def _format(cfg: DataConfig, split: str) -> dict[str, Any]:
+    """What decides how a row becomes an example."""
+    if cfg.format in templates.CONVERSATIONS:
+        keys = ("format", "messages", "system", "merge_turns", "loss_on", "tools")
+        return {key: getattr(cfg, key) for key in keys}
+    parts = [
+        _template(templates.template_of(cfg, split, part)[1])
+        for part in templates.PARTS[cfg.format]
+    ]
+    return {"templates": parts} | ({"format": cfg.format} if cfg.format == "text" else {})
 
 
 def _template(text: str) -> Any:

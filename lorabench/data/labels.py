@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from lorabench.config import ConfigErrors, DataConfig, and_more, did_you_mean
+from lorabench.data.examples import Example
 from lorabench.data.hashes import combined
-from lorabench.data.splits import Example, load
+from lorabench.data.splits import load
 from lorabench.data.templates import SPLITS
-from lorabench.data.tokens import Tokens
+from lorabench.data.tokens import AT_ONCE, Encoded, Kept, Tokens
 
 _KNOWN: dict[str, list[str]] = {}
 
@@ -60,32 +62,24 @@ def classify(
     Raises:
         ConfigErrors: a prompt of no tokens, no example that fits.
     """
-    encoded = tokenizer(
-        [example.prompt for example in examples],
-        add_special_tokens=True,
-        return_attention_mask=False,
-        verbose=False,  # of long texts: they are counted here
-    )["input_ids"]
-    kept = Tokens([], [], [], [], 0, 0, labels=labels, num_examples=len(examples))
-    kept.longest = max(map(len, encoded), default=0)
-    for index, (example, ids) in enumerate(zip(examples, encoded, strict=True)):
-        if not ids:
-            raise ConfigErrors(
-                f"data.prompt: must give at least one token to classify; got none for "
-                f"{example.prompt!r}; give a text, or leave the example out"
-            )
-        if len(ids) > cfg.max_length:
-            kept.num_too_long += 1
-            continue
-        kept.input_ids.append(list(ids))
-        kept.completion_start.append(len(ids))  # the completion is no text
-        kept.ids.append(example.id)
-        kept.indices.append(index)
-        kept.label_ids.append(labels.index(example.completion))
-    if not kept.input_ids:
-        raise ConfigErrors(
-            f"data.max_length: must let at least one of {len(examples)} examples through; got "
-            f"{cfg.max_length}, the shortest has {min(map(len, encoded))} tokens; raise "
-            f"data.max_length"
-        )
-    return kept
+    kept = Kept(cfg, tokenizer.bos_token_id)
+    number = {label: place for place, label in enumerate(labels)}
+    label_ids = []
+    for start in range(0, len(examples), AT_ONCE):
+        some = [examples[i] for i in range(start, min(start + AT_ONCE, len(examples)))]
+        encoded = tokenizer(
+            [example.prompt for example in some],
+            add_special_tokens=True,
+            return_attention_mask=False,
+            verbose=False,  # of long texts: they are counted here
+        )["input_ids"]
+        for index, (example, ids) in enumerate(zip(some, encoded, strict=True), start):
+            if not ids:
+                raise ConfigErrors(
+                    f"data.prompt: must give at least one token to classify; got none for "
+                    f"{example.prompt!r}; give a text, or leave the example out"
+                )
+            # The completion is no text: an empty span behind the prompt.
+            if kept.add(index, example, Encoded(ids, [len(ids), len(ids)])):
+                label_ids.append(number[example.completion])
+    return replace(kept.tokens(len(examples)), labels=labels, label_ids=label_ids)

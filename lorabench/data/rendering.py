@@ -11,12 +11,13 @@ import os
 import resource
 import signal
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from lorabench import interrupt
 from lorabench.config import ConfigErrors, first_line
+from lorabench.data import spans
 
 # Of one example, whose conversation takes a real template about a millisecond.
 CPU_SECONDS = 5.0
@@ -25,13 +26,49 @@ MEMORY_BYTES = 512 << 20  # beyond what this process has; a real template takes 
 ADDED_CHARACTERS = 100_000  # around prompt and completion; a real template adds a few thousand
 
 
-def render_all(
-    template: str, tokenizer: Any, pairs: Sequence[tuple[str, str]]
+def render_pairs(
+    template: str, tokenizer: Any, pairs: Sequence[tuple[str, str]], kwargs: dict[str, Any]
 ) -> list[tuple[str, str]]:
-    """Render prompts and completions, each as `render` does.
+    """Return of each prompt and completion what `pair` does. Raises as `render_all`.
 
     Args:
-        pairs: prompt and completion of each example.
+        kwargs: what the template gets beside the turns (`data.chat_template_kwargs`).
+    """
+    remedy = "set data.chat_template=false and write the turns into data.prompt"
+    made = render_all(
+        tokenizer, pairs, lambda one: pair(template, tokenizer, one[0], one[1], kwargs), remedy
+    )
+    return [(opened, whole) for opened, whole in made]
+
+
+def render_conversations(
+    template: str, tokenizer: Any, found: Sequence[str], kwargs: dict[str, Any]
+) -> list[tuple[str, list[list[int]]]]:
+    """Return of each conversation what `conversation` does. Raises as `render_all`.
+
+    Args:
+        found: what `conversations.conversation` returns, as JSON.
+        kwargs: what the template gets beside the turns.
+    """
+    remedy = "give another data.chat_template, or change such turns: data.system, data.merge_turns"
+    made = render_all(
+        tokenizer,
+        found,
+        lambda one: conversation(template, tokenizer, json.loads(one), kwargs),
+        remedy,
+    )
+    return [(whole, places) for whole, places in made]
+
+
+def render_all(
+    tokenizer: Any, items: Sequence[Any], render: Callable[[Any], Sequence[Any]], remedy: str
+) -> list[list[Any]]:
+    """Render examples, in the child.
+
+    Args:
+        items: the text of each example, in one or several parts.
+        render: an item -> its text and what belongs to it, in JSON's types.
+        remedy: what else can be done where a template cannot be corrected.
     Raises:
         ConfigErrors: the template refuses an example, is no template, or takes too much of
             anything; names the example.
@@ -45,9 +82,9 @@ def render_all(
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if not child:
-        _serve(writable, template, tokenizer, pairs)
+        _serve(writable, items, render)
     os.close(writable)
-    found: list[tuple[str, str]] = []
+    found: list[list[Any]] = []
     reason = None
     try:
         with open(readable, encoding="utf-8") as lines:
@@ -56,37 +93,77 @@ def render_all(
                 if isinstance(answer, str):
                     reason = answer
                     break
-                found.append(tuple(answer))
+                found.append(answer)
     finally:
         os.kill(child, signal.SIGKILL)  # changes nothing for a process that has ended
         _, status = os.waitpid(child, 0)
-    if len(found) < len(pairs):
+    if len(found) < len(items):
         raise ConfigErrors(
             f"data.chat_template: must render every example; the template of "
-            f"'{tokenizer.name_or_path}' fails on example {len(found) + 1} of {len(pairs)}, "
-            f"{pairs[len(found)][0]!r:.40}: {reason or _how_it_ended(status)}; correct the "
-            f"template, or set data.chat_template=false and write the turns into data.prompt"
+            f"'{tokenizer.name_or_path}' fails on example {len(found) + 1} of {len(items)}, "
+            f"{_first(items[len(found)])}: {reason or _how_it_ended(status)}; correct the "
+            f"template, or {remedy}"
         )
     return found
 
 
-def render(template: str, tokenizer: Any, prompt: str, completion: str) -> tuple[str, str]:
+def _first(item: Any) -> str:
+    """The beginning of an example, to find it by."""
+    if isinstance(item, str):
+        turns = json.loads(item)["messages"]
+        item = [
+            next((one["content"] for one in turns if one["role"] == "user"), turns[0]["content"])
+        ]
+    return f"{item[0]!r:.40}"
+
+
+def pair(
+    template: str, tokenizer: Any, prompt: str, completion: str, kwargs: dict[str, Any]
+) -> tuple[str, str]:
     """Return the prompt with the opening of the assistant's turn, and the whole conversation."""
     turns = [{"role": "user", "content": prompt}]
     opened = tokenizer.apply_chat_template(
-        turns, chat_template=template, add_generation_prompt=True, tokenize=False
+        turns, chat_template=template, add_generation_prompt=True, tokenize=False, **kwargs
     )
     turns.append({"role": "assistant", "content": completion})
-    return opened, tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+    whole = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, **kwargs)
+    return opened, whole
+
+
+def conversation(
+    template: str, tokenizer: Any, found: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return the whole text of a conversation, and begin and end of each turn that is trained on.
+
+    Args:
+        found: as `conversations.conversation` returns it.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    variables = tokenizer.special_tokens_map | kwargs  # templates call the first bos_token, ...
+
+    def render(messages: list[dict[str, Any]], open_answer: bool, marks: bool = False) -> Any:
+        made: Any = render_jinja_template(
+            [messages], tools=found["tools"], chat_template=template,
+            return_assistant_tokens_mask=marks, add_generation_prompt=open_answer, **variables,
+        )  # fmt: skip
+        texts, places = made
+        return (texts[0], places[0]) if marks else texts[0]
+
+    messages, wanted = found["messages"], found["train"]
+    if not wanted:
+        return render(messages, False), []
+    if not spans.MARKS.search(template):
+        return spans.turns(messages, wanted, render)
+    whole, marks = render(messages, False, marks=True)
+    return whole, spans.marked(messages, wanted, whole, marks, render)
 
 
 # --- in the child ----------------------------------------------------------------------------
 
 
-def _serve(
-    writable: int, template: str, tokenizer: Any, pairs: Sequence[tuple[str, str]]
-) -> NoReturn:
-    """Write one line of JSON per example: its two texts, or why it cannot be rendered."""
+def _serve(writable: int, items: Sequence[Any], render: Callable[[Any], Sequence[Any]]) -> NoReturn:
+    """Write one line of JSON per example: what it is rendered to, or why it cannot be."""
     try:
         for number in interrupt.HEARD:  # the parent decides
             signal.signal(number, signal.SIG_IGN)
@@ -94,20 +171,22 @@ def _serve(
             signal.signal(number, signal.SIG_DFL)  # which ends the process, whatever it is at
         _limit_memory()
         with open(writable, "wb") as file:
-            for prompt, completion in pairs:
-                _answer(file, template, tokenizer, prompt, completion)
+            for item in items:
+                _answer(file, item, render)
     finally:
         os._exit(0)  # never back into the caller
 
 
-def _answer(file: IO[bytes], template: str, tokenizer: Any, prompt: str, completion: str) -> None:
+def _answer(file: IO[bytes], item: Any, render: Callable[[Any], Sequence[Any]]) -> None:
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
     try:
-        texts = render(template, tokenizer, prompt, completion)
-        added = max(map(len, texts)) - len(prompt) - len(completion)
+        made = render(item)
+        texts = [part for part in made if isinstance(part, str)]
+        given = len(item) if isinstance(item, str) else sum(map(len, item))
+        added = max(map(len, texts)) - given
         too_long = f"it adds {added} characters, more than {ADDED_CHARACTERS}"
-        answer = texts if added <= ADDED_CHARACTERS else too_long
+        answer = made if added <= ADDED_CHARACTERS else too_long
         line = json.dumps(answer, ensure_ascii=False).encode()
     except Exception as error:
         line = json.dumps(_reason(error)).encode()

@@ -17,6 +17,10 @@ from typing import Any, NamedTuple
 from lorabench.config import DataConfig, SourceConfig, did_you_mean
 
 SPLITS = ("train", "validation", "test")
+# The column of a conversation, by format, where data.messages does not say it.
+CONVERSATIONS = {"messages": "messages", "sharegpt": "conversations"}
+# The templates that make an example of a row; conversations have none.
+PARTS = {"prompt_completion": ("prompt", "completion"), "text": ("text",)}
 
 
 def own_sources(cfg: DataConfig) -> dict[str, SourceConfig]:
@@ -112,16 +116,17 @@ def as_text(value: Any) -> str | None:
 
 
 def template_of(cfg: DataConfig, split: str, part: str) -> tuple[str, str]:
-    """Key and text of the prompt or completion template of a split."""
-    own = getattr(getattr(cfg, split), part)
+    """Key and text of a template of a split: prompt, completion, or text."""
+    own = getattr(getattr(cfg, split), part, None)
     return (f"data.{part}", getattr(cfg, part)) if own is None else (f"data.{split}.{part}", own)
 
 
 def row_error(row: Mapping[str, Any], wanted: Wanted) -> str:
     """Return why a row cannot be filled into templates; empty if it can."""
-    for column in wanted.columns:
+    for column in wanted.required():
         if column not in row:
             return f"no column '{column}'"
+    for column in wanted.columns:
         if as_text(row[column]) is None:
             return f"column '{column}' holds {row[column]!r:.40}"
     for column in wanted.optional:
@@ -138,27 +143,44 @@ class Wanted:
     Args:
         columns: Columns that every row must have, each with the key that asks for it.
         optional: Columns that may be null or missing in a row, though not in all of them.
+        raw: As `columns`, but whatever they hold is passed on; conversations.
+        if_there: Names of columns that are passed on where they are there.
         error: Returns why a row cannot be used, or nothing. The default asks for text or a number
             in each column.
     """
 
     columns: dict[str, str]
     optional: dict[str, str] = field(default_factory=dict)
+    raw: dict[str, str] = field(default_factory=dict)
+    if_there: Sequence[str] = ()
     error: Callable[[Mapping[str, Any], Wanted], str] = row_error
 
     def key(self) -> tuple[Any, ...]:
         """Return what decides the outcome of a check, to remember it by."""
-        return (tuple(self.columns.items()), tuple(self.optional.items()), self.error)
+        groups = (self.columns, self.optional, self.raw)
+        return (*(tuple(group.items()) for group in groups), tuple(self.if_there), self.error)
+
+    def required(self) -> dict[str, str]:
+        """Return the columns that every row must have."""
+        return self.raw | self.columns
+
+    def names(self) -> list[str]:
+        """Return all columns that are used."""
+        return list(dict.fromkeys([*self.required(), *self.optional, *self.if_there]))
 
 
 def wanted_of(cfg: DataConfig, split: str) -> tuple[Wanted, list[str]]:
-    """Return the columns that a split's templates need, and bad templates."""
+    """Return the columns that a split needs, and bad templates."""
     wanted = Wanted({})
+    if cfg.format in CONVERSATIONS:
+        column = cfg.messages or CONVERSATIONS[cfg.format]
+        beside = [name for name in (cfg.tools, "system") if name]
+        wanted = Wanted({}, raw={column: "data.messages"}, if_there=beside)
     errors = []
-    for part in ("prompt", "completion"):
+    for part in PARTS.get(cfg.format, ()):
         key, template = template_of(cfg, split, part)
         found, error = template_columns(key, template)
-        if not error and part == "completion" and not (found.columns or found.optional):
+        if not error and part != "prompt" and not (found.columns or found.optional):
             error = f"{key}: must name at least one column; got {template!r}"
         errors += [error] if error else []
         wanted.columns.update(found.columns)

@@ -4,7 +4,9 @@ Knows nothing of adapters. Torch and transformers are imported only where weight
 needed, so that run ids and checks of a sweep cost no import.
 """
 
-from lorabench.model.hub import hub_commit, hub_failure
+from lorabench.model.dtypes import dtype_notes, resolved, settled
+from lorabench.model.fits import check_tokens
+from lorabench.model.hub import hub_commit, hub_failure, unpinned
 from lorabench.model.loading import (
     NO_CODE,
     architecture,
@@ -34,8 +36,10 @@ __all__ = [
     "ZOO",
     "architecture",
     "check",
+    "check_tokens",
     "checksum",
     "dtype",
+    "dtype_notes",
     "hub_commit",
     "hub_failure",
     "identity",
@@ -48,8 +52,11 @@ __all__ = [
     "output_head",
     "plain",
     "random_settings",
+    "resolved",
+    "settled",
     "share",
     "skeleton",
     "tokenizer",
     "tokenizer_verified",
+    "unpinned",
 ]

@@ -15,9 +15,30 @@ from lorabench.model import foreign
 
 def hub_commit(model: ModelConfig) -> str:
     """The commit a hub model is pinned to; a pinned one needs no network."""
-    if model.revision and re.fullmatch(r"[0-9a-f]{40}", model.revision):
+    if is_pinned(model) and model.revision:
         return model.revision
     return _hub_commit(model.path, model.revision)
+
+
+def is_pinned(model: ModelConfig) -> bool:
+    """Whether `revision` is a commit, not a branch, a tag or nothing."""
+    return re.fullmatch(r"[0-9a-f]{40}", model.revision or "") is not None
+
+
+def unpinned(model: ModelConfig, contents: dict[str, str]) -> list[str]:
+    """Say which commit a hub model without one is at, and how to keep it.
+
+    Args:
+        contents: of the plan; `hub` is empty for a folder.
+    """
+    if not contents["hub"] or is_pinned(model):
+        return []
+    what = f"is '{model.revision}', no commit" if model.revision else "is not set"
+    commit = contents["revision"]
+    return [
+        f"model.revision {what}: '{model.path}' is at commit {commit} now, and the Hub may move "
+        f"on; model.revision={commit} keeps it"
+    ]
 
 
 @lru_cache

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench import tasks, versions
 from lorabench.config import ConfigErrors, ModelConfig, and_more, first_line, model_name
-from lorabench.model import foreign
+from lorabench.model import fits, foreign
+from lorabench.model.dtypes import resolved
 from lorabench.model.hub import hub_failure, must_be_reachable, pickled_on_hub
 from lorabench.model.place import adapter_beside, beside, local_folder, location
 
@@ -75,7 +76,7 @@ def architecture(model: ModelConfig, classes: int = 0) -> Any:
         content, _ = PreTrainedConfig.get_config_dict(where, **options)
         if unknown := versions.unknown_architecture(content, CONFIG_MAPPING):
             raise ConfigErrors(f"model.path: '{model.path}' cannot be built: {unknown}")
-        wrong = foreign.kernels(model, content)
+        wrong = foreign.kernels(model, content) + fits.quantised(model, content)
         wrong += foreign.code_of_tokenizer(model, get_tokenizer_config(where, **options))
         if local_folder(model) is None:
             wrong += pickled_on_hub(model, content)
@@ -103,13 +104,15 @@ def skeleton(model: ModelConfig, classes: int = 0) -> PreTrainedModel:
             built = loader.from_config(
                 config,
                 attn_implementation=model.attn_implementation,
-                dtype=dtype(model.dtype),
+                dtype=dtype(resolved(model).dtype),
                 trust_remote_code=False,
             )
     except (ValueError, ImportError) as error:
         why = first_line(error)
         raise ConfigErrors(f"model.path: '{model.path}' cannot be built: {why}") from error
     tasks.check(built, classes, model_name(model))
+    if not classes and (wrong := fits.other_shapes(model, built.state_dict())):
+        raise ConfigErrors(wrong)
     return built
 
 
@@ -130,7 +133,7 @@ def load(model: ModelConfig, device: str, classes: int = 0) -> PreTrainedModel:
             tasks.model_class(config, classes, model_name(model)).from_pretrained,
             config=config,
             attn_implementation=model.attn_implementation,
-            dtype=dtype(model.dtype),
+            dtype=dtype(resolved(model).dtype),
             output_loading_info=True,
             **NO_CODE,
             **options,
@@ -173,7 +176,19 @@ def tokenizer(model: ModelConfig) -> Any:
     """The base's own tokenizer."""
     from transformers import AutoTokenizer
 
-    return _call(model, AutoTokenizer.from_pretrained, trust_remote_code=False)
+    def load(where: str, **options: Any) -> Any:
+        try:
+            return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+        except ValueError as error:
+            if "backend tokenizer" not in str(error):
+                raise
+            raise ConfigErrors(
+                f"model.path: a base must come with its tokenizer's vocabulary; '{model.path}' has "
+                f"a tokenizer_config.json without one; put the files of its tokenizer "
+                f"(tokenizer.json) beside config.json"
+            ) from error
+
+    return _call(model, load)
 
 
 def _call(model: ModelConfig, load: Callable[..., Any], **options: Any) -> Any:

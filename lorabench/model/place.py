@@ -107,6 +107,12 @@ def check(model: ModelConfig) -> list[str]:
             f"model.path: a checkpoint folder must hold weights (*.safetensors); "
             f"'{model.path}' has none"
         )
+    if all("chat_template" in file.name for file in files(folder)["tokenizer"]):
+        errors.append(
+            f"model.path: a checkpoint folder must hold a tokenizer (tokenizer.json, or "
+            f"tokenizer_config.json and what it needs); '{model.path}' has none; save it there "
+            f"with save_pretrained"
+        )
     return errors
 
 

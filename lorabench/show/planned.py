@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.table import Table
 
 from lorabench import machine, stages, versions
+from lorabench.show.examples import examples
 from lorabench.show.text import console, dump, quantity, size, whole
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def plan(
     unread: str = "",
     told: Outlook | None = None,
     difference: float | None = None,
+    seen: dict[str, Any] | None = None,
 ) -> None:
     """Show what a command will do.
 
@@ -37,6 +39,7 @@ def plan(
         unread: why the data could not be read.
         told: what the sweep will be able to tell.
         difference: that is to be found, in the unit of its metric.
+        seen: examples as the model sees them, and lengths, of the first run.
     """
     peak = machine.matmul_flops()
     plans = [
@@ -48,9 +51,12 @@ def plan(
         content |= {"versions": versions.shown(), "notes": list(notes), "unread": unread}
         content["outlook"] = _outlook_content(told, difference, content["seconds"] / len(jobs))
         tried = [dataclasses.asdict(attempt) for attempt in attempts]
-        dump(content | ({"smoke": tried} if tried else {}))
+        dump(content | ({"smoke": tried} if tried else {}) | (seen or {}))
         return
     out = console()
+    if seen is not None:
+        examples(seen["examples"], seen["lengths"])
+        out.print()
     first = jobs[0]
     models = ", ".join(dict.fromkeys(job.plan.model for job in jobs))
     table = Table(
@@ -104,6 +110,8 @@ def plan(
         f"folder    {Path(first.plan.folder).parent}, "
         f"~{size(sum(j.plan.disk_bytes for j in jobs))} in all"
     )
+    for device in dict.fromkeys(job.config.trainer.device for job in jobs):
+        out.print(f"device    {machine.describe(machine.choose_device(device))}")
     out.print(f"tracker   {first.plan.tracker}")
     installed = ", ".join(f"{name} {version}" for name, version in versions.shown().items())
     out.print(f"versions  {installed}")
@@ -211,9 +219,10 @@ def _base(job: Job) -> str:
 
 def _training(job: Job) -> str:
     trainer = job.config.trainer
+    floor = f" to {trainer.min_lr_ratio:g} of it" if trainer.min_lr_ratio else ""
     return (
-        f"{trainer.steps} steps of {trainer.batch_size} examples, "
-        f"lr {trainer.lr:g} {trainer.schedule}, computed in {trainer.dtype}"
+        f"{trainer.num_steps} steps of {trainer.batch_size} examples, "
+        f"lr {trainer.lr:g} {trainer.schedule}{floor}, computed in {trainer.dtype}"
     )
 
 
@@ -240,7 +249,7 @@ def _packing(jobs: list[Job], packs: list[list[int]], peak: float) -> str:
     sizes = ", ".join(str(len(members)) for members in packs)
     packed = [jobs[i] for members in packs if len(members) > 1 for i in members]
     busy = packed and all(
-        job.plan.train_flops / peak > 5 * job.config.trainer.steps * _overhead(job)
+        job.plan.train_flops / peak > 5 * job.config.trainer.num_steps * _overhead(job)
         for job in packed
     )
     return sizes + (
@@ -288,7 +297,7 @@ def _shorten(modules: list[str]) -> str:
 
 def _seconds(job: Job, peak: float) -> float:
     """A rough time: training FLOPs at a third of the peak, plus a per-step overhead."""
-    steps = job.config.trainer.steps
+    steps = job.config.trainer.num_steps
     return job.plan.train_flops / (peak / 3) + steps * _overhead(job) + 2.0
 
 

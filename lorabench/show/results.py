@@ -52,6 +52,7 @@ def runs(found: Sequence[Checked], as_json: bool, statuses: Collection[str] = ()
                     "status": r.status,
                     "damaged": damaged,
                     "error": r.error,
+                    "stopped_early": r.stopped_early,
                     "steps_done": r.steps_done,
                     "seeds": r.seeds,
                     "setting": one["setting"],
@@ -94,7 +95,7 @@ def runs(found: Sequence[Checked], as_json: bool, statuses: Collection[str] = ()
             Text(f"{record.status}, damaged" if damaged else record.status, colour),
             f"{record.steps_done}/{record.config['trainer']['steps']}",
             f"{record.cost.total_seconds:.1f}",
-            record.error or "",
+            record.error or record.stopped_early or "",
         )
     whole(console(), out, ("seconds",))
 

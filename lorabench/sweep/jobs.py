@@ -66,7 +66,7 @@ def plan_jobs(
     mistakes.refuse()
     for config, label in typed:
         with mistakes.of(label):
-            jobs.append(Job(config, label, planner.make(config)))
+            jobs.append(Job(planner.resolved(config), label, planner.make(config)))
             jobs[-1].check_folder()
     mistakes.refuse()
     return jobs

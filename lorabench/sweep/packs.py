@@ -14,7 +14,8 @@ OWN_GROUPS = (
     "sweep", "output_dir",
 )  # fmt: skip
 OWN_TRAINER = (
-    "lr", "schedule", "warmup_steps", "weight_decay", "beta1", "beta2", "eps", "max_grad_norm",
+    "lr", "schedule", "warmup_steps", "min_lr_ratio", "weight_decay", "beta1", "beta2", "eps",
+    "max_grad_norm",
 )  # fmt: skip
 
 

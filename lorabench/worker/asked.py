@@ -115,6 +115,10 @@ def mate_of(like: Job, run: str, entry: RunEntry, planner: plan.Planner) -> Job:
         trainer=dataclasses.replace(like.config.trainer, **trainer),
     )
     made = planner.make(config)
+    # Unless `like` itself is scored with settings under which it would be trained otherwise.
+    is_as_planned = planner.make(like.config).run_id == like.plan.run_id
+    if not is_as_planned:
+        made = made.model_copy(update={"run_id": run, "folder": str(like.folder.parent / run)})
     if made.run_id != run:
         raise ConfigErrors(
             f"sweep.json: run {run} must still resolve to what was planned; it resolves to "

@@ -26,8 +26,11 @@ from lorabench.lease import Lease, Lost
 from lorabench.progress import Display
 from lorabench.stages import Stage, Stages
 from lorabench.sweep import Job, PackEntry
+from lorabench.worker.validation import Watch
 
 log = logging.getLogger(__name__)
+
+BEST = "best|"  # opens the names of a checkpoint's best weights; no parameter has a | in its name
 
 
 @dataclass
@@ -38,6 +41,7 @@ class Member:
     slot: int  # its place in the pack
     entry: record.Record
     lease: Lease
+    watch: Watch
     tracker: tracking.NoTracker = field(default_factory=tracking.NoTracker)
     metrics_file: IO[str] | None = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
@@ -49,6 +53,11 @@ class Member:
     @property
     def folder(self) -> Path:
         return self.job.folder
+
+    @property
+    def is_training(self) -> bool:
+        """Whether it neither diverged nor stopped early."""
+        return self.entry.error is None and self.entry.stopped_early is None
 
     def write(self) -> None:
         """Write the record."""
@@ -127,7 +136,7 @@ def open_member(job: Job, pack: PackEntry, mates: Sequence[Job], lease: Lease) -
         exports=record.Exports.none("the run has not finished"),
         started=record.now(),
     )
-    return Member(job, pack.runs.index(job.plan.run_id), entry, lease)
+    return Member(job, pack.runs.index(job.plan.run_id), entry, lease, Watch.of(job.config))
 
 
 def begin(member: Member) -> None:
@@ -303,17 +312,26 @@ def resume(members: list[Member], pack: Any, step: int, display: Display) -> Non
     """Load the checkpoints of a step."""
     for member in members:
         place = member.folder / "checkpoint"
-        pack.load_state(member.slot, checkpoint.load(place, step, member.fingerprint))
+        state = checkpoint.load(place, step, member.fingerprint)
+        member.watch.weights = {
+            name.removeprefix(BEST): one for name, one in state.items() if name.startswith(BEST)
+        }
+        pack.load_state(member.slot, state)
         member.entry.steps_done = step
         told = checkpoint.told(place, step)
         member.tokens = told["train_tokens"]
         member.earlier_seconds = told["train_seconds"]
+        cost = member.entry.cost  # what the next checkpoint tells, should no step be done before it
+        cost.train_tokens, cost.train_seconds = told["train_tokens"], told["train_seconds"]
         member.rows = told.get("rows", 0)  # checkpoints before this key have none
         commits = [*told["commits"], *member.entry.provenance["commits"]]
         distinct = [one for i, one in enumerate(commits) if one not in commits[:i]]
         member.entry.provenance["commits"] = distinct
+        member.watch.resume(told.get("watch") or {"best": None, "waited": 0, "evaluated": step})
+        member.entry.best = member.watch.best
         if stop := told["stopped"]:
             member.entry.steps_done, member.entry.error = stop["steps_done"], stop["error"]
+            member.entry.stopped_early = stop.get("early")
             pack.stop(member.slot)
         modules = pack.modules(member.slot)
         for stage in Stages(member.job.config.stages, modules).all:
@@ -326,9 +344,11 @@ def keep_checkpoint(members: list[Member], pack: Any, step: int) -> None:
     """Keep all members' checkpoints of this step: written first, then put in place together."""
     for member in members:
         entry = member.entry
-        stop = {"steps_done": entry.steps_done, "error": entry.error} if entry.error else None
+        stop = {"steps_done": entry.steps_done, "error": entry.error, "early": entry.stopped_early}
         told = {
-            "stopped": stop,  # before its mates: the steps it did, and why
+            # Before its mates: the steps it did, and why.
+            "stopped": None if member.is_training else stop,
+            "watch": member.watch.told(),
             "train_seconds": entry.cost.train_seconds,
             "train_tokens": entry.cost.train_tokens,
             "rows": member.rows,
@@ -336,7 +356,8 @@ def keep_checkpoint(members: list[Member], pack: Any, step: int) -> None:
         }
         member.lease.check()
         place = member.folder / "checkpoint"
-        state, token = pack.state(member.slot), member.lease.holder.token
+        best = {f"{BEST}{name}": one for name, one in member.watch.weights.items()}
+        state, token = pack.state(member.slot) | best, member.lease.holder.token
         checkpoint.write(place, state, step, member.fingerprint, told, token)
         sync(member.folder / "metrics.jsonl")  # a checkpoint has its rows behind it
     for member in members:

@@ -77,4 +77,6 @@ def last_line(entry: record.Record, error: str | None = None) -> str:
         return f"failed: {error or entry.error}{kept}"
     size = entry.plan["pack"]["size"]
     packed = f" in a pack of {size}" if size > 1 else ""
-    return f"{entry.status}{test_scores(entry.metrics)}  {clock(entry.cost.total_seconds)}{packed}"
+    early = f" after {entry.steps_done} steps" if entry.stopped_early else ""
+    seconds = clock(entry.cost.total_seconds)
+    return f"{entry.status}{early}{test_scores(entry.metrics)}  {seconds}{packed}"

@@ -144,7 +144,8 @@ def score_packed(pack: Any, job: Job, batch_size: int, shared: Shared, display: 
 
 def _score(pack: Any, dataset: Dataset, tokenizer: Any, job: Job, batch_size: int) -> Scored | None:
     """Score every run of a pack; None if memory was short."""
-    from lorabench.evaluate import GENERATED, answers, eos_token_ids, evaluate, generation_settings
+    from lorabench.evaluate import GENERATED, eos_token_ids, generation_settings
+    from lorabench.evaluate import scored as tables_of
 
     config = job.config
     wanted, pad_id = identity.wanted_metrics(config), data.pad_id(tokenizer)
@@ -155,17 +156,15 @@ def _score(pack: Any, dataset: Dataset, tokenizer: Any, job: Job, batch_size: in
             tokens = dataset.tokens[split]
             if config.trainer.eval_examples is not None:
                 tokens = tokens.first(config.trainer.eval_examples)
-            tables = evaluate(pack, tokens, tokenizer, pad_id, wanted, batch_size)
-            if set(GENERATED) & set(wanted) and split in identity.answer_splits(config):
-                eos = eos_token_ids(pack.tree.generation_config, tokenizer)
-                found = found._replace(generation=generation_settings(settings, eos))
-                texts = answers(pack, tokens, tokenizer, pad_id, settings, eos, batch_size)
-                for name in texts[0].column_names:
-                    tables = [
-                        table.append_column(name, text[name])
-                        for table, text in zip(tables, texts, strict=True)
-                    ]
-            found.tables[split] = tables
+            asked = settings
+            if set(GENERATED) & set(wanted):
+                if split in identity.answer_splits(config):
+                    eos = eos_token_ids(pack.tree.generation_config, tokenizer)
+                    found = found._replace(generation=generation_settings(settings, eos))
+                else:
+                    metric = [name for name in wanted if name not in GENERATED]
+                    asked = dataclasses.replace(settings, metric=metric)
+            found.tables[split] = tables_of(pack, tokens, tokenizer, pad_id, asked, batch_size)
             found.tokens[split] = tokens.hash()
     except Exception as error:
         if not machine.is_out_of_memory(error):

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorabench import data
+from lorabench import data, identity
 from lorabench import model as base_model
-from lorabench.config import ConfigErrors
+from lorabench.config import Config, ConfigErrors
 from lorabench.lengths import Lengths, lengths_of
 from lorabench.plan import Planner, measured
 from lorabench.sweep import Job, Mistakes
@@ -71,7 +71,7 @@ class Shared:
 
         Raises:
             ConfigErrors: the data are not those that the plan has seen; nothing to read or too
-                little; nothing that fits `max_length`.
+                little; nothing that fits `max_length`; tokens that the base does not have.
         """
         key = _data_key(job)
         if key not in self._datasets:
@@ -82,11 +82,12 @@ class Shared:
     def _read(self, job: Job) -> Dataset:
         settings, labels, planned = job.config.data, job.plan.labels, job.plan.contents
         examples = data.load(settings)
+        found = examples.hashes
         changed = [
             f"data.{split}: must still be the data that was planned, {planned[split][:12]}; what "
-            f"was read is {found[:12]}: it was edited in between; repeat the command"
-            for split, found in examples.hashes.items()
-            if found != planned[split]
+            f"was read is {hash[:12]}: it was edited in between; repeat the command"
+            for split, hash in found.items()
+            if hash != planned[split]
         ]
         if changed:
             raise ConfigErrors(changed)
@@ -94,12 +95,17 @@ class Shared:
         tokens, notes = {}, list(examples.notes)
         for split in ("train", "validation", "test"):
             chosen = getattr(examples, split)
-            tokens[split] = (
-                data.classify(chosen, tokenizer, settings, labels)
-                if labels
-                else data.tokenise(chosen, tokenizer, settings)
+            tokens[split] = data.tokenise_once(
+                chosen, tokenizer, settings, found[split], planned["tokenizer"], labels=labels
             )
             notes += tokens[split].notes(split, settings)
+        mistakes = [tokens[split].error(split, settings) for split in tokens]
+        mistakes.append(_pattern_error(job.config, examples))
+        if any(mistakes):
+            raise ConfigErrors([mistake for mistake in mistakes if mistake])
+        base = self.planner.skeleton(job.config.model, len(labels))
+        used = set[int]().union(*(one.input_ids.distinct() for one in tokens.values()))
+        base_model.check_tokens(job.config.model, tokenizer, base, used)
         return Dataset(tokens, notes)
 
     def check_data(self, jobs: list[Job]) -> list[str]:
@@ -131,7 +137,7 @@ class Shared:
         config, padded = job.config, job.plan.padded is not None
         trainer = config.trainer
         decides = [
-            _data_key(job), config.seeds.data, config.data.group_by_length, trainer.steps,
+            _data_key(job), config.seeds.data, config.data.group_by_length, trainer.num_steps,
             trainer.batch_size, trainer.micro_batch_size, padded,
         ]  # fmt: skip
         key = json.dumps(decides)
@@ -157,6 +163,23 @@ class Shared:
         self._bases.clear()
 
 
+def _pattern_error(config: Config, examples: data.Splits) -> str:
+    """Return why data.answer_pattern cannot score anything; empty if it can."""
+    from lorabench.evaluate import GENERATED, extract
+
+    pattern, metrics = config.data.answer_pattern, identity.wanted_metrics(config)
+    if pattern is None or not set(GENERATED).intersection(metrics):
+        return ""
+    asked = examples.test[: config.data.answer_examples]
+    if any(extract(pattern, example.completion) is not None for example in asked):
+        return ""
+    return (
+        f"data.answer_pattern: must match the completions it is compared with; {pattern!r} matches "
+        f"none of {len(asked)} of data.test, such as {asked[0].completion!r:.60}, so every answer "
+        "would count as wrong; correct the pattern"
+    )
+
+
 def _base_key(job: Job) -> str:
     model, contents = job.config.model, job.plan.contents
     which = [contents[name] for name in ("hub", "revision", "weights")]
@@ -171,6 +194,9 @@ def _tokenizer_key(job: Job) -> str:
 
 def _data_key(job: Job) -> str:
     settings = job.config.data
-    rules = [settings.chat_template, settings.add_bos, settings.add_eos, settings.max_length]
+    rules = [
+        settings.format, settings.chat_template, settings.chat_template_kwargs, settings.add_bos,
+        settings.add_eos, settings.max_length, settings.too_long, settings.allow_left_out,
+    ]  # fmt: skip
     contents = [job.plan.contents[split] for split in ("train", "validation", "test")]
     return json.dumps([_tokenizer_key(job), contents, rules, job.plan.labels])

@@ -30,6 +30,7 @@ from lorabench.worker.members import (
     resume,
 )
 from lorabench.worker.shared import Shared
+from lorabench.worker.validation import Validation, put_back
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +163,10 @@ def _save(members: list[Member], pack: Any) -> None:
             member.lease.check()
             part = member.folder / f".adapter.{member.lease.holder.token}.part"
             shutil.rmtree(part, ignore_errors=True)
+            best = member.watch.best if member.job.config.trainer.keep == "best" else None
+            if best is not None:
+                put_back(pack, member.slot, member.watch.weights)
+            member.entry.adapter_step = best.step if best else member.entry.steps_done
             tensors = pack.adapter_state(member.slot)
             saved = adapters.save(tensors, pack.settings(member.slot), part)
             sync_folder(part)
@@ -203,41 +208,37 @@ def _train(
 ) -> None:
     import torch
 
-    from lorabench.evaluate import evaluate, summarise
     from lorabench.train import train
 
     trainer, lease = members[0].job.config.trainer, members[0].lease
-    validation = splits["validation"]
-    if trainer.eval_examples is not None:
-        validation = validation.first(trainer.eval_examples)
-    pad_id = data.pad_id(tokenizer)
+    validation = Validation(members, pack, splits["validation"], tokenizer)
     begun = time.perf_counter() - members[0].earlier_seconds
     display.pack([member.job.label for member in members])
-    steps = train(pack, splits["train"], pad_id, start_step)
+    if start_step:
+        validation.after(start_step)  # where a signal came before it was scored
+    steps = train(pack, splits["train"], data.pad_id(tokenizer), start_step)
+    done = start_step
     kept, took = time.perf_counter(), 0.0  # when the last checkpoint was written, in seconds
     while True:
         with interrupt.whole():
             step = next(steps, None)
             if step is None:
                 break
+            done = step.step
             lease.check()
             seconds = time.perf_counter() - begun
             _note(members, pack, step, seconds)
         tokens = sum(member.tokens for member in members)
         losses = [step.loss[member.slot] for member in members]
-        display.step(step.step, trainer.steps, losses, tokens / seconds)
-        due = trainer.eval_every and step.step % trainer.eval_every == 0
-        if due and step.step < trainer.steps:
-            tables = evaluate(pack, validation, tokenizer, pad_id, ["nll"], trainer.eval_batch_size)
-            for member in members:
-                if member.entry.error is None:
-                    value = summarise(tables[member.slot], ["nll"])["nll"][0]
-                    member.log(step.step, {"validation/nll": value})
+        display.step(step.step, trainer.num_steps, losses, tokens / seconds)
+        validation.after(step.step)
         if is_due(trainer, step.step, time.perf_counter() - kept, took):
             before = time.perf_counter()
             keep_checkpoint(members, pack, step.step)
             kept = time.perf_counter()
             took = kept - before
+    if done < trainer.num_steps:  # all runs stopped before: what is left counts as done
+        display.resumed((trainer.num_steps - done) * len(members))
     if pack.device.startswith("cuda"):
         torch.cuda.synchronize(pack.device)
     seconds = time.perf_counter() - begun
@@ -259,7 +260,7 @@ def is_due(trainer: TrainerConfig, step: int, seconds: float, took: float) -> bo
     if trainer.checkpoint_every and step % trainer.checkpoint_every == 0:
         return True
     minutes = trainer.checkpoint_minutes
-    return minutes > 0 and step < trainer.steps and seconds >= max(60 * minutes, 50 * took)
+    return minutes > 0 and step < trainer.num_steps and seconds >= max(60 * minutes, 50 * took)
 
 
 def _note(members: list[Member], pack: Any, step: Any, seconds: float) -> None:
@@ -267,15 +268,17 @@ def _note(members: list[Member], pack: Any, step: Any, seconds: float) -> None:
     trainer = members[0].job.config.trainer
     for member in members:
         run = member.slot
-        member.tokens += step.tokens[run]
         member.entry.cost.train_seconds = round(seconds, 3)
+        if member.entry.stopped_early is not None:
+            continue
+        member.tokens += step.tokens[run]
         member.entry.cost.train_tokens = member.tokens
         if member.entry.error is not None:
             continue  # stopped before
         if step.stage is not None:
             member.enter(step.stage, pack.modules(run))
         stopped = run in step.ended
-        if step.step % trainer.log_every == 0 or step.step == trainer.steps or stopped:
+        if step.step % trainer.log_every == 0 or step.step == trainer.num_steps or stopped:
             row = {
                 "train/loss": step.loss[run],
                 "train/lr": step.lr[run],

@@ -38,6 +38,7 @@ from lorabench.worker.scoring import load_pack, score
 from lorabench.worker.shared import Shared
 from lorabench.worker.training import train_pack
 from lorabench.worker.untrained import UntrainedBase
+from lorabench.worker.validation import Watch
 
 log = logging.getLogger(__name__)
 
@@ -241,7 +242,8 @@ class Worker:
         for job in first_of_each(jobs):
             found = job.record()
             assert found is not None
-            members.append(Member(job, pack.runs.index(job.plan.run_id), found, held))
+            slot = pack.runs.index(job.plan.run_id)
+            members.append(Member(job, slot, found, held, Watch.of(job.config)))
             at_work.clear(members[-1])
             checkpoint.remove(job.folder / "checkpoint")  # of a kill right after training
         with at_work.logs_of([member.folder for member in members]):

@@ -9,7 +9,8 @@ import numpy as np
 from lorabench.compare.lints.design import Design, Lint, listed
 from lorabench.compare.scored import CHOOSER, metric_of
 from lorabench.compare.selection import select
-from lorabench.compare.tables import HIGHER_IS_BETTER, choose_evaluations, setting
+from lorabench.compare.tables import choose_evaluations, setting
+from lorabench.config import HIGHER_IS_BETTER
 
 LR = "trainer.lr"
 # The best learning rate depends on all keys that begin so, apart from those that only change

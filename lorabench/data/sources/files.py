@@ -46,7 +46,7 @@ def file_rows(
     is_strict: bool = True,
 ) -> Iterator[Row]:
     """Yield the rows of one file; see `readers.rows`."""
-    only = [*wanted.columns, *wanted.optional]
+    only = wanted.names()
     return rows(path, digest, kind=kind, strict=is_strict, only=only, sample_by=source.sample_by)
 
 
@@ -106,7 +106,7 @@ def _check(
             reason = row.error
             if not reason:
                 if not num_rows:
-                    unknown = unknown_columns(wanted.columns, list(row.columns), row.where)
+                    unknown = unknown_columns(wanted.required(), list(row.columns), row.where)
                     if unknown:
                         return Checked(unknown, 0)
                 num_rows += 1

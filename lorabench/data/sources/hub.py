@@ -71,10 +71,10 @@ def hub_rows(key: str, source: SourceConfig, wanted: Wanted) -> Generator[Row, N
 
 def _table_rows(key: str, table: Any, source: SourceConfig, wanted: Wanted) -> Iterator[Row]:
     names = table.column_names
-    asked = wanted.columns | wanted.optional
+    asked = wanted.required() | wanted.optional
     if errors := unknown_columns(asked, names, f"'{source.path}'"):
         raise ConfigErrors(errors)
-    chosen = table.select_columns(list(asked))
+    chosen = table.select_columns([name for name in wanted.names() if name in names])
     number = 0
     for start in range(0, len(chosen), BATCH_ROWS):  # from a file on disk, a batch at a time
         for columns in chosen.select(range(start, min(start + BATCH_ROWS, len(chosen)))).to_list():
