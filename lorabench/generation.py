@@ -27,7 +27,6 @@ from lorabench.evaluate import continuations, cut, eos_token_ids, greedy
 from lorabench.export.source import Run
 from lorabench.pack import ModulePack, StackedPack
 
-
 # Keys of data that decide what a prompt becomes, and where an answer ends.
 RULES = (
     "format", "chat_template", "chat_template_kwargs", "add_bos", "answer_stop",
