@@ -27,6 +27,12 @@ from lorabench.evaluate import continuations, cut, eos_token_ids, greedy
 from lorabench.export.source import Run
 from lorabench.pack import ModulePack, StackedPack
 
+# Keys of data that decide what a prompt becomes, and where an answer ends.
+RULES = (
+    "format", "chat_template", "chat_template_kwargs", "add_bos", "answer_stop",
+    "answer_max_new_tokens",
+)  # fmt: skip
+
 
 @dataclass
 class Answer:
@@ -81,10 +87,7 @@ def grouped(
     found: dict[str, Group] = {}
     for run in runs:
         config = run.config
-        rules = {
-            key: getattr(config.data, key)
-            for key in ("chat_template", "add_bos", "answer_stop", "answer_max_new_tokens")
-        }
+        rules = {k: v for k, v in dataclasses.asdict(config.data).items() if k in RULES}
         key = json.dumps([_base_key(run), config.trainer.dtype, rules])
         found.setdefault(key, Group([])).runs.append(run)
     errors: list[str] = []

@@ -55,6 +55,15 @@ def test_export_writes_it(kind: str, first: Path, tmp_path: Path) -> None:
     assert (tmp_path / "exported" / "export.json").is_file()
 
 
+def test_generate_writes_with_it(first: Path) -> None:
+    """Its records do not say which runs pack: they write one by one."""
+    said = say("generate", first, "--prompt", "abc", "--max-new-tokens", 4, "--json")
+    assert said.code == 0, said
+    (found,) = json.loads(said.out)["prompts"]
+    shown = [one["setting"] for one in found["answers"]]
+    assert shown == [None, {"head.policy": "exclude"}, {"head.policy": "lora"}]
+
+
 def test_train_on_it_trains_beside_it_and_says_so(first: Path) -> None:
     before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
     said = say("train", *WORDS, f"output_dir={first.parent}")

@@ -94,8 +94,15 @@ def compose_jobs(
 
 
 def task_config(job: DictConfig) -> DictConfig:
-    """What the task function sees of a job: all but Hydra's own node."""
+    """What the task function sees of a job: all but Hydra's own node.
+
+    A config of lorabench is told which files it was composed from, as that node knows.
+    """
+    from lorabench.cli import presets
+
     task = job.copy()
     with open_dict(task):
+        if "presets" in task:
+            task.presets = presets.used(job.hydra)
         del task["hydra"]
     return task

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 
 from lorabench import masking
+from lorabench.cli.beginning import init
 from lorabench.cli.comparing import compare
 from lorabench.cli.composing import compose, register
 from lorabench.cli.exporting import export
@@ -43,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"lorabench {__version__}")
         return 0
     handlers: dict[str, Callable[[list[str]], int]] = {
+        "init": init,
         "train": train,
         "plan": plan,
         "fetch": fetch,

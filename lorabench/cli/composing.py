@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lorabench.cli import presets
 from lorabench.cli.telling import tell
 from lorabench.cli.words import conf_folder, parse, refuse_places, refuse_values
 
@@ -90,6 +91,7 @@ def compose(arguments: list[str], planner: Planner | None = None, expand: bool =
             swept = _swept(hydra.config_loader, whole) if expand else ([], [])
             return Composed(*swept, settings, True)
         with open_dict(whole):
+            whole.presets = presets.used(settings)
             del whole["hydra"]
         label = " ".join(settings.overrides.task) or "defaults"
         return Composed([whole], [label], settings, False)

@@ -65,13 +65,14 @@ def generate(arguments: list[str]) -> int:
     if not prompts:
         raise ConfigErrors("--prompt: must give something to answer; give it, or --file")
     chosen = choose(options.folders, options.all_seeds, options.device)
+    chosen, notes = _writers(chosen)
     _check(chosen)
 
     from lorabench import generation, show
 
     groups = generation.grouped([one.run for one in chosen], prompts, most)
     if not options.json:
-        tell(_notes(chosen))
+        tell([*notes, *_notes(chosen)])
     written = generation.write(groups)
     labels = {one.run.folder: one for one in chosen}
     show.answers(prompts, written, labels, options.json)
@@ -194,8 +195,26 @@ def _trained(place: Path) -> tuple[dict[Path, Record], bool]:
     )
 
 
+def _writers(chosen: Sequence[Chosen]) -> tuple[list[Chosen], list[str]]:
+    """Return the runs that can write, and what to say about classifiers among them.
+
+    Raises:
+        ConfigErrors: all are classifiers.
+    """
+    from lorabench.config import ConfigErrors, and_more
+
+    classifiers = [one.run.entry.run_id for one in chosen if one.run.config.task != "causal_lm"]
+    if len(classifiers) == len(chosen):
+        raise ConfigErrors(
+            f"task: must be causal_lm to write text; {and_more(classifiers)} classify; "
+            f"`lorabench evaluate` scores them"
+        )
+    left_out = [f"left out, for they classify: {and_more(classifiers, 3)}"] if classifiers else []
+    return [one for one in chosen if one.run.entry.run_id not in classifiers], left_out
+
+
 def _check(chosen: Sequence[Chosen]) -> None:
-    """Refuse classifiers, devices that are not there, and bases that are not those of the runs."""
+    """Refuse devices that are not there, and bases that are not those of the runs."""
     from lorabench import machine
     from lorabench.config import ConfigErrors
     from lorabench.export import source
@@ -204,12 +223,6 @@ def _check(chosen: Sequence[Chosen]) -> None:
     bases: dict[str, Run] = {}
     for one in chosen:
         config, origin = one.run.config, one.run.entry.provenance
-        if config.task != "causal_lm":
-            errors.append(
-                f"task: must be causal_lm to write text; run {one.run.entry.run_id} is "
-                f"{config.task}; `lorabench evaluate` scores it"
-            )
-            continue
         errors += machine.check_device(config.trainer.device)
         parts = [origin.get(name) for name in ("hub", "revision", "weights", "tokenizer")]
         bases.setdefault(repr((config.model, parts)), one.run)

@@ -188,8 +188,29 @@ def _explain(error: BaseException) -> ConfigErrors | None:
     for link in chain:
         if isinstance(link, OSError) and link.errno in REMEDIES:
             return ConfigErrors(_of_files(link))
-    line = _of_hydra(error, chain)
-    return None if line is None else ConfigErrors(line)
+    line = _of_yaml(chain) or _of_hydra(error, chain)
+    if line is None:
+        return None
+    found = re.search(r"In '([\w\-]+/[\w\-./]+)': \w+ raised while composing", str(error))
+    return ConfigErrors(line + (_where(found[1]) if found else ""))
+
+
+def _where(name: str) -> str:
+    """Name the file of the working directory that Hydra took for a preset."""
+    path = os.path.join("conf", f"{name}.yaml")
+    return f" ('{path}' of this folder)" if os.path.isfile(path) else ""
+
+
+def _of_yaml(chain: list[BaseException]) -> str | None:
+    """What is wrong with a file that is no YAML; None if that is not the mistake."""
+    for link in chain:
+        mark = getattr(link, "problem_mark", None)
+        if mark is not None:
+            return (
+                f"{mark.name}: must be a YAML file; got {getattr(link, 'problem', link)} in line "
+                f"{mark.line + 1}; correct it"
+            )
+    return None
 
 
 def _of_files(error: OSError) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorabench.cli import presets
 from lorabench.cli.composing import compose, register, say_if_sweep
 from lorabench.cli.telling import Parser, above_zero, whole_number
 from lorabench.cli.training import SHOWS, run_hydra
@@ -78,9 +79,9 @@ def plan(arguments: list[str]) -> int:
     from lorabench.worker import Shared  # heavy: after all mistakes were told
 
     shared, unread = Shared(planner), ""
-    notes: Iterable[str] = ()
+    notes = presets.note(job.config for job in jobs)
     try:
-        notes = shared.check_data(jobs)
+        notes += shared.check_data(jobs)
     except ConfigErrors as error:
         # A hub may be out of reach; what is wrong with files here is refused, as by `train`.
         if options.smoke or options.show or not all(remote_paths(job.config.data) for job in jobs):

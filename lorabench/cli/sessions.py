@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench import machine, record, sweep
+from lorabench.cli import presets
 from lorabench.config import ConfigErrors
 from lorabench.plan import Planner
 from lorabench.progress import Display
@@ -51,7 +52,7 @@ class Session:
         for worker in self.workers.values():
             worker.look_at_kept()
         self.left = [job for job in jobs if self.worker(job).asked.is_left(job)]
-        notes = shared.check_data(self.left)
+        notes = presets.note(job.config for job in jobs) + shared.check_data(self.left)
         for worker in self.workers.values():
             self._add(worker, pack_size)
         self._greet()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench import masking
+from lorabench.cli import presets
 from lorabench.cli.composing import compose, register, say_if_sweep
 from lorabench.cli.telling import tell
 from lorabench.cli.words import conf_folder, in_hydras_order, refuse_flags
@@ -79,6 +80,7 @@ def _task(command: Command, single: Session | None) -> Callable[[Any], float]:
         if single is not None:
             return single.result(0)
         label = " ".join(HydraConfig.get().overrides.task) or "defaults"
+        cfg.presets = presets.used(HydraConfig.get())
         try:
             return command.begin([cfg], [label], 1).result(0)
         except ConfigErrors as error:  # raised in the job, Hydra would write a line of its own

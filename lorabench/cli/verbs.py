@@ -1,6 +1,7 @@
 """The words of the command line."""
 
 VERBS = {
+    "init": "write a first data config and experiment config for a data file",
     "train": "train one run, or a sweep with -m",
     "plan": "show and check what train would do; trains nothing",
     "fetch": "download what train needs from the Hub, for a machine without a network",
@@ -16,6 +17,7 @@ VERBS = {
 }
 EXAMPLES = """\
 examples:
+  lorabench init train.jsonl                        conf/data and conf/experiment for a file
   lorabench train                                   one run on the embedded base, seconds
   lorabench train -m head=exclude,lora lora.r=16,32 four runs
   lorabench compare outputs/default                 what they say, and their table

@@ -26,6 +26,8 @@ NOT_A_SETTING = (
     "trainer.log_every",
     "worker.",
     "compare.",
+    "presets",
+    "presets.",
 )
 # Keys that people know by the name of their group.
 GROUPS = {"head.policy": "head", "target_modules.select": "target_modules"}

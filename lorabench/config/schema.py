@@ -225,6 +225,7 @@ class Config:
     objective: str = "validation/nll"  # split/metric that a job returns to a Hydra sweeper
     seed: int = 0  # value of the three seeds that are not set themselves
     seeds: SeedsConfig = field(default_factory=SeedsConfig)
+    presets: Any = field(default_factory=dict)  # by lorabench: sha256 of files not its own, by path
     sweep: str = "default"  # name of the sweep's folder in output_dir
     output_dir: str = "outputs"  # folder of all sweeps
 
