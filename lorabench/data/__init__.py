@@ -6,6 +6,8 @@ files     hashes of files
 sources   reading and checking: skills, jsonl files, datasets of the hub
 templates columns -> the text of prompt and completion
 hashes    the content hash of each split
+mixing    sources of a mixture, and test sets beside test
+rows      what is read from one source
 splits    which example is in train, validation and test
 tokens    prompt and completion as token ids
 chat      the same, through the tokenizer's chat template
@@ -26,8 +28,8 @@ from lorabench.data.batches import (
 from lorabench.data.examples import Example
 from lorabench.data.hashes import content_hash, content_hashes
 from lorabench.data.labels import classify, labels_of
+from lorabench.data.mixing import check, named_views
 from lorabench.data.prompts import prompt_ids
-from lorabench.data.sources import check
 from lorabench.data.splits import Splits, load
 from lorabench.data.tokenise import opens_with_bos, tokenise
 from lorabench.data.tokens import Tokens
@@ -45,6 +47,7 @@ __all__ = [
     "content_hashes",
     "labels_of",
     "load",
+    "named_views",
     "opens_with_bos",
     "order",
     "order_hash",

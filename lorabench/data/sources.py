@@ -46,7 +46,7 @@ def check(cfg: DataConfig) -> list[str]:
     errors = _idle_keys(cfg)
     if cfg.source == "skills":
         return list(dict.fromkeys(errors + _skills_errors(cfg)))
-    if cfg.train.path is None:
+    if cfg.train.path is None and not cfg.mixture:
         return errors
     for split, source in own_sources(cfg).items():
         columns, template_errors = columns_of(cfg, split)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from lorabench import data
+from lorabench import data, identity
 from lorabench import model as base_model
-from lorabench.config import ConfigErrors
+from lorabench.config import ConfigErrors, parts
 from lorabench.lengths import Lengths, lengths_of
 from lorabench.plan import Planner, measured
 from lorabench.sweep import Job, Mistakes
@@ -25,6 +25,8 @@ class Dataset:
 
     tokens: dict[str, data.Tokens]
     notes: list[str]
+    # Of a mixture: the source of each tokenised example, by split; a set of its own has none.
+    sources: dict[str, list[str]] = field(default_factory=dict)
 
 
 class Shared:
@@ -91,19 +93,23 @@ class Shared:
         if changed:
             raise ConfigErrors(changed)
         tokenizer = self.tokenizer(job)
-        tokens, notes = {}, list(examples.notes)
-        for split in ("train", "validation", "test"):
-            chosen = getattr(examples, split)
+        tokens, sources, notes = {}, {}, list(examples.notes)
+        views = dict.fromkeys(parts.SPLITS, settings) | data.named_views(settings)
+        for split, view in views.items():
+            chosen = examples.named[split] if split in examples.named else getattr(examples, split)
             tokens[split] = (
-                data.classify(chosen, tokenizer, settings, labels)
+                data.classify(chosen, tokenizer, view, labels)
                 if labels
-                else data.tokenise(chosen, tokenizer, settings)
+                else data.tokenise(chosen, tokenizer, view)
             )
-            notes += tokens[split].notes(split, settings)
+            notes += tokens[split].notes(parts.key_of(split), view)
+            if settings.mixture and len(chosen) and chosen[0].source:
+                every = [example.source for example in chosen]
+                sources[split] = [every[index] for index in tokens[split].indices]
         base = self.planner.skeleton(job.config.model, len(labels))
         used = set[int]().union(*(ids for one in tokens.values() for ids in one.input_ids))
         base_model.check_tokens(job.config.model, tokenizer, base, used)
-        return Dataset(tokens, notes)
+        return Dataset(tokens, notes, sources)
 
     def check_data(self, jobs: list[Job]) -> list[str]:
         """Read and tokenise the examples of all runs; those of the first are kept.
@@ -175,5 +181,6 @@ def _tokenizer_key(job: Job) -> str:
 def _data_key(job: Job) -> str:
     settings = job.config.data
     rules = [settings.chat_template, settings.add_bos, settings.add_eos, settings.max_length]
-    contents = [job.plan.contents[split] for split in ("train", "validation", "test")]
+    splits = ("train", *identity.splits_of(job.config))
+    contents = [job.plan.contents[parts.key_of(split)] for split in splits]
     return json.dumps([_tokenizer_key(job), contents, rules, job.plan.labels])
