@@ -117,6 +117,8 @@ def summarise(table: pa.Table, metrics: list[str]) -> dict[str, tuple[float, int
             continue
         # Answers are asked of some examples only.
         scored = table.filter(table[column].is_valid())
+        if not len(scored):  # a source of a mixture that no answer was asked of
+            continue
         values = scored[column].to_numpy()
         weights = scored["num_tokens"].to_numpy() if name == "nll_per_token" else None
         found[name] = float(np.average(values, weights=weights)), int((~np.isnan(values)).sum())

@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from lorabench.config import Config
+from lorabench.config import Config, parts
 from lorabench.record import ARITHMETIC_VERSION
 from lorabench.stages import Stages
 
@@ -28,6 +28,8 @@ EVALUATION_KEYS = (
     "data.answer_",
     "data.test.",
     "data.num_test",
+    "data.tests.",
+    "data.retention.",
     "data.validation.",
     "data.num_validation",
     "trainer.eval_",
@@ -39,8 +41,8 @@ EVALUATION_KEYS = (
 RESOLVED = {
     "model": {"path", "revision"},
     "data": {
-        "source", "skills", "min_word_length", "max_word_length", "train", "prompt", "completion",
-        "format", "messages", "text", "system", "merge_turns", "loss_on", "tools",
+        "source", "skills", "min_word_length", "max_word_length", "train", "mixture", "prompt",
+        "completion", "format", "messages", "text", "system", "merge_turns", "loss_on", "tools",
         "labels", "split_by", "validation_fraction", "test_fraction", "num_train",
     },
     "trainer": {"epochs", "warmup_ratio"},
@@ -61,6 +63,7 @@ NEUTRAL: dict[str, Any] = {
     "lora.loraplus_lr_ratio": None,
     "data.chat_template_kwargs": None,
     "data.too_long": "leave_out",
+    "data.mixture": [],
     "trainer.min_lr_ratio": 0.0,
     "trainer.keep": "last",
     "trainer.patience": None,
@@ -169,19 +172,42 @@ def wanted_metrics(config: Config) -> list[str]:
     return list(dict.fromkeys([*config.data.metric, config.objective.partition("/")[2]]))
 
 
+def splits_of(config: Config) -> list[str]:
+    """The splits that an evaluation scores: validation, test, and the named test sets."""
+    return ["validation", "test", *parts.named_sets(config.data)]
+
+
+def metrics_of(config: Config, split: str) -> list[str]:
+    """The metrics to score a split with.
+
+    Retention has `nll`, and `exact_match` where it has completions; other named sets have those of
+    test. Of continued text there is the likelihood alone.
+    """
+    wanted, part = wanted_metrics(config), parts.named_sets(config.data).get(split)
+    if part is not None:
+        if split == parts.RETENTION:
+            wanted = ["nll", "exact_match"]
+        if (part.format or config.data.format) == "text":
+            wanted = [name for name in wanted if name in ("nll", "nll_per_token")] or ["nll"]
+    if split not in answer_splits(config):
+        wanted = [name for name in wanted if not name.startswith("answer")]
+    return wanted
+
+
 def evaluation(
     config: Config, contents: dict[str, str], definitions: dict[str, str]
 ) -> dict[str, Any]:
     """Return what decides the scores of an adapter: the settings of an evaluation.
 
     Args:
-        contents: hashes of the validation and test examples.
+        contents: hashes of the validation and test examples, and of the named sets.
         definitions: the version of each metric.
     """
-    metrics = wanted_metrics(config)
+    metrics, named = wanted_metrics(config), parts.named_sets(config.data)
+    metrics += [name for one in named for name in metrics_of(config, one) if name not in metrics]
     settings: dict[str, Any] = {
-        "definitions": {name: definitions[name] for name in sorted(metrics)},
-        "examples": {split: contents[split] for split in ("validation", "test")},
+        "definitions": {name: definitions[name] for name in sorted(set(metrics))},
+        "examples": {one: contents[parts.key_of(one)] for one in splits_of(config)},
         "eval_examples": config.trainer.eval_examples,
         "eval_batch_size": config.trainer.eval_batch_size,
     }
@@ -192,9 +218,18 @@ def evaluation(
 
 
 def answer_splits(config: Config) -> list[str]:
-    """The splits to generate answers on: test, and validation where the objective asks for it."""
+    """The splits to generate answers on.
+
+    They are test, named test sets that have completions, and validation where the objective asks
+    for it.
+    """
     split, _, metric = config.objective.partition("/")
-    return ["validation", "test"] if (split == "validation" and "answer" in metric) else ["test"]
+    named = [
+        name
+        for name, part in (config.data.tests or {}).items()
+        if (part.format or config.data.format) != "text"
+    ]
+    return ["validation"] * (split == "validation" and "answer" in metric) + ["test", *named]
 
 
 def short_hash(content: Any) -> str:

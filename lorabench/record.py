@@ -39,6 +39,7 @@ class Scores(BaseModel):
     examples: str  # hash of what decides the split's examples
     tokens: str  # hash of the token ids that were scored
     metrics: dict[str, Metric]
+    sources: dict[str, dict[str, Metric]] = Field(default_factory=dict)  # of a mixture, by source
 
 
 class Evaluation(BaseModel):

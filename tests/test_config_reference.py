@@ -22,12 +22,15 @@ def test_every_key_has_a_row_with_a_meaning() -> None:
     sections = re.split(r"^## ", reference.text(), flags=re.M)
     described = set()
     for section in sections[1:]:
-        groups = re.findall(r"`([\w.]+)`", section.partition("\n")[0])
+        title = section.partition("\n")[0]
+        if title == "`data.mixture[0]`":  # an element: its keys are no keys of the config
+            continue
+        groups = [one for one in re.findall(r"`([\w.]+)`", title) if ".NAME" not in one]
         for name, meaning in re.findall(
             r"^\| `([\w.]+)` \| `[^`]+` \| [^|]+ \| ([^|]*) \|", section, flags=re.M
         ):
             assert meaning.strip(), name
-            shared = len(groups) > 1  # data.train, data.validation and data.test share a table
+            shared = "," in title  # data.train, data.validation and data.test share a table
             described |= {f"{group}.{name}" for group in groups} if shared else {name}
     groups = {key.rpartition(".")[0] for key in keys()}
     assert described == {key for key in keys() if key not in groups}

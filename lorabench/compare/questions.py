@@ -10,7 +10,7 @@ from typing import Any
 
 from lorabench import stages
 from lorabench.compare.tables import order, short_keys
-from lorabench.config import ConfigErrors
+from lorabench.config import ConfigErrors, parts
 
 MOST_LEVELS = 6  # of a factor that are compared two by two; more are compared with one
 
@@ -104,7 +104,7 @@ def _telling(keys: list[str]) -> str:
 def text_of(value: Any) -> str:
     """A level as people write it."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return stages.describe(value)
+        return parts.describe(value) if "path" in value[0] else stages.describe(value)
     if isinstance(value, list):
         return ",".join(map(text_of, value)) or "none"
     if isinstance(value, float):  # the shortest text that reads back

@@ -8,8 +8,10 @@ from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ValidationError
 
 from lorabench.config.errors import ConfigErrors, did_you_mean
+from lorabench.config.parts import named_sets
 from lorabench.config.ranges import range_errors
 from lorabench.config.schema import Config
 
@@ -64,7 +66,10 @@ def _at_home(config: Config) -> Config:
     """Expand `~` in every path: zsh leaves it in KEY=~/..., and no shell sees those of a file."""
     config.output_dir = os.path.expanduser(config.output_dir)
     config.model.path = os.path.expanduser(config.model.path)
-    for source in (config.data.train, config.data.validation, config.data.test):
+    data = config.data
+    for source in (
+        data.train, data.validation, data.test, *data.mixture, *named_sets(data).values(),
+    ):  # fmt: skip
         source.path = source.path and os.path.expanduser(source.path)
     return config
 
@@ -90,12 +95,45 @@ def _build(cls: type, values: Any, prefix: str = "") -> Any:
         and "list[str]" in str(hints[key])
         and not all(isinstance(text, str) for text in values[key] or ())
     ]
-    built = {}
+    built, specs = {}, {spec.name: spec for spec in fields(cls)}
     for key in (key for key in values if key in hints):
         try:
-            built[key] = _build(hints[key], values[key], f"{prefix}{key}.")
+            if element := specs[key].metadata.get("each"):
+                kind = list if "list" in str(specs[key].type) else dict
+                built[key] = _build_each(element, kind, values[key], f"{prefix}{key}")
+            else:
+                built[key] = _build(hints[key], values[key], f"{prefix}{key}.")
         except ConfigErrors as inner:
             errors += inner.errors
     if errors:
         raise ConfigErrors(errors)
     return cls(**built)
+
+
+def _build_each(cls: type, kind: type, values: Any, prefix: str) -> Any:
+    """Build the elements of a list or of a mapping; nothing has checked their types before."""
+    if not values:
+        return values
+    if not isinstance(values, kind):
+        law = "a list of sources" if kind is list else "a mapping of names to sources"
+        raise ConfigErrors(f"{prefix}: must be {law}; got {values!r:.60}")
+    by_name: Any = dict(enumerate(values)) if isinstance(values, list) else values
+    known = _hints(cls)
+    errors: list[str] = []
+    built: dict[Any, Any] = {}
+    for name, value in by_name.items():
+        key = f"{prefix}[{name}]" if kind is list else f"{prefix}.{name}"
+        if not isinstance(value, dict):
+            errors.append(f"{key}: must be a mapping; got {value!r:.60}; write {{path: ...}}")
+            continue
+        unknown = [str(one) for one in value if one not in known]
+        errors += [f"{key}.{one}: no such key; got {did_you_mean(one, known)}" for one in unknown]
+        if not unknown:
+            try:
+                built[name] = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), value))
+            except ValidationError as error:
+                inner = f"{key}.{error.full_key}" if error.full_key else key
+                errors.append(f"{inner}: must be of its type; got {str(error).splitlines()[0]}")
+    if errors:
+        raise ConfigErrors(errors)
+    return list(built.values()) if kind is list else {str(name): one for name, one in built.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from lorabench.config import parts
 from lorabench.config.schema import DataConfig
 
 FORMATS = ("prompt_completion", "messages", "sharegpt", "text")
@@ -23,7 +24,7 @@ def check(found: Any, data: DataConfig) -> None:
             f"in [1, max_word_length={data.max_word_length}]",
             data.min_word_length,
         )
-    else:
+    elif not data.mixture:
         must(
             data.train.path is not None,
             "data.train.path",
@@ -71,6 +72,7 @@ def check(found: Any, data: DataConfig) -> None:
         data.test_fraction,
     )
     _format(found, data)
+    parts.check(found, data, _format)
 
 
 def _format(found: Any, data: DataConfig) -> None:

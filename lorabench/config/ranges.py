@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from lorabench.config import data_ranges, training
+from lorabench.config import data_ranges, parts, training
 from lorabench.config.errors import did_you_mean
 from lorabench.config.schema import CompareConfig, Config, LoraSettings, keys
 
@@ -106,6 +106,12 @@ def _task(found: Found, config: Config) -> None:
         "at least two different labels, or null for those of the training set",
         labels,
     )
+    for key, part in parts.parts_of(data).items():
+        law = f"prompt_completion with task={task}"
+        must(part.format in (None, "prompt_completion"), f"{key}.format", law, part.format)
+    law = f"null with task={task}, whose base has no scores that training could lose"
+    must(data.retention.path is None, "data.retention.path", law, data.retention.path,
+         "put it into data.tests")  # fmt: skip
     plain = {"format": "prompt_completion", "too_long": "leave_out"}
     for key, value in {"chat_template": False, "add_bos": True, "add_eos": True, **plain}.items():
         law = f"left out with task={task}, which takes the tokenizer's own special tokens"

@@ -59,6 +59,8 @@ def text() -> str:
         inner: dict[type, list[str]] = {}
         for name, one in _groups(cls):
             inner.setdefault(one, []).append(f"{key}.{name}")
+        for name, one in _elements(cls):
+            inner.setdefault(one, []).append(f"{key}.{name}")
         parts += [_group_section(one, names) for one, names in inner.items()]
     parts += [_files_section(name) for name in ("stages", "experiment")]
     return "\n".join(parts)
@@ -67,6 +69,8 @@ def text() -> str:
 def comments(cls: type) -> dict[str, tuple[str, str]]:
     """Return for each field of a dataclass the heading above it, if any, and its own comment."""
     found: dict[str, tuple[str, str]] = {}
+    for base in filter(is_dataclass, cls.__bases__):
+        found |= comments(base)
     heading = name = ""
     for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(cls)).readline):
         if token.type == tokenize.COMMENT:
@@ -85,7 +89,7 @@ def comments(cls: type) -> dict[str, tuple[str, str]]:
 def part_of(key: str) -> str:
     """Return which id a key is part of, as in the page's column."""
     group, _, name = key.partition(".")
-    name = name.partition(".")[0]
+    name = name.partition(".")[0].partition("[")[0]
     if identity.is_of_evaluation(key):
         return "evaluation"
     if group in NO_ID or name in identity.NOT_DECIDING.get(group, ()):
@@ -98,6 +102,16 @@ def part_of(key: str) -> str:
 def _groups(cls: type) -> Iterator[tuple[str, type]]:
     hints = get_type_hints(cls)
     return ((s.name, hints[s.name]) for s in fields(cls) if is_dataclass(hints[s.name]))
+
+
+def _elements(cls: type) -> Iterator[tuple[str, type]]:
+    """The dataclasses in lists and mappings of a dataclass, by a key such as `mixture[0]`."""
+    for spec in fields(cls):
+        if "each" in spec.metadata:
+            yield (
+                spec.name + ("[0]" if "list" in str(spec.type) else ".NAME"),
+                spec.metadata["each"],
+            )
 
 
 def _group_section(cls: type, keys: list[str]) -> str:

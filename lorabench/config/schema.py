@@ -76,6 +76,29 @@ class SourceConfig:
 
 
 @dataclass
+class PartConfig(SourceConfig):
+    """A source with a format of its own. What it leaves out is as in `data`."""
+
+    format: str | None = None  # what a row is; None: data.format
+    messages: str | None = None  # column of a conversation; None: data.messages
+    text: str | None = None  # format=text: template over columns; None: data.text
+    num: int | None = None  # examples; None: all
+
+
+@dataclass
+class MixtureConfig(PartConfig):
+    """One source of a mixture."""
+
+    name: str | None = None  # what its scores are recorded under; None: the last part of path
+    weight: float | None = None  # share of the mixture, relative to the other weights
+
+
+@dataclass
+class NamedSetConfig(PartConfig):
+    """A test set beside `data.test`; like it, it decides scores and no training."""
+
+
+@dataclass
 class DataConfig:
     """Prompt/completion examples, how they are tokenized, and how they are scored."""
 
@@ -90,6 +113,13 @@ class DataConfig:
     train: SourceConfig = field(default_factory=SourceConfig)
     validation: SourceConfig = field(default_factory=SourceConfig)
     test: SourceConfig = field(default_factory=SourceConfig)
+    mixture: list[Any] = field(  # sources in place of train.path
+        default_factory=list, metadata={"each": MixtureConfig}
+    )
+    tests: Any = field(  # {name: source}: more test sets
+        default=None, metadata={"each": NamedSetConfig}
+    )
+    retention: NamedSetConfig = field(default_factory=NamedSetConfig)  # what the base could do
     prompt: str = "{prompt}"  # template over columns; [[ ]]: left out if a column in it is empty
     completion: str = "{completion}"  # template over columns
     messages: str | None = None  # column of a conversation; None: messages, or conversations

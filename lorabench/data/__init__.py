@@ -8,6 +8,8 @@ sources   finding, checking and reading: skills, files, datasets of the hub
 templates columns -> the text of prompt and completion
 references whether data.answer_pattern finds an answer in them
 hashes    the content hash of each split
+mixing    sources of a mixture, and test sets beside test
+rows      what is read from one source
 splits    which example is in train, validation and test
 tokens    prompt and completion as token ids
 chat      the same, through the tokenizer's chat template
@@ -28,8 +30,8 @@ from lorabench.data.batches import (
 from lorabench.data.examples import Example
 from lorabench.data.hashes import content_hash, content_hashes
 from lorabench.data.labels import classify, labels_of
+from lorabench.data.mixing import check, named_views
 from lorabench.data.prompts import prompt_ids
-from lorabench.data.sources import check
 from lorabench.data.splits import Splits, load
 from lorabench.data.tokenise import opens_with_bos, tokenise, tokenise_once
 from lorabench.data.tokens import Tokens
@@ -47,6 +49,7 @@ __all__ = [
     "content_hashes",
     "labels_of",
     "load",
+    "named_views",
     "opens_with_bos",
     "order",
     "order_hash",

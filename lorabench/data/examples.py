@@ -89,6 +89,13 @@ class Examples(Sequence[Example]):
             yield Example(prompt, completion, id, conversation, source)
 
 
+def some(examples: Sequence[Example], places: Sequence[int]) -> Sequence[Example]:
+    """Return the examples at these places; those of a table stay there."""
+    if isinstance(examples, Examples):
+        return Examples(examples.table, examples.rows[places], examples.id_numbers[places])
+    return [examples[place] for place in places]
+
+
 def schema() -> pa.Schema:
     """A string column for each text of an example."""
     import pyarrow as pa

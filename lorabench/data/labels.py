@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lorabench.config import ConfigErrors, DataConfig, and_more, did_you_mean
+from lorabench.config import ConfigErrors, DataConfig, and_more, did_you_mean, parts
 from lorabench.data.examples import Example
 from lorabench.data.hashes import combined
 from lorabench.data.splits import load
@@ -35,8 +35,11 @@ def labels_of(cfg: DataConfig, content: str) -> list[str]:
             f"{labels[0]!r}; give other data, or all labels as data.labels=[...]"
         )
     errors = []
-    for split in SPLITS:
-        unknown = [e for e in getattr(examples, split) if e.completion not in labels]
+    sets = {split: getattr(examples, split) for split in SPLITS} | {
+        parts.key_of(name): named for name, named in examples.named.items()
+    }
+    for split, chosen in sets.items():
+        unknown = [e for e in chosen if e.completion not in labels]
         if unknown:
             prompts = and_more(f"{example.prompt!r:.60}" for example in unknown)
             shown = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from array import array
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from lorabench.config import ConfigErrors, DataConfig, SourceConfig
-from lorabench.data import conversations, sources, templates
-from lorabench.data.examples import Collector, Example, Examples
+from lorabench.config import ConfigErrors, DataConfig, SourceConfig, parts
+from lorabench.data import conversations, mixing, sources, templates
+from lorabench.data.examples import Example, Examples
 from lorabench.data.hashes import split_hashes
 from lorabench.data.references import check_references
+from lorabench.data.rows import Rows, hashes_of
 from lorabench.data.templates import SPLITS, own_sources
 
 
@@ -30,10 +27,11 @@ class Splits:
     notes: list[str] = field(default_factory=list)
     # The content hash of each split, of the bytes that these examples were read from.
     hashes: dict[str, str] = field(default_factory=dict)
+    named: dict[str, Sequence[Example]] = field(default_factory=dict)  # test sets beside test
 
 
 def load(cfg: DataConfig) -> Splits:
-    """Return the examples of all three sets.
+    """Return the examples of all sets.
 
     - A set without a path is taken from train, by a hash of the value of `split_by` (or, without
       it, of the prompt) in [0, 1): below `test_fraction` it is test, from 1 - `validation_fraction`
@@ -42,6 +40,9 @@ def load(cfg: DataConfig) -> Splits:
       other set. Where no value qualifies, the one nearest to that end is taken.
     - Each set is in the order of its ids, which is random but fixed, so that its first N are a
       fair sample. `num_train`, `num_validation` and `num_test` keep the first N.
+    - The sources of a mixture are read one after the other, and each gives the first so many of its
+      ids (`mixing.shares`). What follows, splits included, is done to all of them together.
+    - A named test set is read by itself; its `num` keeps the first N.
     - Skills keep the order in which they are made: the skills take turns.
     - An example without a completion is left out, and counted in the notes.
     - Of a conversation, the prompt is all that comes before the last turn that is trained on; of a
@@ -51,7 +52,7 @@ def load(cfg: DataConfig) -> Splits:
         ConfigErrors: What `check` finds, a dataset that does not load, rows of another format, a
             source that changes while it is read, an empty set.
     """
-    if errors := sources.check(cfg):
+    if errors := mixing.check(cfg):
         raise ConfigErrors(errors)
     notes: list[str] = []
     read: dict[str, Any]
@@ -63,71 +64,38 @@ def load(cfg: DataConfig) -> Splits:
             for pair in read[split]:
                 rows.add(*pair)
             sets[split] = rows.examples(np.arange(len(rows)))
-        prompts = {split: _hashes(example.prompt for example in sets[split]) for split in SPLITS}
+        prompts = {split: hashes_of(example.prompt for example in sets[split]) for split in SPLITS}
     else:
         sets, prompts, read = _read(cfg, notes)
     scored = ("validation", "test")
     notes += check_references(cfg, {s: (one.completion for one in sets[s]) for s in scored})
-    train_prompts = prompts["train"]
-    for split in ("validation", "test"):
-        shared = int(np.isin(prompts[split], train_prompts).sum())
+    named: dict[str, Sequence[Example]]
+    named, theirs, read_too = _read_named(cfg, notes)
+    for split, examples in ({name: sets[name] for name in SPLITS[1:]} | named).items():
+        shared = int(np.isin((prompts | theirs)[split], prompts["train"]).sum())
         if shared:
-            what = "texts" if cfg.format == "text" else "prompts"
-            notes.append(
-                f"data.{split}: {shared} of {len(sets[split])} {what} are in the training set "
-                f"too, so its scores overstate how well a run does on new {what}; remove them from "
-                f"one of the two{_split_off(cfg, split)}"
+            view = mixing.named_views(cfg).get(split, cfg)
+            what = "texts" if view.format == "text" else "prompts"
+            harm = (
+                "it hides what training makes the base forget"
+                if split == parts.RETENTION
+                else f"its scores overstate how well a run does on new {what}"
             )
-    return Splits(**sets, notes=notes, hashes=split_hashes(cfg, read))
+            notes.append(
+                f"data.{parts.key_of(split)}: {shared} of {len(examples)} {what} are in the "
+                f"training set too, so {harm}; remove them from one of the two"
+                f"{_split_off(cfg, split)}"
+            )
+    return Splits(**sets, notes=notes, hashes=split_hashes(cfg, read | read_too), named=named)
 
 
 def _split_off(cfg: DataConfig, split: str) -> str:
     """Return what else keeps the prompts of a set out of train."""
+    if split not in SPLITS:
+        return ""
     if getattr(cfg, split).path is not None:
         return f", or take the set from train: data.{split}.path=null"
     return "" if cfg.split_by is None else ", or split by prompt: data.split_by=null"
-
-
-class Rows:
-    """What is read from one source: the rows as a table, and three numbers of each."""
-
-    def __init__(self) -> None:
-        self._rows = Collector()
-        self._ids, self._prompts, self._places = array("Q"), array("Q"), array("d")
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def add(
-        self, prompt: str, completion: str, conversation: str = "", group: str | None = None
-    ) -> None:
-        """Add an example; equal groups will be in the same split (None: the prompt)."""
-        self._rows.add(prompt, completion, conversation)
-        self._ids.append(_id(prompt, completion, conversation, 0))
-        self._prompts.append(_number(prompt or completion))
-        self._places.append(_place(prompt if group is None else group))
-
-    def finish(self) -> None:
-        """Nothing is added any more."""
-        self.table = self._rows.table()
-        self.places, self.prompts = np.array(self._places), np.array(self._prompts, np.uint64)
-
-    def examples(self, rows: np.ndarray) -> Examples:
-        """Return some of the rows, with ids that occur once among them."""
-        if not hasattr(self, "table"):
-            self.finish()
-        ids = np.array(self._ids, np.uint64)[rows]
-        _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
-        seen: Counter[int] = Counter()
-        for at in np.flatnonzero(counts[inverse] > 1):
-            repeated = seen[first := int(ids[at])]
-            seen[first] += 1
-            if repeated:
-                prompt, completion, conversation, _ = (
-                    column[int(rows[at])].as_py() for column in self.table.columns
-                )
-                ids[at] = _id(prompt, completion, conversation, repeated)
-        return Examples(self.table, rows, ids)
 
 
 def _read(
@@ -138,6 +106,8 @@ def _read(
     read: dict[str, Any] = {}
     for split, source in own_sources(cfg).items():
         found[split], read[split] = _rows(cfg, split, source, notes)
+    if cfg.mixture:
+        found["train"], read["train"] = _mixed(cfg, notes)
     missing = [split for split in SPLITS if split not in found]
     side = _sides(cfg, found["train"].places, missing)
     sets, prompts = {}, {}
@@ -149,7 +119,7 @@ def _read(
         wanted, there = getattr(cfg, f"num_{split}"), len(chosen)
         # In the order of the ids, which is random but fixed: the first N are a fair sample.
         order = np.argsort(all_of_it.id_numbers, kind="stable")[:wanted]
-        sets[split] = Examples(rows.table, chosen[order], all_of_it.id_numbers[order])
+        sets[split] = Examples(rows.table, all_of_it.rows[order], all_of_it.id_numbers[order])
         prompts[split] = rows.prompts[chosen[order]]
         if wanted is not None and wanted > there:
             notes.append(
@@ -159,8 +129,64 @@ def _read(
     return sets, prompts, read
 
 
-def _rows(cfg: DataConfig, split: str, source: SourceConfig, notes: list[str]) -> tuple[Rows, Any]:
-    """Return the examples of one source, and what identifies it."""
+def _mixed(cfg: DataConfig, notes: list[str]) -> tuple[Rows, list[Any]]:
+    """Return the examples of a mixture, and what identifies each of its sources."""
+    found, read = [], []
+    for i, (name, view) in enumerate(parts.by_source(cfg).items()):
+        rows, identity = _part(view, f"data.mixture[{i}]", notes, name)
+        found.append(rows)
+        read.append(identity)
+    there = [len(rows) for rows in found]
+    counts = mixing.shares(cfg.mixture, there)
+    for i, (one, count) in enumerate(zip(cfg.mixture, there, strict=True)):
+        if one.num is not None and one.num > count:
+            notes.append(_too_few(f"data.mixture[{i}]", count, f"num={one.num}"))
+    told = [
+        f"{count} of {have} examples of {name}"
+        for name, count, have in zip(parts.source_names(cfg), counts, there, strict=True)
+    ]
+    notes.append(f"data.mixture: {', '.join(told)}")
+    chosen = [rows.first(count)[1] for rows, count in zip(found, counts, strict=True)]
+    return Rows.joined(list(zip(found, chosen, strict=True))), read
+
+
+def _read_named(
+    cfg: DataConfig, notes: list[str]
+) -> tuple[dict[str, Sequence[Example]], dict[str, np.ndarray], dict[str, Any]]:
+    """Return the named test sets as `_read` returns the others."""
+    sets: dict[str, Sequence[Example]] = {}
+    prompts, read = {}, {}
+    for name, view in mixing.named_views(cfg).items():
+        key, num = f"data.{parts.key_of(name)}", parts.named_sets(cfg)[name].num
+        rows, read[name] = _part(view, key, notes)
+        sets[name], order = rows.first(num)
+        prompts[name] = rows.prompts[order]
+        if num is not None and num > len(rows):
+            notes.append(_too_few(key, len(rows), f"num={num}"))
+    return sets, prompts, read
+
+
+def _part(view: DataConfig, key: str, notes: list[str], name: str = "") -> tuple[Rows, Any]:
+    """Return the examples of a part that is `train` of its own config, and what identifies it."""
+    told: list[str] = []
+    with mixing.errors_as(key):
+        rows, identity = _rows(view, "train", view.train, told, name)
+    notes += [mixing.told_as(note, key) for note in told]
+    return rows, identity
+
+
+def _too_few(key: str, there: int, asked: str) -> str:
+    return f"{key}: has {there} examples, fewer than {asked} asks for; all are used"
+
+
+def _rows(
+    cfg: DataConfig, split: str, source: SourceConfig, notes: list[str], name: str = ""
+) -> tuple[Rows, Any]:
+    """Return the examples of one source, and what identifies it.
+
+    Args:
+        name: of the source, in a mixture.
+    """
     key = f"data.{split}.path"
     reading = sources.read(cfg, split)
     if source.revision is None and sources.is_remote(cfg.source, source):
@@ -181,7 +207,8 @@ def _rows(cfg: DataConfig, split: str, source: SourceConfig, notes: list[str]) -
             num_empty += 1
             continue
         by = cfg.split_by if split == "train" else None
-        rows.add(prompt, completion, conversation, None if by is None else str(row.columns[by]))
+        group = None if by is None else str(row.columns[by])
+        rows.add(prompt, completion, conversation, group, name)
     if bad:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise ConfigErrors(
@@ -210,13 +237,13 @@ def _maker(cfg: DataConfig, split: str) -> Any:
     """Return what makes prompt, completion and conversation of a row, or raises ValueError."""
     if cfg.format in templates.CONVERSATIONS:
         return lambda row: conversations.as_example(conversations.conversation(row, cfg))
-    parts = [
+    texts = [
         templates.parse(templates.template_of(cfg, split, part)[1])
         for part in templates.PARTS[cfg.format]
     ]
     if cfg.format == "text":
-        return lambda row: ("", templates.render(parts[0], row), "")
-    return lambda row: (templates.render(parts[0], row), templates.render(parts[1], row), "")
+        return lambda row: ("", templates.render(texts[0], row), "")
+    return lambda row: (templates.render(texts[0], row), templates.render(texts[1], row), "")
 
 
 def _sides(cfg: DataConfig, places: np.ndarray, missing: list[str]) -> np.ndarray:
@@ -235,29 +262,11 @@ def _sides(cfg: DataConfig, places: np.ndarray, missing: list[str]) -> np.ndarra
     if {SPLITS[number] for number in np.unique(side)} != {"train", *missing}:
         by = f"column '{cfg.split_by}'" if cfg.split_by else "the prompt"
         paths = " and ".join(f"data.{split}.path" for split in missing)
+        key = "data.mixture" if cfg.mixture else "data.train.path"
+        where = ", ".join(parts.source_names(cfg)) or cfg.train.path
         raise ConfigErrors(
-            f"data.train.path: must hold enough examples to take {' and '.join(missing)} from "
-            f"them; got {len(np.unique(places))} distinct values of {by} in '{cfg.train.path}'; "
+            f"{key}: must hold enough examples to take {' and '.join(missing)} from "
+            f"them; got {len(np.unique(places))} distinct values of {by} in '{where}'; "
             f"give more, or {paths}"
         )
     return side
-
-
-def _place(group: str) -> float:
-    """Return a number in [0, 1) that depends on the group alone: its hash as a fraction."""
-    return _number(f"split\0{group}") / 2**64
-
-
-def _id(prompt: str, completion: str, conversation: str, repeated: int) -> int:
-    """Return an id that depends on content alone, and on how often it came before in its set."""
-    what = [conversation] if conversation else [prompt, completion]
-    return _number(json.dumps([*what, repeated]))
-
-
-def _hashes(texts: Any) -> np.ndarray:
-    return np.array([_number(text) for text in texts], np.uint64)
-
-
-def _number(text: str) -> int:
-    """Return the first 64 bits of a text's sha256."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

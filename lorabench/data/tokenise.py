@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import heapq
 import os
 import signal
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
+from operator import itemgetter
 from typing import Any
 
 from lorabench import interrupt
-from lorabench.config import ConfigErrors, DataConfig
+from lorabench.config import ConfigErrors, DataConfig, parts
 from lorabench.data import token_cache, turns
 from lorabench.data.chat import chat
-from lorabench.data.examples import Example
+from lorabench.data.examples import Example, some
 from lorabench.data.labels import classify
 from lorabench.data.tokens import Encoded, Kept, Tokens
 
@@ -175,7 +178,9 @@ def _encoded(
     examples: Sequence[Example], tokenizer: Any, cfg: DataConfig, stops: Collection[int]
 ) -> Iterator[tuple[int, Encoded]]:
     """Yield each example's place and its tokens; a text's pieces one after the other."""
-    if cfg.format == "text":
+    if cfg.mixture:
+        yield from _of_sources(examples, tokenizer, cfg, stops)
+    elif cfg.format == "text":
         yield from _pieces(examples, tokenizer, cfg)
     elif cfg.format != "prompt_completion":
         yield from turns.encode(examples, tokenizer, cfg, stops)
@@ -194,6 +199,32 @@ def _encoded(
                 )
             ids = [*prompt, *completion]
             yield index, Encoded(ids, [len(prompt), len(ids)] if completion else [], left)
+
+
+def _of_sources(
+    examples: Sequence[Example], tokenizer: Any, cfg: DataConfig, stops: Collection[int]
+) -> Iterator[tuple[int, Encoded]]:
+    """Yield the tokens of examples of a mixture, each by the rules of its source.
+
+    A set with a path of its own is in no source: it follows `data`.
+    """
+    places: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        places.setdefault(example.source, []).append(index)
+    views = parts.by_source(cfg) | {"": dataclasses.replace(cfg, mixture=[])}
+    streams = [
+        _placed(mine, _encoded(some(examples, mine), tokenizer, views[name], stops))
+        for name, mine in places.items()
+    ]
+    yield from heapq.merge(*streams, key=itemgetter(0))
+
+
+def _placed(
+    places: Sequence[int], encoded: Iterator[tuple[int, Encoded]]
+) -> Iterator[tuple[int, Encoded]]:
+    """Yield tokens with the places that their examples have among all."""
+    for index, one in encoded:
+        yield places[index], one
 
 
 def _pieces(

@@ -12,6 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from lorabench import stages
+from lorabench.config import parts
 
 
 def console() -> Console:
@@ -89,5 +90,5 @@ def with_spread(spread: dict[str, Any], digits: int = 4) -> str:
 def setting(value: Any) -> str:
     """The value of a key of a setting."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return stages.describe(value)
+        return parts.describe(value) if "path" in value[0] else stages.describe(value)
     return ",".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

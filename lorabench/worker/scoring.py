@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorabench import adapters, data, identity, intact, machine, provenance, record
-from lorabench.config import ConfigErrors, first_line
+from lorabench.config import ConfigErrors, first_line, parts
 from lorabench.files import sync
 from lorabench.lease import Lost
 from lorabench.progress import Display
@@ -88,7 +88,7 @@ def _other_base(member: Member, checksum: str) -> str:
 def score(
     members: Sequence[Member], evaluation: str, pack: Any, shared: Shared, display: Display
 ) -> dict[str, str]:
-    """Score the members on validation and test and append the evaluation to their records.
+    """Score the members on every split and append the evaluation to their records.
 
     Short memory halves the batch; a single example that does not fit is an error.
 
@@ -115,7 +115,7 @@ def score(
 class Scored(NamedTuple):
     """What a pack's runs scored."""
 
-    tables: dict[str, list[Any]]  # split -> one table per run
+    tables: dict[str, list[Any]]  # split -> one table per run; of a mixture, with a source column
     tokens: dict[str, str]  # split -> hash of the token ids that were scored
     generation: dict[str, Any] | None  # settings, if anything was generated
     batch_size: int
@@ -148,23 +148,23 @@ def _score(pack: Any, dataset: Dataset, tokenizer: Any, job: Job, batch_size: in
     from lorabench.evaluate import scored as tables_of
 
     config = job.config
-    wanted, pad_id = identity.wanted_metrics(config), data.pad_id(tokenizer)
-    settings = dataclasses.replace(config.data, metric=wanted)  # the objective's among them
+    pad_id = data.pad_id(tokenizer)
     found = Scored({}, {}, None, batch_size)
     try:
-        for split in ("validation", "test"):
+        for split in identity.splits_of(config):
             tokens = dataset.tokens[split]
             if config.trainer.eval_examples is not None:
                 tokens = tokens.first(config.trainer.eval_examples)
-            asked = settings
+            wanted = identity.metrics_of(config, split)
+            asked = dataclasses.replace(config.data, metric=wanted)
             if set(GENERATED) & set(wanted):
-                if split in identity.answer_splits(config):
-                    eos = eos_token_ids(pack.tree.generation_config, tokenizer)
-                    found = found._replace(generation=generation_settings(settings, eos))
-                else:
-                    metric = [name for name in wanted if name not in GENERATED]
-                    asked = dataclasses.replace(settings, metric=metric)
-            found.tables[split] = tables_of(pack, tokens, tokenizer, pad_id, asked, batch_size)
+                eos = eos_token_ids(pack.tree.generation_config, tokenizer)
+                found = found._replace(generation=generation_settings(asked, eos))
+            tables = tables_of(pack, tokens, tokenizer, pad_id, asked, batch_size)
+            if split in dataset.sources:
+                names = dataset.sources[split][: len(tokens)]
+                tables = [one.append_column("source", [names]) for one in tables]
+            found.tables[split] = tables
             found.tokens[split] = tokens.hash()
     except Exception as error:
         if not machine.is_out_of_memory(error):
@@ -205,21 +205,19 @@ def evaluation_of(
         job: whose settings it was scored with.
         predictions: name of the file that `write_predictions` wrote.
     """
-    from lorabench.evaluate import DEFINITIONS, summarise
+    from pyarrow import compute
 
     splits = {}
     for split, of_runs in scored.tables.items():
-        summary = summarise(of_runs[slot], identity.wanted_metrics(job.config))
+        wanted, table = identity.metrics_of(job.config, split), of_runs[slot]
+        names = table["source"].unique().to_pylist() if "source" in table.column_names else []
         splits[split] = record.Scores(
-            examples=job.plan.contents[split],
+            examples=job.plan.contents[parts.key_of(split)],
             tokens=scored.tokens[split],
-            metrics={
-                name: record.Metric(
-                    value=value if math.isfinite(value) else None,
-                    num_examples=count,
-                    definition=DEFINITIONS[name],
-                )
-                for name, (value, count) in summary.items()
+            metrics=_metrics(table, wanted),
+            sources={
+                name: _metrics(table.filter(compute.equal(table["source"], name)), wanted)
+                for name in sorted(names)
             },
         )
     device = machine.choose_device(job.config.trainer.device)
@@ -235,6 +233,20 @@ def evaluation_of(
         stack=provenance.stack(provenance.of_process(device)),
         ended=record.now(),
     )
+
+
+def _metrics(table: Any, wanted: list[str]) -> dict[str, record.Metric]:
+    """Return the values of a table's examples, as records keep them."""
+    from lorabench.evaluate import DEFINITIONS, summarise
+
+    return {
+        name: record.Metric(
+            value=value if math.isfinite(value) else None,
+            num_examples=count,
+            definition=DEFINITIONS[name],
+        )
+        for name, (value, count) in summarise(table, wanted).items()
+    }
 
 
 def write_predictions(place: Path, scored: Scored, slot: int, token: int) -> Path:

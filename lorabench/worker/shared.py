@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorabench import data, identity
 from lorabench import model as base_model
-from lorabench.config import Config, ConfigErrors
+from lorabench.config import ConfigErrors, parts
 from lorabench.lengths import Lengths, lengths_of
 from lorabench.plan import Planner, measured
 from lorabench.sweep import Job, Mistakes
@@ -25,6 +25,8 @@ class Dataset:
 
     tokens: dict[str, data.Tokens]
     notes: list[str]
+    # Of a mixture: the source of each tokenised example, by split; a set of its own has none.
+    sources: dict[str, list[str]] = field(default_factory=dict)
 
 
 class Shared:
@@ -92,21 +94,26 @@ class Shared:
         if changed:
             raise ConfigErrors(changed)
         tokenizer = self.tokenizer(job)
-        tokens, notes = {}, list(examples.notes)
-        for split in ("train", "validation", "test"):
-            chosen = getattr(examples, split)
+        tokens, sources, notes = {}, {}, list(examples.notes)
+        views = dict.fromkeys(parts.SPLITS, settings) | data.named_views(settings)
+        mistakes = []
+        for split, view in views.items():
+            chosen = examples.named[split] if split in examples.named else getattr(examples, split)
+            key = parts.key_of(split)
             tokens[split] = data.tokenise_once(
-                chosen, tokenizer, settings, found[split], planned["tokenizer"], labels=labels
+                chosen, tokenizer, view, found[key], planned["tokenizer"], labels=labels
             )
-            notes += tokens[split].notes(split, settings)
-        mistakes = [tokens[split].error(split, settings) for split in tokens]
-        mistakes.append(_pattern_error(job.config, examples))
+            notes += tokens[split].notes(key, view)
+            mistakes.append(tokens[split].error(key, view))
+            if settings.mixture and len(chosen) and chosen[0].source:
+                every = [example.source for example in chosen]
+                sources[split] = [every[index] for index in tokens[split].indices]
         if any(mistakes):
             raise ConfigErrors([mistake for mistake in mistakes if mistake])
         base = self.planner.skeleton(job.config.model, len(labels))
         used = set[int]().union(*(one.input_ids.distinct() for one in tokens.values()))
         base_model.check_tokens(job.config.model, tokenizer, base, used)
-        return Dataset(tokens, notes)
+        return Dataset(tokens, notes, sources)
 
     def check_data(self, jobs: list[Job]) -> list[str]:
         """Read and tokenise the examples of all runs; those of the first are kept.
@@ -163,23 +170,6 @@ class Shared:
         self._bases.clear()
 
 
-def _pattern_error(config: Config, examples: data.Splits) -> str:
-    """Return why data.answer_pattern cannot score anything; empty if it can."""
-    from lorabench.evaluate import GENERATED, extract
-
-    pattern, metrics = config.data.answer_pattern, identity.wanted_metrics(config)
-    if pattern is None or not set(GENERATED).intersection(metrics):
-        return ""
-    asked = examples.test[: config.data.answer_examples]
-    if any(extract(pattern, example.completion) is not None for example in asked):
-        return ""
-    return (
-        f"data.answer_pattern: must match the completions it is compared with; {pattern!r} matches "
-        f"none of {len(asked)} of data.test, such as {asked[0].completion!r:.60}, so every answer "
-        "would count as wrong; correct the pattern"
-    )
-
-
 def _base_key(job: Job) -> str:
     model, contents = job.config.model, job.plan.contents
     which = [contents[name] for name in ("hub", "revision", "weights")]
@@ -198,5 +188,6 @@ def _data_key(job: Job) -> str:
         settings.format, settings.chat_template, settings.chat_template_kwargs, settings.add_bos,
         settings.add_eos, settings.max_length, settings.too_long, settings.allow_left_out,
     ]  # fmt: skip
-    contents = [job.plan.contents[split] for split in ("train", "validation", "test")]
+    splits = ("train", *identity.splits_of(job.config))
+    contents = [job.plan.contents[parts.key_of(split)] for split in splits]
     return json.dumps([_tokenizer_key(job), contents, rules, job.plan.labels])

@@ -67,7 +67,7 @@ def check(cfg: DataConfig) -> list[str]:
     errors = _idle_keys(cfg)
     if cfg.source == "skills":
         return list(dict.fromkeys(errors + skills.errors(cfg)))
-    if cfg.train.path is None:
+    if cfg.train.path is None and not cfg.mixture:
         return errors
     for split, source in own_sources(cfg).items():
         wanted, template_errors = wanted_of(cfg, split)
