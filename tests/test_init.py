@@ -12,7 +12,7 @@ import yaml
 from conftest import say
 
 from lorabench import cli, drafts
-from lorabench.config import keys, typed
+from lorabench.config import typed
 from lorabench.sweep.jobs import distinct
 
 PAIR = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(80)]
@@ -91,9 +91,7 @@ def test_the_command_that_it_names_asks_for_a_sweep_on_the_file() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_key_that_it_writes_exists(name: str) -> None:
-    rows, expected = CASES[name]
-    if "format" in expected and "data.format" not in keys():
-        pytest.skip("data.format is not there yet")
+    rows, _ = CASES[name]
     assert say("init", write(f"{name}.jsonl", rows)).code == 0
     said = say("train", "--cfg", "job", f"data={name}")
     assert said.code == 0 and said.err == "", said

@@ -20,7 +20,7 @@ FILES = {
     "conf/experiment/mine.yaml": "# @package _global_\ndefaults:\n  - base\n  - _self_\n"
     "  - override /data: sums\nhydra:\n  sweeper:\n    params:\n      seed: 0,1\n",
     "conf/experiment/base.yaml": "# @package _global_\nlora:\n  lora_alpha: 3\n",
-    "conf/data/sums.yaml": "name: sums\nsource: skills\nskills: [sort]\nmax_length: 20\n",
+    "conf/data/sums.yaml": "name: sums\nsource: skills\nskills: [sort]\nmax_length: 32\n",
     "conf/trainer/smoke.yaml": "batch_size: 2\nlr: 0.25\n",  # in place of ours
     "conf/trainer/unused.yaml": "lr: 0.5\n",
     "conf/train.yaml": "another: app\n",  # of another Hydra project
