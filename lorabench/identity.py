@@ -19,6 +19,7 @@ from typing import Any
 from lorabench.config import Config
 from lorabench.record import ARITHMETIC_VERSION
 from lorabench.stages import Stages
+from lorabench.versions import installed
 
 # Keys that decide how a saved adapter is scored, and nothing about its training; `lorabench
 # evaluate` takes these. A name that ends in a dot or an underscore stands for all that begin so.
@@ -37,7 +38,8 @@ EVALUATION_KEYS = (
 RESOLVED = {
     "model": {"path", "revision"},
     "data": {
-        "source", "skills", "min_word_length", "max_word_length", "train", "prompt", "completion",
+        "source", "skills", "min_word_length", "max_word_length", "gym", "gym_seed", "train",
+        "prompt", "completion",
         "labels", "split_by", "validation_fraction", "test_fraction", "num_train",
     },
     "lora": {"r", "lora_alpha", "alpha_ratio", "use_rslora", "rank_pattern", "alpha_pattern"},
@@ -133,7 +135,7 @@ def evaluation(
         "eval_examples": config.trainer.eval_examples,
         "eval_batch_size": config.trainer.eval_batch_size,
     }
-    if any(name.startswith("answer") for name in metrics):
+    if any(map(is_generated, metrics)):
         data = dataclasses.asdict(config.data)
         settings |= {
             key: data[key]
@@ -141,13 +143,20 @@ def evaluation(
             if key.startswith("answer_") and not _is_neutral(f"data.{key}", data[key])
         }
         settings["answer_splits"] = answer_splits(config)
+    if "gym" in metrics:  # what the examples do not say of how they are scored
+        settings["gym"] = {"reasoning_gym": installed("reasoning-gym"), "tasks": config.data.gym}
     return settings
+
+
+def is_generated(metric: str) -> bool:
+    """Return whether a metric is about generated text."""
+    return metric == "gym" or metric.startswith("answer")
 
 
 def answer_splits(config: Config) -> list[str]:
     """The splits to generate answers on: test, and validation where the objective asks for it."""
     split, _, metric = config.objective.partition("/")
-    return ["validation", "test"] if (split == "validation" and "answer" in metric) else ["test"]
+    return ["validation", "test"] if split == "validation" and is_generated(metric) else ["test"]
 
 
 def short_hash(content: Any) -> str:

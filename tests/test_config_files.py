@@ -24,6 +24,7 @@ LEFT_TO_USER = {
     "model/local": ["model.path=/nowhere"],
     "target_modules/custom": ["target_modules.names=[q_proj]"],
     "data/jsonl": ["data.train.path=nowhere.jsonl"],
+    "data/gym": ["data.gym={chain_sum: null}"],
     "data/hub": ["data.train.path=some/where"],
     "data/classes": ["task=seq_cls", "head=full"],
 }

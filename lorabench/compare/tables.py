@@ -30,8 +30,14 @@ NOT_A_SETTING = (
 # Keys that people know by the name of their group.
 GROUPS = {"head.policy": "head", "target_modules.select": "target_modules"}
 # Metrics where more is better; of the others less is.
-FIRST = ("nll", "exact_match", "accuracy", "answer")  # in the order in which they are asked for
-HIGHER_IS_BETTER = {"exact_match", "answer", "answer_flexible", "accuracy"}
+FIRST = (
+    "nll",
+    "exact_match",
+    "accuracy",
+    "answer",
+    "gym",
+)  # in the order in which they are asked for
+HIGHER_IS_BETTER = {"exact_match", "answer", "answer_flexible", "accuracy", "gym"}
 
 
 def setting(config: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from lorabench.config.schema import CompareConfig, Config, DataConfig, LoraSetti
 TASKS = ("causal_lm", "seq_cls")
 DTYPES = ("float64", "float32", "bfloat16")
 METRICS_OF = {
-    "causal_lm": ("nll", "exact_match", "nll_per_token", "answer", "answer_flexible"),
+    "causal_lm": ("nll", "exact_match", "nll_per_token", "answer", "answer_flexible", "gym"),
     "seq_cls": ("nll", "accuracy"),
 }
 METRICS = tuple(dict.fromkeys(name for names in METRICS_OF.values() for name in names))
@@ -25,7 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "head.policy": ("exclude", "lora", "full"),
     "lora.bias": ("none", "lora_only", "all"),
     "lora.init": ("default", "gaussian", "olora", "orthogonal", "pissa"),
-    "data.source": ("skills", "jsonl", "hub"),
+    "data.source": ("skills", "gym", "jsonl", "hub"),
     "data.metric": METRICS,
     "trainer.schedule": ("constant", "linear", "cosine"),
     "trainer.dtype": DTYPES,
@@ -177,6 +177,14 @@ def _data(found: Found, data: DataConfig) -> None:
             f"in [1, max_word_length={data.max_word_length}]",
             data.min_word_length,
         )
+    elif data.source == "gym":
+        remedy = "for example data.gym={chain_sum: {max_terms: 3}}"
+        tasks = data.gym if isinstance(data.gym, dict) else {}
+        must(bool(tasks), "data.gym", "a mapping of tasks to their settings", data.gym, remedy)
+        for task, settings in tasks.items():
+            holds = settings is None or isinstance(settings, dict)
+            must(holds, f"data.gym.{task}", "a mapping of settings, or null", settings, remedy)
+        must(data.gym_seed >= 0, "data.gym_seed", "at least 0", data.gym_seed)
     else:
         must(
             data.train.path is not None,
@@ -185,6 +193,10 @@ def _data(found: Found, data: DataConfig) -> None:
             None,
             "set data.train.path=...",
         )
+    if data.source != "gym":
+        must(data.gym is None, "data.gym", f"null with data.source={data.source}", data.gym)
+        must("gym" not in data.metric, "data.metric", "without gym where data.source is not gym",
+             "gym", "use data=gym")  # fmt: skip
     must(bool(data.metric), "data.metric", f"a list out of {', '.join(METRICS)}", data.metric)
     for metric in data.metric:
         one_of("data.metric", metric)
@@ -337,6 +349,13 @@ def _rest(found: Found, config: Config) -> None:
         "another metric where data.answer_pattern is null",
         config.objective,
         "set data.answer_pattern=...",
+    )
+    must(
+        metric != "gym" or config.data.source == "gym",
+        "objective",
+        "another metric where data.source is not gym",
+        config.objective,
+        "use data=gym",
     )
     must(
         config.trainer.eval_examples is None or config.trainer.eval_examples >= 1,

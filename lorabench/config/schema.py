@@ -77,17 +77,22 @@ class DataConfig:
     """Prompt/completion examples, how they are tokenized, and how they are scored."""
 
     name: str = MISSING  # label in tables
-    source: str = MISSING  # where examples come from; skills: generated, needs no network
+    source: str = MISSING  # where examples come from; skills and gym: generated, need no network
     # source=skills
     skills: list[str] = field(default_factory=list)  # names in lorabench/zoo/skills.py
     min_word_length: int = 3  # letters per word, at least
     max_word_length: int = 8  # letters per word, at most
+    # source=gym
+    gym: Any = None  # {task of reasoning-gym: its settings}, such as {chain_sum: {max_terms: 3}}
+    gym_seed: int = 0  # another seed gives other questions; none moves to another split
     # source=jsonl and source=hub
     train: SourceConfig = field(default_factory=SourceConfig)
     validation: SourceConfig = field(default_factory=SourceConfig)
     test: SourceConfig = field(default_factory=SourceConfig)
+    # source=jsonl, source=hub and source=gym (whose columns are question and answer)
     prompt: str = "{prompt}"  # template over columns
     completion: str = "{completion}"  # template over columns
+    # Labels and splits
     labels: list[str] | None = None  # task=seq_cls: the classes; None: train's completions, sorted
     split_by: str | None = None  # column whose hash decides an example's split; None: the prompt
     validation_fraction: float = 0.05  # part of train to hold out if validation.path is not set

@@ -4,6 +4,7 @@ Knows no model and no trainer, and imports without torch, transformers and datas
 
 files     hashes of files
 sources   reading and checking: skills, jsonl files, datasets of the hub
+gym       generated tasks of reasoning-gym, and its scores of answers
 templates columns -> the text of prompt and completion
 hashes    the content hash of each split
 splits    which example is in train, validation and test

@@ -4,8 +4,8 @@ train   its source, templates and num_train; where a set without a path is taken
         split_by and that set's fraction. A run id needs no more than this.
 others  their own source, templates and num_*; where taken from train, what decides train's split.
 
-A source is, of skills, the generated examples; of jsonl, the sha256 of the file, wherever it lies;
-of hub, id, subset, split and revision, or subset, split and the files of a local folder.
+A source is, of skills and gym, the generated examples; of jsonl, the sha256 of the file, wherever
+it lies; of hub, id, subset, split and revision, or subset, split and the files of a local folder.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def content_hashes(cfg: DataConfig) -> dict[str, str]:
     """
     if errors := sources.check(cfg):
         raise ConfigErrors(errors)
-    if cfg.source == "skills":
-        return split_hashes(cfg, {split: sources.skill_examples(cfg, split) for split in SPLITS})
+    if cfg.source in sources.GENERATED:
+        return split_hashes(cfg, {split: sources.generated(cfg, split) for split in SPLITS})
     read: dict[str, Any] = {}
     for split, source in own_sources(cfg).items():
         is_file = cfg.source == "jsonl"
@@ -45,7 +45,7 @@ def split_hashes(cfg: DataConfig, read: dict[str, Any]) -> dict[str, str]:
     facts: dict[str, dict[str, Any]] = {}
     for split, content in read.items():
         facts[split] = {"rules": RULES_VERSION, "source": cfg.source, "content": content}
-        if cfg.source != "skills":
+        if cfg.source not in sources.GENERATED:
             facts[split]["templates"] = [
                 templates.template_of(cfg, split, part)[1] for part in ("prompt", "completion")
             ]
@@ -57,7 +57,7 @@ def split_hashes(cfg: DataConfig, read: dict[str, Any]) -> dict[str, str]:
         }
     for split in missing:
         facts[split] = {**facts["train"], "taken": split}
-    if cfg.source != "skills":
+    if cfg.source not in sources.GENERATED:
         for split in SPLITS:
             facts[split]["num"] = getattr(cfg, f"num_{split}")
     return {split: _hash(json.dumps(facts[split], sort_keys=True)) for split in SPLITS}

@@ -1,4 +1,4 @@
-"""Where examples come from: skills, jsonl files, datasets of the hub; and what can be wrong.
+"""Where examples come from: skills, gym, jsonl files, datasets of the hub; and what can be wrong.
 
 `check` needs no network, tokenizer or model, and never imports datasets; only a hub source does.
 """
@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.config import ConfigErrors, DataConfig, SourceConfig, nearest
+from lorabench.data import gym
 from lorabench.data.files import Remembered, folder_hashes
 from lorabench.data.templates import SPLITS, columns_of, own_sources, row_error, unknown_columns
 from lorabench.zoo import skills
 
+GENERATED = ("skills", "gym")  # sources whose examples are made, not read
 HUB_ID = re.compile(r"[\w\-][\w.\-]*(/[\w.\-]+)?")
 SKILLS_KEYS = {  # what zoo.skills calls them
     "skills": "data.skills",
@@ -34,11 +36,13 @@ def check(cfg: DataConfig) -> list[str]:
 
     Takes up where `config.range_errors` ends and repeats none of it.
     """
-    if cfg.source not in ("skills", "jsonl", "hub"):
+    if cfg.source not in ("skills", "gym", "jsonl", "hub"):
         return []
     errors = _idle_keys(cfg)
     if cfg.source == "skills":
         return list(dict.fromkeys(errors + _skills_errors(cfg)))
+    if cfg.source == "gym":
+        return errors + gym.errors(cfg)
     if cfg.train.path is None:
         return errors
     for split, source in own_sources(cfg).items():
@@ -59,6 +63,11 @@ def check(cfg: DataConfig) -> list[str]:
 def local(source: SourceConfig) -> Path:
     """The path, as it would be on this machine."""
     return Path(source.path or "").expanduser()
+
+
+def generated(cfg: DataConfig, split: str) -> list[tuple[str, str]]:
+    """The examples of a split, of a source in GENERATED that `check` has passed."""
+    return gym.examples(cfg, split) if cfg.source == "gym" else skill_examples(cfg, split)
 
 
 def skill_examples(cfg: DataConfig, split: str) -> list[tuple[str, str]]:
@@ -103,8 +112,8 @@ def _idle_keys(cfg: DataConfig) -> list[str]:
     for split in SPLITS:
         source = getattr(cfg, split)
         given = [key for key, value in vars(source).items() if value != getattr(default, key)]
-        if cfg.source == "skills":
-            where, remedy = "data.source=skills", "use data=jsonl or data=hub"
+        if cfg.source in GENERATED:
+            where, remedy = f"data.source={cfg.source}", "use data=jsonl or data=hub"
         elif source.path is None:
             where, remedy = f"data.{split}.path=null", f"give data.{split}.path too"
         elif cfg.source == "jsonl":

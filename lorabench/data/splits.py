@@ -45,7 +45,7 @@ def load(cfg: DataConfig) -> Splits:
       other set. Where no value qualifies, the one nearest to that end is taken.
     - Each set is in the order of its ids, which is random but fixed, so that its first N are a
       fair sample. `num_train`, `num_validation` and `num_test` keep the first N.
-    - Skills keep the order in which they are made: the skills take turns.
+    - Generated examples keep the order in which they are made: skills, or tasks, take turns.
     - An example without a completion is left out, and counted in the notes.
 
     Raises:
@@ -56,8 +56,8 @@ def load(cfg: DataConfig) -> Splits:
         raise ConfigErrors(errors)
     notes: list[str] = []
     read: dict[str, Any]
-    if cfg.source == "skills":
-        read = {split: sources.skill_examples(cfg, split) for split in SPLITS}
+    if cfg.source in sources.GENERATED:
+        read = {split: sources.generated(cfg, split) for split in SPLITS}
         sets = {split: _identified(read[split]) for split in SPLITS}
     else:
         sets, read = _read(cfg, notes)
