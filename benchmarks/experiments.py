@@ -80,7 +80,7 @@ def lorabench(*words: str, capture: bool = False) -> subprocess.CompletedProcess
 def put_section(page: Path, text: str) -> None:
     """Replace what benchmarks/real.py writes, the page's last section."""
     before, *_ = page.read_text(encoding="utf-8").partition(REAL)
-    page.write_text(before.rstrip("\n") + "\n" + text, encoding="utf-8")
+    page.write_text(before.rstrip("\n") + "\n\n" + text, encoding="utf-8")
 
 
 def question_of(name: str) -> str:
