@@ -19,7 +19,7 @@ MODEL = Path(__file__).parents[1] / "outputs" / "smollm2-135m-instruct-q4_1"
 
 @pytest.mark.real
 def test_gradients_on_a_real_model_equal_stock_peft(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thirty layers, three tokens per head group, a tied head of 49,152 tokens: no toy shapes."""
+    """Thirty layers, nine heads over three keys, a tied head of 49,152 tokens: no toy shapes."""
     assert MODEL.exists(), "build it: python benchmarks/real.py --build-only"
     words = [
         "experiment=real", f"model.path={MODEL}", "tracker=none", "data.num_train=16",
@@ -32,9 +32,9 @@ def test_gradients_on_a_real_model_equal_stock_peft(monkeypatch: pytest.MonkeyPa
     tokenizer = base_model.tokenizer(configs[0].model)
     monkeypatch.setattr(stock, "embedded_tokenizer", lambda: tokenizer)
     worst, name = compare_gradients(configs, [0, 2])
-    # Ten times the bound of the tiny models, which have 2 layers in place of 30: float32 roundings
-    # (6e-8) of as many more products behind one another.
-    assert worst <= 1e-4, name
+    # Three times the bound of the tiny models (1e-5), which have 2 layers in place of 30: more
+    # float32 roundings (6e-8) behind one another. Measured: 5.5e-6.
+    assert worst <= 3e-5, name
 
 
 @pytest.fixture
