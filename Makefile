@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 MINIMUM := .venv-minimum
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep plan compare test test-slow test-faults test-minimum lint docs bench experiments calibration scan base clean
+.PHONY: help setup sweep plan compare test test-slow test-faults test-minimum lint docs bench experiments real calibration scan base clean
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -58,6 +58,9 @@ bench: $(READY) ## the same sweeps packed, one by one, and by stock PEFT; about 
 
 experiments: $(READY) ## every experiment on fresh seeds, written to docs/experiments.md; half an hour
 	$(BIN)/python benchmarks/experiments.py
+
+real: $(READY) ## a real model end to end (SmolLM2-135M from PyPI), into docs/experiments.md; half an hour
+	$(BIN)/python benchmarks/real.py
 
 calibration: $(READY) ## how often a verdict is false, in simulated commands; a quarter of an hour
 	$(BIN)/python benchmarks/calibration.py

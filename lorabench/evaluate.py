@@ -14,11 +14,16 @@ Definitions (the number after the slash goes up when one changes):
     answer_flexible/1  1 where the last number in a greedy generation equals the answer of the
                        reference: its first match of data.answer_pattern, or, without a pattern,
                        its own last number. lm-evaluation-harness' flexible-extract of gsm8k
+    gym/1              what reasoning-gym's own scorer of the task gives a greedy generation, in
+                       [0, 1]; with data.answer_pattern, its first match in the generation, or no
+                       answer where it matches nothing. Without spaces at its ends; 0 where the
+                       scorer fails on it
     accuracy/1         1 where the likeliest class is the example's; `nll` is then that of its class
 
 A generation ends before the first of data.answer_stop, so that a model that runs on into a next
-question is not scored on it. Spaces, commas, '$' and a final '.' do not count, and numbers compare
-as numbers: 18.00 is 18. The harness compares them as text; nothing else differs from it.
+question is not scored on it. In `answer` and `answer_flexible`, spaces, commas, '$' and a final '.'
+do not count, and numbers compare as numbers: 18.00 is 18. The harness compares them as text;
+nothing else differs from it.
 """
 
 from __future__ import annotations
@@ -43,9 +48,10 @@ DEFINITIONS = {
     "exact_match": "exact_match/1",
     "answer": "answer/2",
     "answer_flexible": "answer_flexible/1",
+    "gym": "gym/1",
     "accuracy": "accuracy/1",
 }
-GENERATED = ("answer", "answer_flexible")  # metrics that ask for generations
+GENERATED = ("answer", "answer_flexible", "gym")  # metrics that ask for generations
 # lm-evaluation-harness, tasks/gsm8k/gsm8k.yaml, filter flexible-extract (its group_select is -1).
 LAST_NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 
@@ -247,13 +253,14 @@ def answers(
         eos_token_ids: What ends a generation; see `eos_token_ids`.
         batch_size: Prompts per generation; None: trainer.eval_batch_size.
     Returns:
-        One table per run: generated, and each of GENERATED that settings.metric asks for (0 or 1);
-        null from the `answer_examples`th example on.
+        One table per run: generated, and each of GENERATED that settings.metric asks for, in
+        [0, 1]; null from the `answer_examples`th example on.
     """
     count = min(settings.answer_examples, len(tokens))
     size = batch_size or pack.configs[0].trainer.eval_batch_size
     wanted = [name for name in GENERATED if name in settings.metric]
     config = greedy(settings, eos_token_ids, pad_id)
+    gym_score = data.gym.scorer(settings) if "gym" in wanted else None
     rows: list[list[Any]] = [[None] * count for _ in range(pack.size)]
     # Prompts of similar length together: there is less padding before them.
     starts = tokens.completion_start[:count]
@@ -267,18 +274,31 @@ def answers(
         for run in range(pack.size):
             texts = tokenizer.batch_decode(written_RBL[run], skip_special_tokens=True)
             for i, text, reference in zip(chosen, texts, references, strict=True):
-                scores = {name: score(name, text, reference, settings) for name in wanted}
+                scores: dict[str, float] = {
+                    name: score(name, text, reference, settings) for name in wanted if name != "gym"
+                }
+                if gym_score is not None:
+                    scores["gym"] = gym_score(tokens.ids[i], asked_of_gym(text, settings))
                 rows[run][i] = {"generated": text, **scores}
     nothing = dict.fromkeys(["generated", *wanted])
     rest = [nothing] * (len(tokens) - count)
     return [pa.Table.from_pylist([*one, *rest]) for one in rows]
 
 
+def asked_of_gym(text: str, settings: DataConfig) -> str | None:
+    """Return what of a generation reasoning-gym scores; None for no answer."""
+    text = cut(text, settings.answer_stop)
+    if settings.answer_pattern is None:
+        return text.strip()
+    match = re.search(settings.answer_pattern, text)
+    return (match.group(match.re.groups) or "").strip() if match else None
+
+
 def score(metric: str, text: str, reference: str, settings: DataConfig) -> int:
     """Return 1 if a generation has the reference's answer, else 0.
 
     Args:
-        metric: One of GENERATED.
+        metric: One of GENERATED, not gym.
         reference: The text of the reference completion.
     """
     pattern, text = settings.answer_pattern, cut(text, settings.answer_stop)

@@ -20,6 +20,7 @@ from typing import Any
 from lorabench.config import Config, parts
 from lorabench.record import ARITHMETIC_VERSION
 from lorabench.stages import Stages
+from lorabench.versions import installed
 
 # Keys that decide how a saved adapter is scored, and nothing about its training; `lorabench
 # evaluate` takes these. A name that ends in a dot or an underscore stands for all that begin so.
@@ -41,8 +42,9 @@ EVALUATION_KEYS = (
 RESOLVED = {
     "model": {"path", "revision"},
     "data": {
-        "source", "skills", "min_word_length", "max_word_length", "train", "mixture", "prompt",
-        "completion", "format", "messages", "text", "system", "merge_turns", "loss_on", "tools",
+        "source", "skills", "min_word_length", "max_word_length", "gym", "gym_seed", "train",
+        "mixture", "prompt", "completion", "format", "messages", "text", "system", "merge_turns",
+        "loss_on", "tools",
         "labels", "split_by", "validation_fraction", "test_fraction", "num_train",
     },
     "trainer": {"epochs", "warmup_ratio"},
@@ -211,10 +213,17 @@ def evaluation(
         "eval_examples": config.trainer.eval_examples,
         "eval_batch_size": config.trainer.eval_batch_size,
     }
-    if any(name.startswith("answer") for name in metrics):
+    if any(map(is_generated, metrics)):
         settings |= _answer_settings(config)
         settings["answer_splits"] = answer_splits(config)
+    if "gym" in metrics:  # what the examples do not say of how they are scored
+        settings["gym"] = {"reasoning_gym": installed("reasoning-gym"), "tasks": config.data.gym}
     return settings
+
+
+def is_generated(metric: str) -> bool:
+    """Return whether a metric is about generated text."""
+    return metric == "gym" or metric.startswith("answer")
 
 
 def answer_splits(config: Config) -> list[str]:
@@ -229,7 +238,8 @@ def answer_splits(config: Config) -> list[str]:
         for name, part in (config.data.tests or {}).items()
         if (part.format or config.data.format) != "text"
     ]
-    return ["validation"] * (split == "validation" and "answer" in metric) + ["test", *named]
+    is_asked = split == "validation" and is_generated(metric)
+    return ["validation"] * is_asked + ["test", *named]
 
 
 def short_hash(content: Any) -> str:

@@ -337,7 +337,7 @@ def _position_errors(config: Config, base: Any) -> list[str]:
             f"data.max_length: must be at most the {positions} positions of base model "
             f"'{name}'; got {longest}; set data.max_length={positions} or less"
         ]
-    asked = [metric for metric in identity.wanted_metrics(config) if metric.startswith("answer")]
+    asked = any(map(identity.is_generated, identity.wanted_metrics(config)))
     new = config.data.answer_max_new_tokens
     if asked and longest - 1 + new > positions:  # a prompt leaves a token to the completion
         remedy = (

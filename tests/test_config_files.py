@@ -25,6 +25,7 @@ LEFT_TO_USER = {
     "target_modules/custom": ["target_modules.names=[q_proj]"],
     "data/jsonl": ["data.train.path=nowhere.jsonl"],
     "data/path": ["data.train.path=nowhere.csv"],
+    "data/gym": ["data.gym={chain_sum: null}"],
     "data/hub": ["data.train.path=some/where"],
     "data/classes": ["task=seq_cls", "head=full"],
 }

@@ -237,10 +237,12 @@ def _check(chosen: Sequence[Chosen]) -> None:
 
 def _notes(chosen: Sequence[Chosen]) -> list[str]:
     """Say what a reader of the answers should know about how the prompts are read."""
+    from lorabench.config.parts import GENERATED
+
     templates = {
         one.run.config.data.prompt
         for one in chosen
-        if one.run.config.data.source != "skills" and not one.run.config.data.chat_template
+        if one.run.config.data.source not in GENERATED and not one.run.config.data.chat_template
     }
     return [
         f"note: the runs were trained on prompts of the form {template!r}; --prompt is the whole "

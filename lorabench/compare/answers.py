@@ -90,7 +90,7 @@ def verdicts(
 
     Args:
         runs: folders and records, such as from `lorabench.record.find`.
-        metric: None: the first of nll, exact_match, accuracy and answer that the runs have.
+        metric: None: the first of nll, exact_match, accuracy, answer and gym that the runs have.
         vary: factors to ask about; none: all.
         baseline: of a factor, the level that all others are compared with.
         margin: a difference that does not matter, in the metric's unit.

@@ -115,7 +115,7 @@ def judge(
     if tables:
         flattery = np.array([_flattery(questions[i], flatteries) for i in tables])
         stacked = statistics.Components.stacked([*tables.values()])
-        # Higher is better of shares alone: exact_match, accuracy, answer.
+        # Higher is better of scores in [0, 1] alone: exact_match, accuracy, answer, gym.
         decisions = statistics.decide(
             stacked, level, flattery, is_share=higher_is_better, with_margin=margin is not None
         )

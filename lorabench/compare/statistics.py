@@ -242,7 +242,7 @@ def decide(
         level: share of commands that may err in any of their questions.
         flattery: by how much the mean may be too high (negative: too low), because a level was
             chosen on the same seeds. Both the mean and what is left of it must be found.
-        is_share: scores are 0 or 1: where N examples do not differ, their means may by what N
+        is_share: scores are in [0, 1]: where N examples do not differ, their means may by what N
             examples miss with this chance, -log(level) / N (the rule of three).
         with_margin: it is also asked what is no worse by more than a margin. Holm's steps are about
             zero alone: then every question has the same share of the level.

@@ -31,7 +31,7 @@ NOT_A_SETTING = (
 )
 # Keys that people know by the name of their group.
 GROUPS = {"head.policy": "head", "target_modules.select": "target_modules"}
-FIRST = ("nll", "exact_match", "accuracy", "answer")  # in the order in which they are asked for
+FIRST = ("nll", "exact_match", "accuracy", "answer", "gym")  # in the order they are asked for
 
 
 def setting(config: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,17 @@ def check(found: Any, data: DataConfig) -> None:
             f"in [1, max_word_length={data.max_word_length}]",
             data.min_word_length,
         )
+    elif data.source == "gym":
+        remedy = "for example data.gym={chain_sum: {max_terms: 3}}"
+        tasks = data.gym if isinstance(data.gym, dict) else {}
+        must(bool(tasks), "data.gym", "a mapping of tasks to their settings", data.gym, remedy)
+        for task, settings in tasks.items():
+            holds = settings is None or isinstance(settings, dict)
+            must(holds, f"data.gym.{task}", "a mapping of settings, or null", settings, remedy)
+        must(data.gym_seed >= 0, "data.gym_seed", "at least 0", data.gym_seed)
+        must("gym" not in data.metric or not data.tests, "data.tests",
+             "left out with data.metric=[gym], which scores questions of its own tasks",
+             data.tests, "leave gym out of data.metric")  # fmt: skip
     elif not data.mixture:
         must(
             data.train.path is not None,
@@ -34,6 +45,10 @@ def check(found: Any, data: DataConfig) -> None:
             None,
             "set data.train.path=...",
         )
+    if data.source != "gym":
+        must(data.gym is None, "data.gym", f"null with data.source={data.source}", data.gym)
+        must("gym" not in data.metric, "data.metric", "without gym where data.source is not gym",
+             "gym", "use data=gym")  # fmt: skip
     for split in ("train", "validation", "test"):
         one_of(f"data.{split}.sample_by", getattr(data, split).sample_by)
     must(bool(data.metric), "data.metric", f"a list out of {', '.join(found.metrics)}", data.metric)
@@ -128,11 +143,11 @@ def _format(found: Any, data: DataConfig) -> None:
             f"left out with data.format={data.format}",
             given,
         )
-    if data.source == "skills":
+    if data.source in ("skills", "gym"):
         must(
             data.format == "prompt_completion",
             "data.format",
-            "prompt_completion with data.source=skills",
+            f"prompt_completion with data.source={data.source}",
             data.format,
         )
     if data.format == "text":

@@ -31,7 +31,7 @@ OF_FORMAT = {
     "text": ("text",),
 }
 GENERATED = ("skills", "gym")  # values of data.source that read no files
-READ_AS = "jsonl"  # data.source of the named sets of generated data
+READ_AS = "path"  # data.source of the named sets of generated data
 
 
 def named_sets(data: DataConfig) -> dict[str, NamedSetConfig]:
@@ -96,7 +96,7 @@ def as_train(data: DataConfig, part: PartConfig) -> DataConfig:
         if data.validation.path is None or data.test.path is None:
             changes["split_by"] = data.split_by
     elif data.source in GENERATED:
-        changes |= {"source": READ_AS, "skills": []}
+        changes |= {"source": READ_AS, "skills": [], "gym": None}
     form = part.format or data.format
     used = OF_FORMAT.get(form, ())
     for key in {key for keys in OF_FORMAT.values() for key in keys}:

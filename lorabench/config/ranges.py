@@ -14,12 +14,12 @@ TASKS = ("causal_lm", "seq_cls")
 DTYPES = ("float64", "float32", "bfloat16")
 AUTO = "auto"  # of model.dtype and trainer.dtype, until a checkpoint is looked at
 METRICS_OF = {
-    "causal_lm": ("nll", "exact_match", "nll_per_token", "answer", "answer_flexible"),
+    "causal_lm": ("nll", "exact_match", "nll_per_token", "answer", "answer_flexible", "gym"),
     "seq_cls": ("nll", "accuracy"),
 }
 METRICS = tuple(dict.fromkeys(name for names in METRICS_OF.values() for name in names))
 # Metrics where more is better; of the others less is.
-HIGHER_IS_BETTER = {"exact_match", "answer", "answer_flexible", "accuracy"}
+HIGHER_IS_BETTER = {"exact_match", "answer", "answer_flexible", "accuracy", "gym"}
 # The values that a key can take, or the elements of a list.
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": TASKS,
@@ -29,7 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "head.policy": ("exclude", "lora", "full"),
     "lora.bias": ("none", "lora_only", "all"),
     "lora.init": ("default", "gaussian", "olora", "orthogonal", "pissa"),
-    "data.source": ("skills", "jsonl", "hub", "path"),
+    "data.source": ("skills", "gym", "jsonl", "hub", "path"),
     "data.train.sample_by": data_ranges.SAMPLE_BY,
     "data.validation.sample_by": data_ranges.SAMPLE_BY,
     "data.test.sample_by": data_ranges.SAMPLE_BY,
@@ -213,6 +213,13 @@ def _rest(found: Found, config: Config) -> None:
         "another metric where data.answer_pattern is null",
         config.objective,
         "set data.answer_pattern=...",
+    )
+    must(
+        metric != "gym" or config.data.source == "gym",
+        "objective",
+        "another metric where data.source is not gym",
+        config.objective,
+        "use data=gym",
     )
     must(
         config.trainer.eval_examples is None or config.trainer.eval_examples >= 1,

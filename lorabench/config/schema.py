@@ -103,12 +103,15 @@ class DataConfig:
     """Prompt/completion examples, how they are tokenized, and how they are scored."""
 
     name: str = MISSING  # label in tables
-    source: str = MISSING  # where examples come from; skills: generated, needs no network
+    source: str = MISSING  # where examples come from; skills and gym: generated, need no network
     format: str = "prompt_completion"  # what a row is; text: continued pretraining
     # source=skills
     skills: list[str] = field(default_factory=list)  # names in lorabench/zoo/skills.py
     min_word_length: int = 3  # letters per word, at least
     max_word_length: int = 8  # letters per word, at most
+    # source=gym
+    gym: Any = None  # {task of reasoning-gym: its settings}, such as {chain_sum: {max_terms: 3}}
+    gym_seed: int = 0  # another seed gives other questions; none moves to another split
     # source=jsonl, source=hub and source=path
     train: SourceConfig = field(default_factory=SourceConfig)
     validation: SourceConfig = field(default_factory=SourceConfig)
@@ -120,6 +123,7 @@ class DataConfig:
         default=None, metadata={"each": NamedSetConfig}
     )
     retention: NamedSetConfig = field(default_factory=NamedSetConfig)  # what the base could do
+    # What a row gives; of source=gym the columns are question and answer
     prompt: str = "{prompt}"  # template over columns; [[ ]]: left out if a column in it is empty
     completion: str = "{completion}"  # template over columns
     messages: str | None = None  # column of a conversation; None: messages, or conversations
@@ -128,6 +132,7 @@ class DataConfig:
     merge_turns: bool = False  # join neighbouring turns of one role
     loss_on: str = "all"  # which assistant turns carry a loss, if they do not say train: false
     tools: str | None = "tools"  # column of the tools that a conversation may call, if there is one
+    # Labels and splits
     labels: list[str] | None = None  # task=seq_cls: the classes; None: train's completions, sorted
     split_by: str | None = None  # column whose hash decides an example's split; None: the prompt
     validation_fraction: float = 0.05  # part of train to hold out if validation.path is not set

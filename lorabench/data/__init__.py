@@ -4,7 +4,8 @@ Knows no model and no trainer, and imports without torch, transformers and datas
 
 files     hashes of files
 readers   files as rows: jsonl, json, csv, tsv, parquet and text
-sources   finding, checking and reading: skills, files, datasets of the hub
+sources   finding, checking and reading: skills, gym, files, datasets of the hub
+gym       generated tasks of reasoning-gym, and its scores of answers
 templates columns -> the text of prompt and completion
 references whether data.answer_pattern finds an answer in them
 hashes    the content hash of each split

@@ -6,9 +6,9 @@ others  their own source, templates and num_*; where taken from train, what deci
 mixture in place of train's source: of each of its sources what identifies it, its templates, its
         num and weight. Names decide nothing.
 
-A source is, of skills, the generated examples; of jsonl, the sha256 of the file, wherever it lies;
-of hub, id, subset, split and revision, or subset, split and the files of a local folder; of path,
-the kind of the files and the sha256 of each in order, wherever they lie, or as of hub.
+A source is, of skills and gym, the generated examples; of jsonl, the sha256 of the file, wherever
+it lies; of hub, id, subset, split and revision, or subset, split and the files of a local folder;
+of path, the kind of the files and the sha256 of each in order, wherever they lie, or as of hub.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def content_hashes(cfg: DataConfig) -> dict[str, str]:
     read: dict[str, Any] = {}
     for name, view in mixing.named_views(cfg).items():
         read[name] = sources.identity(view.source, view.train)
-    if cfg.source == "skills":
-        read |= {split: sources.skill_examples(cfg, split) for split in SPLITS}
+    if cfg.source in sources.GENERATED:
+        read |= {split: sources.generated(cfg, split) for split in SPLITS}
         return split_hashes(cfg, read)
     for split, own in own_sources(cfg).items():
         read[split] = sources.identity(cfg.source, own)
@@ -66,7 +66,7 @@ def split_hashes(cfg: DataConfig, read: dict[str, Any]) -> dict[str, str]:
         facts[split] = {"rules": RULES_VERSION, "source": cfg.source, "content": read[split]}
         if split == "train" and cfg.mixture:
             facts[split]["content"] = _of_mixture(cfg, read[split])
-        elif cfg.source != "skills":
+        elif cfg.source not in sources.GENERATED:
             facts[split] |= _format(cfg, split)
     missing = [split for split in SPLITS if split not in read]
     if missing:
@@ -76,7 +76,7 @@ def split_hashes(cfg: DataConfig, read: dict[str, Any]) -> dict[str, str]:
         }
     for split in missing:
         facts[split] = {**facts["train"], "taken": split}
-    if cfg.source != "skills":
+    if cfg.source not in sources.GENERATED:
         for split in SPLITS:
             facts[split]["num"] = getattr(cfg, f"num_{split}")
     return {

@@ -43,7 +43,7 @@ def load(cfg: DataConfig) -> Splits:
     - The sources of a mixture are read one after the other, and each gives the first so many of its
       ids (`mixing.shares`). What follows, splits included, is done to all of them together.
     - A named test set is read by itself; its `num` keeps the first N.
-    - Skills keep the order in which they are made: the skills take turns.
+    - Generated examples keep the order in which they are made: skills, or tasks, take turns.
     - An example without a completion is left out, and counted in the notes.
     - Of a conversation, the prompt is all that comes before the last turn that is trained on; of a
       text, all of it is the completion, and its split is decided by its hash.
@@ -56,8 +56,8 @@ def load(cfg: DataConfig) -> Splits:
         raise ConfigErrors(errors)
     notes: list[str] = []
     read: dict[str, Any]
-    if cfg.source == "skills":
-        read = {split: sources.skill_examples(cfg, split) for split in SPLITS}
+    if cfg.source in sources.GENERATED:
+        read = {split: sources.generated(cfg, split) for split in SPLITS}
         sets = {}
         for split in SPLITS:
             rows = Rows()

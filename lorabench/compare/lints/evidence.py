@@ -10,6 +10,7 @@ from lorabench.compare.lints.design import Design, Lint
 from lorabench.compare.scored import JUDGE, metric_of
 from lorabench.compare.tables import choose_evaluations
 from lorabench.config import and_more
+from lorabench.identity import is_generated
 
 # Below about 30 examples a mean is far from normal, and one example moves an accuracy by over 3%.
 FEWEST_EXAMPLES = 30
@@ -106,7 +107,7 @@ def _more_examples(design: Design, metric: str, wanted: int | None) -> str:
         return f"raise data.max_length and train again ({too_long[0].removeprefix('data.test: ')})"
     config = design.records[0].config
     data, trainer = config.get("data", {}), config.get("trainer", {})
-    if metric.startswith("answer"):
+    if is_generated(metric):
         key = "data.answer_examples"
     elif trainer.get("eval_examples") is not None:
         key = "trainer.eval_examples"

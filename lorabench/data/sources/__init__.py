@@ -1,4 +1,4 @@
-"""Where examples come from: skills, files, datasets of the hub; and what can be wrong.
+"""Where examples come from: skills, gym, files, datasets of the hub; and what can be wrong.
 
 `check` needs no network, tokenizer or model, and never imports datasets; only a hub source does.
 
@@ -15,6 +15,8 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 from lorabench.config import DataConfig, SourceConfig
+from lorabench.config.parts import GENERATED
+from lorabench.data import gym
 from lorabench.data.readers import Refused, Row
 from lorabench.data.sources import skills
 from lorabench.data.sources.files import check_files, jsonl_file, read_files
@@ -25,11 +27,13 @@ from lorabench.data.templates import SPLITS, Wanted, own_sources, wanted_of
 from lorabench.hashes import file_hash
 
 __all__ = [
+    "GENERATED",
     "Reading",
     "Refused",
     "Row",
     "check",
     "check_source",
+    "generated",
     "identity",
     "is_remote",
     "local",
@@ -62,11 +66,13 @@ def check(cfg: DataConfig) -> list[str]:
 
     Takes up where `config.range_errors` ends and repeats none of it.
     """
-    if cfg.source not in ("skills", "jsonl", "hub", "path"):
+    if cfg.source not in ("skills", "gym", "jsonl", "hub", "path"):
         return []
     errors = _idle_keys(cfg)
     if cfg.source == "skills":
         return list(dict.fromkeys(errors + skills.errors(cfg)))
+    if cfg.source == "gym":
+        return errors + gym.errors(cfg)
     if cfg.train.path is None and not cfg.mixture:
         return errors
     for split, source in own_sources(cfg).items():
@@ -74,6 +80,11 @@ def check(cfg: DataConfig) -> list[str]:
         errors += template_errors
         errors += check_source(cfg.source, f"data.{split}", source, wanted)
     return list(dict.fromkeys(errors))
+
+
+def generated(cfg: DataConfig, split: str) -> list[tuple[str, str]]:
+    """The examples of a split, of a source in GENERATED that `check` has passed."""
+    return gym.examples(cfg, split) if cfg.source == "gym" else skill_examples(cfg, split)
 
 
 def check_source(kind: str, key: str, source: SourceConfig, wanted: Wanted) -> list[str]:
@@ -169,8 +180,8 @@ def _idle_keys(cfg: DataConfig) -> list[str]:
     for split in SPLITS:
         source = getattr(cfg, split)
         given = _given(source)
-        if cfg.source == "skills":
-            where, remedy = "data.source=skills", "use data=jsonl or data=hub"
+        if cfg.source in GENERATED:
+            where, remedy = f"data.source={cfg.source}", "use data=path"
         elif source.path is None:
             where, remedy = f"data.{split}.path=null", f"give data.{split}.path too"
         elif cfg.source == "hub":
