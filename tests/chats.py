@@ -1,4 +1,4 @@
-"""Chat templates of five families, small tokenizers with their special tokens, and conversations."""
+"""Chat templates of five families, small tokenizers for them, and conversations."""
 
 from __future__ import annotations
 
@@ -54,8 +54,7 @@ MARKED = {
         ("{{- '<|im_start|>' + message.role + '\\n' + content }}", "{{- content }}"),
         (
             "{{- '<|im_end|>\\n' }}\n    {%- elif message.role == \"tool\" %}",
-            "{{- '<|im_end|>\\n' }}{%- endgeneration %}\n"
-            "    {%- elif message.role == \"tool\" %}",
+            "{{- '<|im_end|>\\n' }}{%- endgeneration %}\n    {%- elif message.role == \"tool\" %}",
         ),
     ],
 }
@@ -63,7 +62,7 @@ FAMILIES = ("gemma", "llama3", "qwen3", "chatml", "mistral")
 # What ends a turn, by family or built-in template.
 ENDS = {
     "gemma": "<end_of_turn>", "llama3": "<|eot_id|>", "qwen3": "<|im_end|>", "qwen": "<|im_end|>",
-    "chatml": "<|im_end|>", "mistral": "</s>",
+    "chatml": "<|im_end|>", "mistral": "</s>", "deepseek": "<｜end▁of▁sentence｜>",
 }  # fmt: skip
 # The first one or two are BOS and EOS.
 SPECIAL = {
@@ -75,6 +74,9 @@ SPECIAL = {
     "qwen3": ["<|endoftext|>", "<|im_end|>", "<|im_start|>"],
     "chatml": ["<s>", "<|im_end|>", "<|im_start|>", "</s>"],
     "mistral": ["<s>", "</s>", "[INST]", "[/INST]"],
+    "deepseek": [
+        "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
+    ],
     "glm": [
         "[gMASK]", "<|endoftext|>", "<sop>", "<|user|>", "<|assistant|>", "<|system|>",
         "<|observation|>",

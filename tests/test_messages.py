@@ -13,8 +13,8 @@ import pytest
 from chats import (
     ENDS,
     FAMILIES,
-    mask,
     marked,
+    mask,
     plain,
     says,
     tokenised,
@@ -97,7 +97,9 @@ def test_a_built_in_template_marks_as_transformers_reads_it(name: str) -> None:
     rows = conversations(name)
     expected = by_transformers(name, chat.given_text(name), rows)
     assert ours(name, rows, True, chat_template=name) == expected
-    bare = chat.given_text(name).replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
+    bare = (
+        chat.given_text(name).replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
+    )
     assert "generation %}" not in bare
     assert ours(name, rows, bare) == expected
 
@@ -113,4 +115,6 @@ def test_every_trained_turn_ends_with_its_end_of_turn_token(name: str) -> None:
         assert len(texts) == sum(turn["role"] == "assistant" for turn in row)
         for text in texts:
             assert text.endswith(ENDS[name]) and text.count(ENDS[name]) == 1
-        assert list(tokens.input_ids.row(i))[-1] == tokenizer(name).convert_tokens_to_ids(ENDS[name])
+        assert list(tokens.input_ids.row(i))[-1] == tokenizer(name).convert_tokens_to_ids(
+            ENDS[name]
+        )

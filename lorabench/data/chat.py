@@ -9,6 +9,7 @@ from typing import Any
 
 from lorabench.config import ConfigErrors, DataConfig
 from lorabench.data.rendering import render_pairs
+from lorabench.data.templates import CONVERSATIONS
 
 # Templates that come along, for bases without one, and the token that ends their turns.
 BUILT_IN = {
@@ -22,16 +23,20 @@ BUILT_IN = {
 TODAY = datetime(2024, 7, 26)
 
 
-def template_of(tokenizer: Any, choice: Any = True) -> str:
-    """Return a chat template, with a fixed date where it asks for today's.
+def template_of(tokenizer: Any, cfg: DataConfig) -> str:
+    """Return the template that `data.chat_template` names, with a fixed date for today's.
 
-    Args:
-        choice: `data.chat_template`: a name out of BUILT_IN, a file, or the tokenizer's own.
+    That is one out of BUILT_IN, a file's, or the tokenizer's own: with true, and, of conversations,
+    which cannot do without one, with false too.
+
     Raises:
         ConfigErrors: The tokenizer has none, or several and no default; a built-in one whose turns
             do not end with one token of this tokenizer.
     """
-    template = _own(tokenizer) if isinstance(choice, bool) else _given(tokenizer, choice)
+    if isinstance(cfg.chat_template, str):
+        template = _given(tokenizer, cfg.chat_template)
+    else:
+        template = _own(tokenizer, may_do_without=cfg.format not in CONVERSATIONS)
     return _FIXED_DATE + template if "strftime_now" in template else template
 
 
@@ -59,11 +64,12 @@ def _given(tokenizer: Any, choice: str) -> str:
     return given_text(choice)
 
 
-def _own(tokenizer: Any) -> str:
+def _own(tokenizer: Any, may_do_without: bool) -> str:
     if not tokenizer.chat_template:
+        without = "set data.chat_template=false, " if may_do_without else ""
         raise ConfigErrors(
-            "data.chat_template: must be false with a tokenizer that has no chat template; got "
-            f"true and '{tokenizer.name_or_path}'; set data.chat_template=false, give a template "
+            "data.chat_template: must be false, or a template, with a tokenizer that has none of "
+            f"its own; '{tokenizer.name_or_path}' has none; {without}give a template "
             f"({', '.join(BUILT_IN)}, or a file), or use an instruction-tuned model"
         )
     try:
@@ -72,7 +78,7 @@ def _own(tokenizer: Any) -> str:
         raise ConfigErrors(
             f"data.chat_template: must have a template named 'default' where a tokenizer has "
             f"several; '{tokenizer.name_or_path}' has {', '.join(sorted(tokenizer.chat_template))};"
-            f" name one so, or set data.chat_template=false"
+            f" name one so, or give a template ({', '.join(BUILT_IN)}, or a file)"
         ) from error
 
 
@@ -105,7 +111,7 @@ def chat(
         ConfigErrors: No chat template, or one that does not render, or whose conversation does
             not begin with its prompt.
     """
-    template = template_of(tokenizer, cfg.chat_template)
+    template = template_of(tokenizer, cfg)
     pairs = [(one.prompt, one.completion) for one in examples]
     rendered = render_pairs(template, tokenizer, pairs, cfg.chat_template_kwargs or {})
     prompts = encode(tokenizer, [opened for opened, _ in rendered])
