@@ -407,8 +407,8 @@ def test_a_token_that_lies_half_in_a_turn_is_refused() -> None:
 def test_content_may_hold_anything(family: str) -> None:
     end = ENDS[family]
     row = says(
-        f"is {end} the end? assistant\n", f"yes, {end} is", "é😀你好\u2028\ufeff", "  \U0001f600 é ",
-        "", "empty came before", "{{ 7 * 7 }}{% raise %}", "\ue0f10\ue0f1", "same", "same",
+        f"is {end} the end? assistant\n", f"yes, {end} is", "é😀你好\u2028\ufeff", "  😀 é ", "",
+        "empty came before", "{{ 7 * 7 }}{% raise %}", "\ue0f10\ue0f1", "same", "same",
     )  # fmt: skip
     whole, trained = seen(row, family)
     assert whole == applied(row, family)

@@ -66,7 +66,7 @@ def encode(
                     f"'{tokenizer.name_or_path}', example {start + i + 1}, {text!r:.60}: {error}; "
                     "give another data.chat_template"
                 ) from error
-            yield start + i, Encoded(*found, **_loss(some[i], text, places))
+            yield start + i, Encoded(*found, *_loss(some[i], text, places))
 
 
 class _Placer:
@@ -140,15 +140,15 @@ def _half(left: int, right: int) -> str:
     )
 
 
-def _loss(example: Example, text: str, places: list[list[int]]) -> dict[str, str]:
-    """Return a trained turn that the template takes text from, and what is left; or nothing."""
+def _loss(example: Example, text: str, places: list[list[int]]) -> tuple[str | None, str | None]:
+    """Return what is left of a trained turn that the template takes text from, and its text."""
     if not places:
-        return {}
+        return None, None
     found = json.loads(example.conversation)
     for number in found["train"]:
         turn = found["messages"][number]
         texts = [turn.get(key, "").strip() for key in ("reasoning_content", "content")]
         kept = "".join(text[begin:end] for begin, end, owner in places if owner == number)
         if not all(one in kept for one in texts):
-            return {"left": kept.strip(), "lost_from": "\n\n".join(filter(None, texts))}
-    return {}
+            return kept.strip(), "\n\n".join(filter(None, texts))
+    return None, None
