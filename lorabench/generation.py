@@ -83,8 +83,12 @@ def grouped(
         config = run.config
         rules = {
             key: getattr(config.data, key)
-            for key in ("chat_template", "add_bos", "answer_stop", "answer_max_new_tokens")
-        }
+            for key in (
+                "chat_template", "chat_template_kwargs", "add_bos", "answer_stop",
+                "answer_max_new_tokens",
+            )
+        }  # fmt: skip
+        rules["template"] = run.entry.provenance.get("chat_template")
         key = json.dumps([_base_key(run), config.trainer.dtype, rules])
         found.setdefault(key, Group([])).runs.append(run)
     errors: list[str] = []
@@ -109,7 +113,8 @@ def _base_key(run: Run) -> str:
 
 def _prepare(group: Group, prompts: Sequence[str], max_new_tokens: int | None) -> None:
     """Tokenise the prompts of a group and find how long its answers may be."""
-    run, settings = group.runs[0], group.config.data
+    run = group.runs[0]
+    settings = run.data_settings
     planned = _planned(run)
     group.tokenizer = base_model.tokenizer_verified(run.model, planned)
     group.prompts = data.prompt_ids(prompts, group.tokenizer, settings)

@@ -57,6 +57,8 @@ class Steps:
                 labels = data.labels_of(config.data, contents["train"])
                 tokens = data.classify(examples.train, tokenizer, config.data, labels)
             else:
-                tokens = data.tokenise(examples.train, tokenizer, config.data)
+                chats = config.data.format in data.CONVERSATIONS
+                stops = base_model.stops(config.model) if chats else ()
+                tokens = data.tokenise(examples.train, tokenizer, config.data, stops)
             self._counts[key] = len(tokens)
         return self._counts[key]

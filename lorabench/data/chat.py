@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lorabench.config import ConfigErrors, DataConfig
+from lorabench.config import ConfigErrors, DataConfig, nearest
 from lorabench.data.rendering import render_pairs
 from lorabench.data.templates import CONVERSATIONS
 
@@ -18,6 +19,7 @@ BUILT_IN = {
     "llama3": "<|eot_id|>",
     "qwen": "<|im_end|>",
 }
+TEMPLATE_FILE = "chat_template.jinja"  # beside a saved adapter
 # What a template gets for today's date, so that the same run has the same tokens on every day and
 # in every time zone. Llama 3.1's template falls back to this date itself.
 TODAY = datetime(2024, 7, 26)
@@ -40,15 +42,66 @@ def template_of(tokenizer: Any, cfg: DataConfig) -> str:
     return _FIXED_DATE + template if "strftime_now" in template else template
 
 
+def is_used(cfg: DataConfig) -> bool:
+    """Return whether examples are made by a chat template."""
+    return cfg.chat_template is not False or cfg.format in CONVERSATIONS
+
+
+def text_used(tokenizer: Any, cfg: DataConfig) -> str | None:
+    """Return the template that examples are made by, as it is saved with a run; None: by none.
+
+    Raises:
+        ConfigErrors: as `template_of`.
+    """
+    return template_of(tokenizer, cfg).removeprefix(_FIXED_DATE) if is_used(cfg) else None
+
+
+def given_hash(cfg: DataConfig) -> str | None:
+    """Return the sha256 of a template that is given as a name or a file; None: none is given.
+
+    Raises:
+        ConfigErrors: it cannot be read.
+    """
+    choice = cfg.chat_template
+    return text_hash(given_text(choice)) if isinstance(choice, str) else None
+
+
+def text_hash(text: str) -> str:
+    """Return the sha256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check(cfg: DataConfig) -> list[str]:
+    """Return what is wrong with a template that is given as a name or a file."""
+    try:
+        given_hash(cfg)
+    except ConfigErrors as error:
+        return error.errors
+    return []
+
+
 def given_text(choice: str) -> str:
     """Return the text of a built-in template or of a file.
 
     Raises:
-        OSError, UnicodeDecodeError: it cannot be read.
+        ConfigErrors: it cannot be read.
     """
     if choice in BUILT_IN:
         return (Path(__file__).parent / "chat_templates" / f"{choice}.jinja").read_text("utf-8")
-    return Path(choice).expanduser().read_text("utf-8-sig")
+    law = f"data.chat_template: must be true, false, {', '.join(BUILT_IN)}, or a file with a"
+    path = Path(choice).expanduser()
+    try:
+        return path.read_text("utf-8-sig")
+    except FileNotFoundError as error:
+        there = [*BUILT_IN, *(map(str, path.parent.iterdir()) if path.parent.is_dir() else ())]
+        close = nearest(choice, there)
+        remedy = f"did you mean '{close[0]}'?" if close else "correct the path"
+        raise ConfigErrors(
+            f"{law} template; '{choice}' is none of them, seen from {Path.cwd()}; {remedy}"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise ConfigErrors(f"{law} template; '{choice}': {why}; give another") from error
 
 
 def _given(tokenizer: Any, choice: str) -> str:

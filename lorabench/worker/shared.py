@@ -25,6 +25,7 @@ class Dataset:
 
     tokens: dict[str, data.Tokens]
     notes: list[str]
+    template: str | None = None  # the chat template that made them; None: none did
 
 
 class Shared:
@@ -92,18 +93,19 @@ class Shared:
             raise ConfigErrors(changed)
         tokenizer = self.tokenizer(job)
         tokens, notes = {}, list(examples.notes)
+        stops = json.loads(planned.get("stops", "[]"))
         for split in ("train", "validation", "test"):
             chosen = getattr(examples, split)
             tokens[split] = (
                 data.classify(chosen, tokenizer, settings, labels)
                 if labels
-                else data.tokenise(chosen, tokenizer, settings)
+                else data.tokenise(chosen, tokenizer, settings, stops)
             )
             notes += tokens[split].notes(split, settings)
         base = self.planner.skeleton(job.config.model, len(labels))
         used = set[int]().union(*(ids for one in tokens.values() for ids in one.input_ids))
         base_model.check_tokens(job.config.model, tokenizer, base, used)
-        return Dataset(tokens, notes)
+        return Dataset(tokens, notes, data.text_used(tokenizer, settings))
 
     def check_data(self, jobs: list[Job]) -> list[str]:
         """Read and tokenise the examples of all runs; those of the first are kept.
@@ -173,7 +175,9 @@ def _tokenizer_key(job: Job) -> str:
 
 
 def _data_key(job: Job) -> str:
-    settings = job.config.data
+    settings, planned = job.config.data, job.plan.contents
     rules = [settings.chat_template, settings.add_bos, settings.add_eos, settings.max_length]
+    rules += [settings.chat_template_kwargs, settings.too_long]
+    rules += [planned.get("chat_template"), planned.get("stops")]
     contents = [job.plan.contents[split] for split in ("train", "validation", "test")]
     return json.dumps([_tokenizer_key(job), contents, rules, job.plan.labels])
