@@ -88,6 +88,7 @@ def grouped(
     for run in runs:
         config = run.config
         rules = {k: v for k, v in dataclasses.asdict(config.data).items() if k in RULES}
+        rules["template"] = run.entry.provenance.get("chat_template")
         key = json.dumps([_base_key(run), config.trainer.dtype, rules])
         found.setdefault(key, Group([])).runs.append(run)
     errors: list[str] = []
@@ -112,7 +113,8 @@ def _base_key(run: Run) -> str:
 
 def _prepare(group: Group, prompts: Sequence[str], max_new_tokens: int | None) -> None:
     """Tokenise the prompts of a group and find how long its answers may be."""
-    run, settings = group.runs[0], group.config.data
+    run = group.runs[0]
+    settings = run.data_settings
     planned = _planned(run)
     group.tokenizer = base_model.tokenizer_verified(run.model, planned)
     group.prompts = data.prompt_ids(prompts, group.tokenizer, settings)

@@ -93,7 +93,8 @@ def training(
     """Return what decides a training, canonically: the content that the run id is the hash of.
 
     Args:
-        contents: hashes of base, tokenizer and data, and of the adapter it starts from.
+        contents: hashes of base, tokenizer, a chat template that is given, data, and of the adapter
+            it starts from.
         ranks, scales: of each adapted module, patterns included.
         trained: every module that trains, adapted or in full.
         labels: of a classification, in the order of their numbers.
@@ -118,7 +119,12 @@ def training(
         "task": config.task,
         "model": groups["model"] | base,
         "tokenizer": contents["tokenizer"],
-        "data": groups["data"] | {"train": contents["train"], "labels": labels},
+        "data": groups["data"]
+        | _chat(config, contents)
+        | {
+            "train": contents["train"],
+            "labels": labels,
+        },
         "modules": {name: [ranks[name], scales[name]] for name in sorted(ranks)},
         "head": config.head.policy,
         "lora": groups["lora"],
@@ -131,6 +137,20 @@ def training(
         "seeds": groups["seeds"],
         **({"start": contents["start"]} if config.start_from is not None else {}),
     } | chosen
+
+
+def _chat(config: Config, contents: dict[str, str]) -> dict[str, Any]:
+    """Return what stands for `data.chat_template`, and where the turns of conversations may end.
+
+    A template that is given counts by its text; a conversation takes the tokenizer's own, with
+    false as with true.
+    """
+    found: dict[str, Any] = {}
+    if "stops" in contents:
+        found = {"stops": contents["stops"], "chat_template": True}
+    if "chat_template" in contents:
+        found["chat_template"] = contents["chat_template"]
+    return found
 
 
 def selects(trainer: dict[str, Any]) -> bool:

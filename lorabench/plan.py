@@ -37,7 +37,8 @@ class Plan(BaseModel):
     run_id: str
     evaluation_id: str
     evaluation: dict[str, Any]  # what decides the scores
-    contents: dict[str, str]  # hashes of base, tokenizer, examples of each split, start_from
+    # Hashes of base, tokenizer, template, the examples of each split, and start_from.
+    contents: dict[str, str]
     folder: str
     model: str
     lora_modules: list[str]
@@ -69,6 +70,7 @@ def check(config: Config) -> list[str]:
     """Errors found without loading anything: versions, device, where base, data and output are."""
     errors = versions.check(config) + machine.check_device(config.trainer.device)
     errors += base_model.check(config.model) + data.check(config.data)
+    errors += data.check_template(config.data)
     output = Path(config.output_dir)
     return errors + (
         check_folder(output, "output_dir")
@@ -223,6 +225,7 @@ class Planner:
         from lorabench.pack.probe import why_padded
 
         contents = base_model.identity(config.model) | data.content_hashes(config.data)
+        contents |= _chat_contents(config)
         labels: list[str] = []
         if config.task == "seq_cls":
             labels = data.labels_of(config.data, contents["train"])
@@ -300,6 +303,16 @@ class Planner:
                 base.config, resolved.modules, saved, config.lora, head.module, head.tied
             ),
         )
+
+
+def _chat_contents(config: Config) -> dict[str, str]:
+    """Return what decides the tokens of chat data, beside tokenizer and rows."""
+    found = {}
+    if template := data.given_hash(config.data):
+        found["chat_template"] = template
+    if config.data.format in data.CONVERSATIONS:
+        found["stops"] = json.dumps(base_model.stops(config.model))
+    return found
 
 
 def _skeleton_key(model: ModelConfig, classes: int) -> str:

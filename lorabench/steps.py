@@ -66,11 +66,15 @@ class Steps:
             contents = base_model.identity(config.model) | data.content_hashes(config.data)
             tokenizer = base_model.tokenizer_verified(config.model, contents)
             examples = data.load(config.data)
+            labels, stops = None, list[int]()
             if config.task == "seq_cls":
                 labels = data.labels_of(config.data, contents["train"])
-                tokens = data.classify(examples.train, tokenizer, config.data, labels)
-            else:
-                tokens = data.tokenise(examples.train, tokenizer, config.data)
+            elif config.data.format in data.CONVERSATIONS:
+                stops = list(base_model.stops(config.model))
+            tokens = data.tokenise_once(
+                examples.train, tokenizer, config.data, contents["train"], contents["tokenizer"],
+                stops, labels,
+            )  # fmt: skip
             self._counts[key] = len(tokens)
         return self._counts[key]
 

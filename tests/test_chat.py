@@ -81,7 +81,7 @@ def test_bad_chat_templates(tokenizer, chat, monkeypatch):
     ):
         data.tokenise(examples(("hi", "yo")), chat, config())
     monkeypatch.setattr(chat, "chat_template", None)
-    with pytest.raises(ConfigErrors, match=r"^data\.chat_template: must be false with a tokenizer"):
+    with pytest.raises(ConfigErrors, match=r"^data\.chat_template: must be false, or a template"):
         data.tokenise(examples(("hi", "yo")), chat, config())
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 CONTENTS = {  # of a plan, by the name of a hash; what each is of
     "weights": "the base (model.path)",
     "tokenizer": "the base's tokenizer",
+    "chat_template": "the chat template (data.chat_template)",
     "train": "the training data (data.train)",
     "validation": "the validation data",
     "test": "the test data",

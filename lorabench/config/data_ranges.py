@@ -8,6 +8,11 @@ from typing import Any
 from lorabench.config import parts
 from lorabench.config.schema import DataConfig
 
+# What a template is called with in any case.
+TAKEN = {
+    "messages", "conversations", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "return_assistant_tokens_mask", "tokenize",
+}  # fmt: skip
 FORMATS = ("prompt_completion", "messages", "sharegpt", "text")
 SAMPLE_BY = ("document", "paragraph", "line")
 
@@ -116,6 +121,14 @@ def _format(found: Any, data: DataConfig) -> None:
         "a mapping of names to values",
         kwargs,
         "for example data.chat_template_kwargs={enable_thinking: false}",
+    )
+    taken = sorted({*kwargs} & TAKEN) if isinstance(kwargs, dict) else []
+    must(
+        not taken,
+        "data.chat_template_kwargs",
+        "names that the template does not get anyway",
+        ", ".join(map(str, taken)),
+        "leave them out",
     )
     if data.format not in FORMATS:
         return

@@ -13,7 +13,9 @@ mixing    sources of a mixture, and test sets beside test
 rows      what is read from one source
 splits    which example is in train, validation and test
 tokens    prompt and completion as token ids
-chat      the same, through the tokenizer's chat template
+chat      the same, through a chat template
+turns     the same of conversations, with a loss on chosen turns; conversations reads their rows,
+          spans finds the turns in the text
 labels    of a classification: the classes, and prompts as token ids
 prompts   prompts without completions, for `lorabench generate`
 batches   padding, labels, and the order of the training examples
@@ -28,26 +30,33 @@ from lorabench.data.batches import (
     order_of,
     pad_id,
 )
+from lorabench.data.chat import TEMPLATE_FILE, given_hash, text_hash, text_used
+from lorabench.data.chat import check as check_template
 from lorabench.data.examples import Example
 from lorabench.data.hashes import content_hash, content_hashes
 from lorabench.data.labels import classify, labels_of
 from lorabench.data.mixing import check, named_views
 from lorabench.data.prompts import prompt_ids
 from lorabench.data.splits import Splits, load
+from lorabench.data.templates import CONVERSATIONS
 from lorabench.data.tokenise import opens_with_bos, tokenise, tokenise_once
 from lorabench.data.tokens import Tokens
 
 __all__ = [
+    "CONVERSATIONS",
     "IGNORED",
+    "TEMPLATE_FILE",
     "Example",
     "Splits",
     "Tokens",
     "batch",
     "blocks",
     "check",
+    "check_template",
     "classify",
     "content_hash",
     "content_hashes",
+    "given_hash",
     "labels_of",
     "load",
     "named_views",
@@ -57,6 +66,8 @@ __all__ = [
     "order_of",
     "pad_id",
     "prompt_ids",
+    "text_hash",
+    "text_used",
     "tokenise",
     "tokenise_once",
 ]

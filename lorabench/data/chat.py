@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lorabench.config import ConfigErrors, DataConfig
+from lorabench.config import ConfigErrors, DataConfig, nearest
 from lorabench.data.rendering import render_pairs
+from lorabench.data.templates import CONVERSATIONS
 
 # Templates that come along, for bases without one, and the token that ends their turns.
 BUILT_IN = {
@@ -17,33 +19,89 @@ BUILT_IN = {
     "llama3": "<|eot_id|>",
     "qwen": "<|im_end|>",
 }
+TEMPLATE_FILE = "chat_template.jinja"  # beside a saved adapter
 # What a template gets for today's date, so that the same run has the same tokens on every day and
 # in every time zone. Llama 3.1's template falls back to this date itself.
 TODAY = datetime(2024, 7, 26)
 
 
-def template_of(tokenizer: Any, choice: Any = True) -> str:
-    """Return a chat template, with a fixed date where it asks for today's.
+def template_of(tokenizer: Any, cfg: DataConfig) -> str:
+    """Return the template that `data.chat_template` names, with a fixed date for today's.
 
-    Args:
-        choice: `data.chat_template`: a name out of BUILT_IN, a file, or the tokenizer's own.
+    That is one out of BUILT_IN, a file's, or the tokenizer's own: with true, and, of conversations,
+    which cannot do without one, with false too.
+
     Raises:
         ConfigErrors: The tokenizer has none, or several and no default; a built-in one whose turns
             do not end with one token of this tokenizer.
     """
-    template = _own(tokenizer) if isinstance(choice, bool) else _given(tokenizer, choice)
+    if isinstance(cfg.chat_template, str):
+        template = _given(tokenizer, cfg.chat_template)
+    else:
+        template = _own(tokenizer, may_do_without=cfg.format not in CONVERSATIONS)
     return _FIXED_DATE + template if "strftime_now" in template else template
+
+
+def is_used(cfg: DataConfig) -> bool:
+    """Return whether examples are made by a chat template."""
+    return cfg.chat_template is not False or cfg.format in CONVERSATIONS
+
+
+def text_used(tokenizer: Any, cfg: DataConfig) -> str | None:
+    """Return the template that examples are made by, as it is saved with a run; None: by none.
+
+    Raises:
+        ConfigErrors: as `template_of`.
+    """
+    return template_of(tokenizer, cfg).removeprefix(_FIXED_DATE) if is_used(cfg) else None
+
+
+def given_hash(cfg: DataConfig) -> str | None:
+    """Return the sha256 of a template that is given as a name or a file; None: none is given.
+
+    Raises:
+        ConfigErrors: it cannot be read.
+    """
+    choice = cfg.chat_template
+    return text_hash(given_text(choice)) if isinstance(choice, str) else None
+
+
+def text_hash(text: str) -> str:
+    """Return the sha256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check(cfg: DataConfig) -> list[str]:
+    """Return what is wrong with a template that is given as a name or a file."""
+    try:
+        given_hash(cfg)
+    except ConfigErrors as error:
+        return error.errors
+    return []
 
 
 def given_text(choice: str) -> str:
     """Return the text of a built-in template or of a file.
 
     Raises:
-        OSError, UnicodeDecodeError: it cannot be read.
+        ConfigErrors: it cannot be read.
     """
     if choice in BUILT_IN:
         return (Path(__file__).parent / "chat_templates" / f"{choice}.jinja").read_text("utf-8")
-    return Path(choice).expanduser().read_text("utf-8-sig")
+    law = f"data.chat_template: must be true, false, {', '.join(BUILT_IN)}, or a file with a"
+    path = Path(choice).expanduser()
+    try:
+        return path.read_text("utf-8-sig")
+    except FileNotFoundError as error:
+        there = [*BUILT_IN, *(map(str, path.parent.iterdir()) if path.parent.is_dir() else ())]
+        close = nearest(choice, there)
+        remedy = f"did you mean '{close[0]}'?" if close else "correct the path"
+        raise ConfigErrors(
+            f"{law} template; '{choice}' is none of them, seen from {Path.cwd()}; {remedy}"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise ConfigErrors(f"{law} template; '{choice}': {why}; give another") from error
 
 
 def _given(tokenizer: Any, choice: str) -> str:
@@ -59,11 +117,12 @@ def _given(tokenizer: Any, choice: str) -> str:
     return given_text(choice)
 
 
-def _own(tokenizer: Any) -> str:
+def _own(tokenizer: Any, may_do_without: bool) -> str:
     if not tokenizer.chat_template:
+        without = "set data.chat_template=false, " if may_do_without else ""
         raise ConfigErrors(
-            "data.chat_template: must be false with a tokenizer that has no chat template; got "
-            f"true and '{tokenizer.name_or_path}'; set data.chat_template=false, give a template "
+            "data.chat_template: must be false, or a template, with a tokenizer that has none of "
+            f"its own; '{tokenizer.name_or_path}' has none; {without}give a template "
             f"({', '.join(BUILT_IN)}, or a file), or use an instruction-tuned model"
         )
     try:
@@ -72,7 +131,7 @@ def _own(tokenizer: Any) -> str:
         raise ConfigErrors(
             f"data.chat_template: must have a template named 'default' where a tokenizer has "
             f"several; '{tokenizer.name_or_path}' has {', '.join(sorted(tokenizer.chat_template))};"
-            f" name one so, or set data.chat_template=false"
+            f" name one so, or give a template ({', '.join(BUILT_IN)}, or a file)"
         ) from error
 
 
@@ -105,7 +164,7 @@ def chat(
         ConfigErrors: No chat template, or one that does not render, or whose conversation does
             not begin with its prompt.
     """
-    template = template_of(tokenizer, cfg.chat_template)
+    template = template_of(tokenizer, cfg)
     pairs = [(one.prompt, one.completion) for one in examples]
     rendered = render_pairs(template, tokenizer, pairs, cfg.chat_template_kwargs or {})
     prompts = encode(tokenizer, [opened for opened, _ in rendered])

@@ -21,6 +21,7 @@ SHAREGPT = {
     "assistant": "assistant", "model": "assistant", "function_call": "assistant",
     "tool": "tool", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
+TEXT_PARTS = ("text", "input_text", "output_text")
 SEPARATOR = "\n\n"  # between turns that are joined, and after a system text that is folded in
 
 
@@ -138,7 +139,7 @@ def _content(value: Any, where: str) -> str:
         parts = []
         for part in value:
             text = part.get("text") if isinstance(part, dict) else part
-            if isinstance(part, dict) and part.get("type", "text") != "text":
+            if isinstance(part, dict) and part.get("type", "text") not in TEXT_PARTS:
                 raise ValueError(f"{where}holds a part of type '{part['type']}', not text")
             parts.append(_content(text, where))
         return "".join(parts)
@@ -155,9 +156,10 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     name, arguments = inner.get("name"), inner.get("arguments", inner.get("parameters"))
     if not isinstance(name, str):
         raise ValueError(f"{where}has a tool call without a name: {call!r:.60}")
-    arguments = (
-        {} if arguments in (None, "") else _parsed(arguments, f"{where}arguments of {name} ")
-    )
+    if isinstance(arguments, str) and arguments:
+        arguments = _parsed(arguments, f"{where}arguments of {name}")
+    else:
+        arguments = _without_nulls(arguments or {})
     if not isinstance(arguments, dict):
         raise ValueError(f"{where}arguments of {name} must be a JSON object, not {arguments!r:.40}")
     made: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
@@ -167,10 +169,22 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 def _tools(value: Any) -> list[Any] | None:
     if value in (None, "", []):
         return None
-    tools = _parsed(value, "the tools ")
-    if not isinstance(tools, list):
+    tools = _parsed(value, "the tools") if isinstance(value, str) else _without_nulls(value)
+    if isinstance(tools, list):
+        tools = [_parsed(one, "a tool") for one in tools]
+    if not isinstance(tools, list) or not all(isinstance(one, dict) for one in tools):
         raise ValueError(f"the tools must be a list of JSON schemas, not {tools!r:.40}")
-    return [_parsed(tool, "a tool ") for tool in tools] or None
+    return tools or None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Leave out keys without a value: tables give each object the keys of all others.
+
+    JSON in a text is left as it is.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _parsed(value: Any, where: str) -> Any:
@@ -180,7 +194,9 @@ def _parsed(value: Any, where: str) -> Any:
     try:
         return json.loads(value)
     except ValueError as error:
-        raise ValueError(f"{where} is text that is not JSON ({error}): {value!r:.40}") from error
+        raise ValueError(
+            f"{where.strip()} is text that is not JSON ({error}): {value!r:.40}"
+        ) from error
 
 
 def _with_system(messages: list[dict[str, Any]], how: str) -> list[dict[str, Any]]:
@@ -199,16 +215,23 @@ def _with_system(messages: list[dict[str, Any]], how: str) -> list[dict[str, Any
 
 
 def _merged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Join neighbouring turns of one role; of tools each answer stays."""
+    """Join neighbouring turns of one role; of tools each answer stays, and what follows a call."""
     joined: list[dict[str, Any]] = []
     for one in messages:
         last = joined[-1] if joined else None
-        if last is None or last["role"] != one["role"] or one["role"] == "tool":
+        if (
+            last is None
+            or last["role"] != one["role"]
+            or one["role"] == "tool"
+            or "tool_calls" in last
+        ):
             joined.append(one)
             continue
-        last["content"] = SEPARATOR.join(text for text in (last["content"], one["content"]) if text)
-        if calls := [*last.get("tool_calls", []), *one.get("tool_calls", [])]:
-            last["tool_calls"] = calls
+        for key in ("reasoning_content", "content"):
+            if texts := [text for turn in (last, one) if (text := turn.get(key))]:
+                last[key] = SEPARATOR.join(texts)
+        if "tool_calls" in one:
+            last["tool_calls"] = one["tool_calls"]
         last["train"] = last.get("train", True) and one.get("train", True)
     return joined
 

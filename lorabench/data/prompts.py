@@ -24,7 +24,7 @@ def prompt_ids(prompts: Sequence[str], tokenizer: Any, cfg: DataConfig) -> list[
     if cfg.chat_template or cfg.format in CONVERSATIONS:
         # Some templates refuse an assistant turn without content; it is not used.
         pairs = [(prompt, "x") for prompt in prompts]
-        template = template_of(tokenizer, cfg.chat_template)
+        template = template_of(tokenizer, cfg)
         rendered = render_pairs(template, tokenizer, pairs, cfg.chat_template_kwargs or {})
         found = encode_plain(tokenizer, [opened for opened, _ in rendered])
     else:

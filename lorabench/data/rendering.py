@@ -6,6 +6,7 @@ keeps it from Python and from files, but not from running for ever or from filli
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import resource
@@ -50,7 +51,10 @@ def render_conversations(
         found: what `conversations.conversation` returns, as JSON.
         kwargs: what the template gets beside the turns.
     """
-    remedy = "give another data.chat_template, or change such turns: data.system, data.merge_turns"
+    remedy = (
+        "give another data.chat_template, or change such turns: data.system=fold (or drop), "
+        "data.merge_turns=true"
+    )
     made = render_all(
         tokenizer,
         found,
@@ -132,12 +136,24 @@ def pair(
 
 def conversation(
     template: str, tokenizer: Any, found: dict[str, Any], kwargs: dict[str, Any]
-) -> tuple[str, list[tuple[int, int]]]:
-    """Return the whole text of a conversation, and begin and end of each turn that is trained on.
+) -> tuple[str, list[spans.Span]]:
+    """Return the whole text of a conversation, and where each turn lies that is trained on.
 
     Args:
         found: as `conversations.conversation` returns it.
     """
+    try:
+        return _conversation(template, tokenizer, found, kwargs)
+    except TypeError:
+        # Some templates (DeepSeek's) take the arguments of tool calls as text only.
+        if not any("tool_calls" in turn for turn in found["messages"]):
+            raise
+        return _conversation(template, tokenizer, _with_text_arguments(found), kwargs)
+
+
+def _conversation(
+    template: str, tokenizer: Any, found: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[str, list[spans.Span]]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     variables = tokenizer.special_tokens_map | kwargs  # templates call the first bos_token, ...
@@ -156,7 +172,15 @@ def conversation(
     if not spans.MARKS.search(template):
         return spans.turns(messages, wanted, render)
     whole, marks = render(messages, False, marks=True)
-    return whole, spans.marked(messages, wanted, whole, marks, render)
+    return whole, spans.marked(messages, wanted, marks, render)
+
+
+def _with_text_arguments(found: dict[str, Any]) -> dict[str, Any]:
+    found = copy.deepcopy(found)
+    for turn in found["messages"]:
+        for call in turn.get("tool_calls", []):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+    return found
 
 
 # --- in the child ----------------------------------------------------------------------------

@@ -208,6 +208,8 @@ def _rows(
             continue
         by = cfg.split_by if split == "train" else None
         group = None if by is None else str(row.columns[by])
+        if by is None and cfg.format == "text":
+            group = completion  # a text has no prompt
         rows.add(prompt, completion, conversation, group, name)
     if bad:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""

@@ -15,6 +15,7 @@ from lorabench.config import ConfigErrors, DataConfig
 from lorabench.data import cache
 from lorabench.data.examples import Example
 from lorabench.data.ragged import Ragged
+from lorabench.data.templates import CONVERSATIONS
 
 AT_ONCE = 1000  # examples that are hashed together
 FLUSH = 1 << 20  # token ids that are written together
@@ -26,6 +27,7 @@ class Encoded(NamedTuple):
     ids: list[int]
     spans: list[int]  # where each stretch that carries a loss begins and ends, in turn
     left: str | None = None  # what a template leaves of a completion that it takes text from
+    lost_from: str | None = None  # of a conversation: the turn that it takes text from
     piece: str = ""  # of a text: which piece this is, for its id
 
 
@@ -122,11 +124,14 @@ class Tokens:
             )
         if self.first_loss:
             before, after = (_shortened(text) for text in self.first_loss)
+            what = "completions"
+            remedy = "set data.chat_template=false and write the turns into data.prompt"
+            if cfg.format in CONVERSATIONS:
+                what, remedy = "conversations", "give another data.chat_template"
             found.append(
                 f"data.{split}: the chat template removes text from {self.num_losing_text} of "
-                f"{total} completions, which is not trained on; the first, {before}, becomes "
-                f"{after}; to keep all text, set data.chat_template=false and write the turns into "
-                "data.prompt"
+                f"{total} {what}, which is not trained on; the first, {before}, becomes "
+                f"{after}; to keep all text, {remedy}"
             )
         return found
 
@@ -225,7 +230,10 @@ class Kept:
         self.indices.append(index)
         if encoded.left is not None:
             self.num_losing_text += 1
-            self.first_loss = self.first_loss or (example.completion, encoded.left)
+            self.first_loss = self.first_loss or (
+                encoded.lost_from or example.completion,
+                encoded.left,
+            )
         return True
 
     def pack(self) -> None:

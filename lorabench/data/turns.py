@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from lorabench.config import ConfigErrors, DataConfig
@@ -43,9 +44,9 @@ def encode(
             f"got {cfg.format} and '{tokenizer.name_or_path}', which does not tell the place of a "
             "token in its text; save the tokenizer as tokenizer.json"
         )
-    template = template_of(tokenizer, cfg.chat_template)
+    template = template_of(tokenizer, cfg)
     kwargs = dict(cfg.chat_template_kwargs or {})
-    ends = _ends(tokenizer)
+    placer = _Placer(tokenizer, stops, cfg.add_eos)
     for start in range(0, len(examples), AT_ONCE):
         some = [examples[i] for i in range(start, min(start + AT_ONCE, len(examples)))]
         rendered = render_conversations(template, tokenizer, [e.conversation for e in some], kwargs)
@@ -57,97 +58,97 @@ def encode(
             verbose=False,
         )
         for i, (text, places) in enumerate(rendered):
-            ids, offsets = encoded["input_ids"][i], encoded["offset_mapping"][i]
             try:
-                found = _spans(ids, offsets, places, (ends, stops), tokenizer, cfg.add_eos)
+                found = placer.spans(encoded["input_ids"][i], encoded["offset_mapping"][i], places)
             except ValueError as error:
                 raise ConfigErrors(
                     f"data.chat_template: must let each turn be told in the tokens; in that of "
                     f"'{tokenizer.name_or_path}', example {start + i + 1}, {text!r:.60}: {error}; "
                     "give another data.chat_template"
                 ) from error
-            yield start + i, Encoded(*found, _left(some[i], text, places))
+            yield start + i, Encoded(*found, *_loss(some[i], text, places))
 
 
-def _spans(
-    ids: list[int],
-    offsets: list[tuple[int, int]],
-    places: list[list[int]],
-    ends: tuple[Collection[int], Collection[int]],
-    tokenizer: Any,
-    add_eos: bool,
-) -> tuple[list[int], list[int]]:
-    """Return the ids of the example and its spans, in tokens.
+class _Placer:
+    """Finds the tokens of turns whose characters are known.
 
     Args:
-        places: begin and end of each trained turn, in characters.
-        ends: ids that can end a turn; those that may do so at the beginning of the next one.
+        stops: ids that end a turn although the next turn begins with them.
     """
-    spans: list[int] = []
-    for number, (begin, end) in enumerate(places):
-        first = _first(offsets, begin)
-        last = next((t for t in range(first, len(ids)) if offsets[t][0] >= end), len(ids))
-        while last > first and offsets[last - 1][1] > end:  # it belongs to the next turn too
-            last -= 1
-        if first == last or not first:
-            raise ValueError("a turn has no token, or nothing comes before it")
-        closing = last - 1
-        while closing > first and _is_blank(ids[closing], tokenizer):
-            closing -= 1
-        if ids[closing] in ends[0]:
-            last = closing + 1 if add_eos else last
-        elif last < len(ids) and ids[last] in ends[1]:
-            last += 1
-        elif number + 1 == len(places) and last == len(ids):
-            if add_eos:
-                ids, last = [*ids[: closing + 1], tokenizer.eos_token_id], closing + 2
-        else:
-            shown = tokenizer.decode(ids[max(first, last - 3) : last + 1])
-            raise ValueError(
-                f"a turn must end with a special token, or the model never learns to stop; one "
-                f"ends with {shown!r}"
-            )
-        spans += [first, last]
-    if add_eos and spans:
-        ids = ids[: spans[-1]]
-    return list(ids), spans
+
+    def __init__(self, tokenizer: Any, stops: Collection[int], add_eos: bool) -> None:
+        self.tokenizer, self.add_eos = tokenizer, add_eos
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.special = special | set(tokenizer.all_special_ids)
+        # A template may mark a turn and leave out its end.
+        self.stops = {*stops, tokenizer.eos_token_id} - {None}
+        self.is_blank = cache(lambda token: not tokenizer.decode([token]).strip())
+
+    def spans(
+        self, ids: list[int], offsets: list[tuple[int, int]], places: list[list[int]]
+    ) -> tuple[list[int], list[int]]:
+        """Return the ids of an example and its spans, in tokens.
+
+        Args:
+            places: begin and end of each trained stretch, in characters, and the turn's number.
+        Raises:
+            ValueError: a turn has no end, or a token lies half in it.
+        """
+        lefts, rights = ([offset[side] for offset in offsets] for side in (0, 1))
+        spans: list[int] = []
+        turns = [turn for *_, turn in places]
+        for (begin, end, turn), following in zip(places, [*turns[1:], None], strict=False):
+            first = bisect_right(rights, begin)
+            if first < len(ids) and lefts[first] < begin:
+                if ids[first] not in self.special:
+                    raise ValueError(_half(lefts[first], rights[first]))
+                first += 1  # it takes in the spaces behind it: when the model must answer, too
+            last = bisect_left(lefts, end, lo=first)
+            while last > first and rights[last - 1] > end:  # it belongs to the next turn too
+                last -= 1
+            if first == last or not first:
+                raise ValueError("a turn has no token, or nothing comes before it")
+            if turn == following:  # a piece of it
+                spans += [first, last]
+                continue
+            closing = last - 1
+            while closing > first and self.is_blank(ids[closing]):
+                closing -= 1
+            if ids[closing] in self.special:
+                last = closing + 1 if self.add_eos else last
+            elif last < len(ids) and ids[last] in self.stops:
+                last += 1
+            elif following is None and last == len(ids):
+                if self.add_eos:
+                    ids, last = [*ids[: closing + 1], self.tokenizer.eos_token_id], closing + 2
+            else:
+                shown = self.tokenizer.decode(ids[max(first, last - 3) : last + 1])
+                raise ValueError(
+                    f"a turn must end with a special token, or the model never learns to stop; one "
+                    f"ends with {shown!r}"
+                )
+            spans += [first, last]
+        if self.add_eos and spans:
+            ids = ids[: spans[-1]]
+        return list(ids), spans
 
 
-def _first(offsets: list[tuple[int, int]], begin: int) -> int:
-    """The first token of a turn that begins at a character.
-
-    Raises:
-        ValueError: a token lies on both sides of the beginning.
-    """
-    for token, (left, right) in enumerate(offsets):
-        if right <= begin:
-            continue
-        if left < begin:
-            raise ValueError(
-                f"a token of characters {left} to {right} lies half in the opening of the answer "
-                "and half in the answer, so the model would be asked otherwise than it is trained"
-            )
-        return token
-    return len(offsets)
+def _half(left: int, right: int) -> str:
+    return (
+        f"a token of characters {left} to {right} lies half in the opening of the answer and half "
+        "in the answer, so the model would be asked otherwise than it is trained"
+    )
 
 
-@lru_cache(maxsize=1 << 12)
-def _decoded(token: int, tokenizer: Any) -> str:
-    return str(tokenizer.decode([token]))
-
-
-def _is_blank(token: int, tokenizer: Any) -> bool:
-    return not _decoded(token, tokenizer).strip()
-
-
-def _ends(tokenizer: Any) -> frozenset[int]:
-    """Ids that can end a turn: the special tokens."""
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset(special | set(tokenizer.all_special_ids))
-
-
-def _left(example: Example, text: str, places: list[list[int]]) -> str | None:
-    """What is left of the last turn if the template removes text of a trained one, or None."""
+def _loss(example: Example, text: str, places: list[list[int]]) -> tuple[str | None, str | None]:
+    """Return what is left of a trained turn that the template takes text from, and its text."""
+    if not places:
+        return None, None
     found = json.loads(example.conversation)
-    said = (found["messages"][place]["content"].strip() for place in found["train"])
-    return None if all(one in text for one in said) else text[slice(*places[-1])].strip()
+    for number in found["train"]:
+        turn = found["messages"][number]
+        texts = [turn.get(key, "").strip() for key in ("reasoning_content", "content")]
+        kept = "".join(text[begin:end] for begin, end, owner in places if owner == number)
+        if not all(one in kept for one in texts):
+            return kept.strip(), "\n\n".join(filter(None, texts))
+    return None, None

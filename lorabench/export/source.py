@@ -10,9 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorabench import intact, record, tasks
+from lorabench import data, intact, record, tasks
 from lorabench import model as base_model
-from lorabench.config import Config, ConfigErrors, ModelConfig, and_more, nearest, typed
+from lorabench.config import (
+    Config,
+    ConfigErrors,
+    DataConfig,
+    ModelConfig,
+    and_more,
+    nearest,
+    typed,
+)
 from lorabench.hashes import file_hash
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -35,6 +43,21 @@ class Run:
         return base_model.findable(
             dataclasses.replace(self.config.model, path=path, revision=commit or None)
         )
+
+    @property
+    def template(self) -> str | None:
+        """The chat template that the run was trained with; None: none, or an older record."""
+        path = self.folder / "adapter" / data.TEMPLATE_FILE
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+
+    @property
+    def data_settings(self) -> DataConfig:
+        """How the run's data became tokens, with the template that lies beside its adapter."""
+        settings = self.config.data
+        if not isinstance(settings.chat_template, str) or self.template is None:
+            return settings
+        saved = self.folder / "adapter" / data.TEMPLATE_FILE
+        return dataclasses.replace(settings, chat_template=str(saved))
 
     @property
     def auto_class(self) -> Any:

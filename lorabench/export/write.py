@@ -99,6 +99,8 @@ def to_merged(run: Run, path: Path, dtype_name: str) -> dict[str, Any]:
     report = _report(run, "merged", checks) | {"dtype": dtype_name}
     with _whole_or_nothing(path) as part:
         model.save_pretrained(part)
+        if run.template is not None:  # how it was trained is how it is to be asked
+            tokenizer.chat_template = run.template
         tokenizer.save_pretrained(part)
         del model, wrapped, embedding  # one model at a time
         again, found = run.auto_class.from_pretrained(
@@ -208,7 +210,7 @@ def _batches(run: Run, model: Any, tokenizer: Any) -> tuple[list[Tensor], str]:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     seeded = agreement.seeded_batch(model.get_input_embeddings().num_embeddings, positions)
     own: list[Tensor] = []
-    settings = run.config.data
+    settings = run.data_settings
     try:
         # Read only where that needs no network.
         if away := sources.remote_paths(settings):
@@ -221,7 +223,7 @@ def _batches(run: Run, model: Any, tokenizer: Any) -> tuple[list[Tensor], str]:
         tokens = (
             data.classify(examples, tokenizer, settings, labels)
             if labels
-            else data.tokenise(examples, tokenizer, settings)
+            else data.tokenise(examples, tokenizer, settings, _stops(run))
         )
         own = [torch.tensor([ids[:MAX_TOKENS]]) for ids in tokens.input_ids]
         said = f"{len(own)} test examples"
@@ -229,6 +231,11 @@ def _batches(run: Run, model: Any, tokenizer: Any) -> tuple[list[Tensor], str]:
         said = f"no test example ({error.errors[0]})"
     rows, length = seeded.shape
     return [seeded, *own], f"{rows} x {length} random tokens, {said}"
+
+
+def _stops(run: Run) -> list[int]:
+    """Return where turns may end, of a run whose data are conversations."""
+    return json.loads(run.entry.plan["contents"].get("stops", "[]"))
 
 
 def _must_agree(

@@ -15,6 +15,7 @@ from lorabench.model.loading import (
     plain,
     random_settings,
     skeleton,
+    stops,
     tokenizer,
 )
 from lorabench.model.place import (
@@ -58,6 +59,7 @@ __all__ = [
     "settled",
     "share",
     "skeleton",
+    "stops",
     "tokenizer",
     "tokenizer_verified",
     "unpinned",

@@ -5,9 +5,11 @@ Torch and transformers are imported where they are called.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench import tasks, versions
@@ -199,6 +201,31 @@ def tokenizer(model: ModelConfig) -> Any:
             ) from error
 
     return _call(model, load)
+
+
+def stops(model: ModelConfig) -> list[int]:
+    """Return the ids at which the base ends a generation, by its generation_config.json.
+
+    Without that file, what transformers makes of config.json.
+    """
+    from transformers.utils import cached_file
+
+    def find(where: str, **options: Any) -> Any:
+        return cached_file(
+            where,
+            "generation_config.json",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **options,
+        )
+
+    path = _call(model, find)
+    content = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    found = content.get("eos_token_id")
+    if found is None:
+        found = getattr(architecture(model).get_text_config(), "eos_token_id", None)
+    found = found if isinstance(found, list) else [found]
+    return sorted(id for id in found if id is not None)
 
 
 def _call(model: ModelConfig, load: Callable[..., Any], **options: Any) -> Any:

@@ -27,6 +27,7 @@ class Dataset:
     notes: list[str]
     # Of a mixture: the source of each tokenised example, by split; a set of its own has none.
     sources: dict[str, list[str]] = field(default_factory=dict)
+    template: str | None = None  # the chat template that made them; None: none did
 
 
 class Shared:
@@ -95,13 +96,14 @@ class Shared:
             raise ConfigErrors(changed)
         tokenizer = self.tokenizer(job)
         tokens, sources, notes = {}, {}, list(examples.notes)
+        stops = json.loads(planned.get("stops", "[]"))
         views = dict.fromkeys(parts.SPLITS, settings) | data.named_views(settings)
         mistakes = []
         for split, view in views.items():
             chosen = examples.named[split] if split in examples.named else getattr(examples, split)
             key = parts.key_of(split)
             tokens[split] = data.tokenise_once(
-                chosen, tokenizer, view, found[key], planned["tokenizer"], labels=labels
+                chosen, tokenizer, view, found[key], planned["tokenizer"], stops, labels
             )
             notes += tokens[split].notes(key, view)
             mistakes.append(tokens[split].error(key, view))
@@ -113,7 +115,7 @@ class Shared:
         base = self.planner.skeleton(job.config.model, len(labels))
         used = set[int]().union(*(one.input_ids.distinct() for one in tokens.values()))
         base_model.check_tokens(job.config.model, tokenizer, base, used)
-        return Dataset(tokens, notes, sources)
+        return Dataset(tokens, notes, sources, data.text_used(tokenizer, settings))
 
     def check_data(self, jobs: list[Job]) -> list[str]:
         """Read and tokenise the examples of all runs; those of the first are kept.
@@ -183,11 +185,12 @@ def _tokenizer_key(job: Job) -> str:
 
 
 def _data_key(job: Job) -> str:
-    settings = job.config.data
+    settings, planned = job.config.data, job.plan.contents
     rules = [
         settings.format, settings.chat_template, settings.chat_template_kwargs, settings.add_bos,
         settings.add_eos, settings.max_length, settings.too_long, settings.allow_left_out,
+        planned.get("chat_template"), planned.get("stops"),
     ]  # fmt: skip
     splits = ("train", *identity.splits_of(job.config))
-    contents = [job.plan.contents[parts.key_of(split)] for split in splits]
+    contents = [planned[parts.key_of(split)] for split in splits]
     return json.dumps([_tokenizer_key(job), contents, rules, job.plan.labels])

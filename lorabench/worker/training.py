@@ -108,6 +108,8 @@ def train_pack(
     origin = provenance.of_process(device) | {"command": ["lorabench", *shared.words]}
     for member in members:
         _describe(member, pack, origin, checksum, dataset.tokens["train"], train_tokens)
+        if dataset.template is not None:
+            member.entry.provenance["chat_template"] = data.text_hash(dataset.template)
         member.entry.notes = [*member.job.plan.warnings, *dataset.notes]
         if member.job.plan.padded is None and not pack.end_to_end:
             member.entry.plan["padded"] = other = "a probe of the loaded base"
@@ -135,7 +137,7 @@ def train_pack(
                 )
             for member in members:
                 member.entry.cost.peak_memory_bytes = memory.bytes()
-            _save(members, pack)
+            _save(members, pack, dataset.template)
     except KeyboardInterrupt:
         unsaved = [member for member in members if not member.entry.has_trained()]
         step = max((member.entry.steps_done for member in unsaved), default=0)  # stopped: fewer
@@ -175,7 +177,7 @@ def _describe(
     }
 
 
-def _save(members: list[Member], pack: Any) -> None:
+def _save(members: list[Member], pack: Any, template: str | None) -> None:
     """Save all adapters, then record all runs as trained, then forget their checkpoints.
 
     In this order a kill or a power cut loses nothing: a run without its record still has its
@@ -192,6 +194,8 @@ def _save(members: list[Member], pack: Any) -> None:
             member.entry.adapter_step = best.step if best else member.entry.steps_done
             tensors = pack.adapter_state(member.slot)
             saved = adapters.save(tensors, pack.settings(member.slot), part)
+            if template is not None:
+                (part / data.TEMPLATE_FILE).write_text(template, encoding="utf-8")
             sync_folder(part)
             put_in_place(part, member.folder / "adapter", member.lease)
             sync(member.folder / "metrics.jsonl")
