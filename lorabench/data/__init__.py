@@ -12,7 +12,8 @@ hashes    the content hash of each split
 mixing    sources of a mixture, and test sets beside test
 rows      what is read from one source
 splits    which example is in train, validation and test
-tokens    prompt and completion as token ids
+tokens    token ids of examples, and which of them carry a loss
+encoding  examples -> tokens, by their format; token_cache keeps those of large sets
 chat      the same, through a chat template
 turns     the same of conversations, with a loss on chosen turns; conversations reads their rows,
           spans finds the turns in the text
@@ -32,6 +33,7 @@ from lorabench.data.batches import (
 )
 from lorabench.data.chat import TEMPLATE_FILE, given_hash, text_hash, text_used
 from lorabench.data.chat import check as check_template
+from lorabench.data.encoding import opens_with_bos, tokenise, tokenise_once
 from lorabench.data.examples import Example
 from lorabench.data.hashes import content_hash, content_hashes
 from lorabench.data.labels import classify, labels_of
@@ -39,7 +41,6 @@ from lorabench.data.mixing import check, named_views
 from lorabench.data.prompts import prompt_ids
 from lorabench.data.splits import Splits, load
 from lorabench.data.templates import CONVERSATIONS
-from lorabench.data.tokenise import opens_with_bos, tokenise, tokenise_once
 from lorabench.data.tokens import Tokens
 
 __all__ = [

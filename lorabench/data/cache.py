@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import IO, Any
 
-SPILL_BYTES = 32 << 20  # what is larger lies in a file instead of in memory
+SPILL_BYTES = 16 << 20  # what is larger lies in a file instead of in memory
 
 
 def folder() -> Path | None:
@@ -50,7 +50,7 @@ class Spool:
         """Return what was written as a buffer; of a file, without reading it. Ends the writing."""
         self.closed = True
         if not self._is_on_disk:
-            return self._file.getvalue()  # type: ignore[attr-defined]
+            return self._file.getbuffer()  # type: ignore[attr-defined]
         self._file.flush()
         found = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         self._file.close()

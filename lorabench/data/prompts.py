@@ -7,9 +7,9 @@ from typing import Any
 
 from lorabench.config import ConfigErrors, DataConfig
 from lorabench.data.chat import template_of
+from lorabench.data.encoding import encode_plain, opens_with_bos
 from lorabench.data.rendering import render_pairs
 from lorabench.data.templates import CONVERSATIONS
-from lorabench.data.tokenise import encode_plain, opens_with_bos
 
 
 def prompt_ids(prompts: Sequence[str], tokenizer: Any, cfg: DataConfig) -> list[list[int]]:

@@ -7,15 +7,18 @@ holds what is small, about.json the counts and the hash, which is checked whenev
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import mmap
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -57,7 +60,8 @@ def load(key: str) -> Tokens | None:
         return None
     try:
         about = json.loads((folder / "about.json").read_text("utf-8"))
-        with np.load(folder / "rest.npz", allow_pickle=False) as rest:
+        content = io.BytesIO((folder / "rest.npz").read_bytes())
+        with np.load(content, allow_pickle=False) as rest:
             arrays = {name: rest[name] for name in rest.files}
         with open(folder / "input_ids.i4", "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -75,7 +79,7 @@ def load(key: str) -> Tokens | None:
         )
         is_whole = found.hash() == about["hash"]
         os.utime(folder)
-    except (OSError, ValueError, KeyError, TypeError, IndexError):  # cut short, or another format
+    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, BadZipFile, zlib.error):
         is_whole = False
     if not is_whole:
         shutil.rmtree(folder, ignore_errors=True)
