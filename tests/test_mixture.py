@@ -329,6 +329,25 @@ def test_scores_by_split_and_source_are_those_of_the_predictions(finished: Path)
     )
 
 
+def test_compare_shows_gain_and_forgetting_against_the_base(finished: Path) -> None:
+    """Pandas' means of what run and untrained base were predicted to score."""
+    (run,) = (path.parent for path in finished.glob("outputs/*/*/record.json"))
+    of_run = pd.read_parquet(predictions(run)).groupby("split")["nll"].mean()
+    base = next(finished.glob("outputs/*/base/*.parquet"))
+    of_base = pd.read_parquet(base).groupby("split")["nll"].mean()
+    found = json.loads(say("compare", run.parent, "--json").out)
+    (row,) = found["rows"]
+    # float64 sums in another order, of losses near 10
+    assert row["gain"]["mean"] == pytest.approx(of_base["test"] - of_run["test"], abs=1e-9)
+    lost = of_run["retention"] - of_base["retention"]
+    assert row["forgetting"]["mean"] == pytest.approx(lost, abs=1e-9) and lost != 0
+    assert row["gain"]["metric"] == row["forgetting"]["metric"] == "nll"
+    shown = say("compare", run.parent).out
+    for name in ("gain nll", "forgetting nll", "retention nll ↓", "chat nll ↓", "test nll ↓"):
+        assert name in shown
+    assert f"{lost:.4f}" in shown and f"{of_run['chat']:.4f}" in shown
+
+
 def test_a_named_set_that_is_in_train_is_told(finished: Path) -> None:
     """Texts of retention that were trained on hide what is forgotten; test sets overstate."""
     config = mixed(
