@@ -266,6 +266,18 @@ def test_refusals_on_the_command_line(files: dict[str, str]) -> None:
     assert said.code == 2 and "data.retention.path: must be null with task=seq_cls" in said.err
 
 
+def test_labels_of_a_named_set_are_those_of_train(tmp_path: Path) -> None:
+    pairs = [{"prompt": f"{label} {i}", "completion": label} for i in range(30) for label in "ab"]
+    train = write(tmp_path / "a.jsonl", pairs)
+    other = write(tmp_path / "b.jsonl", [{"prompt": "c 1", "completion": "c"}])
+    cfg = DataConfig(
+        name="m", source="jsonl", train=SourceConfig(path=train),
+        tests={"more": NamedSetConfig(path=other)},
+    )  # fmt: skip
+    with pytest.raises(ConfigErrors, match=r"data\.tests\.more: every completion must be one of"):
+        data.labels_of(cfg, "")
+
+
 # From the command line to the scores
 
 FAST = [

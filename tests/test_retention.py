@@ -173,6 +173,13 @@ def test_retention_falls_back_to_nll_where_it_lacks_the_metric(tmp_path: Path) -
         "verdicts"]} == {None}, "a margin is in the unit of test"  # fmt: skip
 
 
+def test_the_table_shows_what_retention_is_compared_by(tmp_path: Path) -> None:
+    """Also where --metric asks for another one of test."""
+    sweep(tmp_path / "s", dict.fromkeys(TEST, 0.5), WORSE, metric="answer")
+    shown = say("compare", tmp_path / "s", "--metric", "answer").out
+    assert "test answer ↑" in shown and "retention nll ↓" in shown and "test rank" in shown
+
+
 def test_without_retention_nothing_changes(tmp_path: Path) -> None:
     sweep(tmp_path / "s", TEST, dict.fromkeys(TEST))
     said = say("compare", tmp_path / "s").out.replace(str(tmp_path), "")

@@ -18,6 +18,7 @@ from lorabench.compare.bases import CHANGES
 from lorabench.compare.foreign import HIGHER_IS_BETTER as FOREIGN
 from lorabench.compare.lints import is_linted
 from lorabench.compare.tables import FIRST, short_keys
+from lorabench.config.parts import RETENTION
 from lorabench.show.results import columns_of
 from lorabench.show.text import console, dump, quantity, setting, size, whole, with_spread
 
@@ -151,6 +152,9 @@ def _settings(
             name in row["metrics"].get(split, {}) for row in (every if split == "test" else rows)
         )
     ]
+    kept = (RETENTION, answers.retention_metric or "")
+    if kept not in scores and any(kept[1] in row["metrics"].get(RETENTION, {}) for row in rows):
+        scores.append(kept)  # whatever is asked of test
     settings = f"{len(every)} setting{'s' if len(every) > 1 else ''}"
     title = f"{folder}: {settings}, mean ± standard deviation over seeds"
     shown = Table(title=title, title_justify="left")
