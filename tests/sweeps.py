@@ -28,11 +28,13 @@ def write_run(
     name: str | None = None,
     ended: str = "2026-11-25T12:00:00Z",
     validation: Mapping[str, float | None] | None = None,
+    retention: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """Write a finished run with these scores of its test examples, by metric; return its folder.
 
     Args:
         validation: means of the validation split, by metric.
+        retention: scores of retention, by metric; the examples are other ones.
     """
     run = folder / (name or f"{head}-{r}-{seed}")
     (run / "evaluations").mkdir(parents=True)
@@ -40,7 +42,14 @@ def write_run(
     examples = examples or [f"e{i}" for i in range(count)]
     columns = {"split": ["test"] * count, "example": examples, **values}
     place = run / "evaluations" / f"{EVALUATION}.parquet"
-    parquet.write_table(pa.table(columns), place)
+    table = pa.table(columns)
+    if retention is not None:
+        num = len(next(iter(retention.values())))
+        kept = {"split": ["retention"] * num, "example": [f"k{i}" for i in range(num)]}
+        table = pa.concat_tables(
+            [table, pa.table(kept | dict(retention))], promote_options="default"
+        )
+    parquet.write_table(table, place)
     metrics = {
         name: Metric(value=float(np.mean(v)), num_examples=count, definition=f"{name}/1")
         for name, v in values.items()
@@ -52,6 +61,12 @@ def write_run(
             for name, value in validation.items()
         }
         splits["validation"] = Scores(examples="others", tokens="", metrics=means)
+    if retention is not None:
+        kept_means = {
+            name: Metric(value=float(np.mean(v)), num_examples=len(v), definition=f"{name}/1")
+            for name, v in retention.items()
+        }
+        splits["retention"] = Scores(examples="kept", tokens="", metrics=kept_means)
     evaluation = Evaluation(
         id=EVALUATION,
         settings={},

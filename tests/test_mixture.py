@@ -266,6 +266,18 @@ def test_refusals_on_the_command_line(files: dict[str, str]) -> None:
     assert said.code == 2 and "data.retention.path: must be null with task=seq_cls" in said.err
 
 
+def test_labels_of_a_named_set_are_those_of_train(tmp_path: Path) -> None:
+    pairs = [{"prompt": f"{label} {i}", "completion": label} for i in range(30) for label in "ab"]
+    train = write(tmp_path / "a.jsonl", pairs)
+    other = write(tmp_path / "b.jsonl", [{"prompt": "c 1", "completion": "c"}])
+    cfg = DataConfig(
+        name="m", source="jsonl", train=SourceConfig(path=train),
+        tests={"more": NamedSetConfig(path=other)},
+    )  # fmt: skip
+    with pytest.raises(ConfigErrors, match=r"data\.tests\.more: every completion must be one of"):
+        data.labels_of(cfg, "")
+
+
 # From the command line to the scores
 
 FAST = [
@@ -327,6 +339,25 @@ def test_scores_by_split_and_source_are_those_of_the_predictions(finished: Path)
         entry["evaluations"][-1]["splits"]["retention"]["examples"]
         == (entry["plan"]["contents"]["retention"])
     )
+
+
+def test_compare_shows_gain_and_forgetting_against_the_base(finished: Path) -> None:
+    """Pandas' means of what run and untrained base were predicted to score."""
+    (run,) = (path.parent for path in finished.glob("outputs/*/*/record.json"))
+    of_run = pd.read_parquet(predictions(run)).groupby("split")["nll"].mean()
+    base = next(finished.glob("outputs/*/base/*.parquet"))
+    of_base = pd.read_parquet(base).groupby("split")["nll"].mean()
+    found = json.loads(say("compare", run.parent, "--json").out)
+    (row,) = found["rows"]
+    # float64 sums in another order, of losses near 10
+    assert row["gain"]["mean"] == pytest.approx(of_base["test"] - of_run["test"], abs=1e-9)
+    lost = of_run["retention"] - of_base["retention"]
+    assert row["forgetting"]["mean"] == pytest.approx(lost, abs=1e-9) and lost != 0
+    assert row["gain"]["metric"] == row["forgetting"]["metric"] == "nll"
+    shown = say("compare", run.parent).out
+    for name in ("gain nll", "forgetting nll", "retention nll ↓", "chat nll ↓", "test nll ↓"):
+        assert name in shown
+    assert f"{lost:.4f}" in shown and f"{of_run['chat']:.4f}" in shown
 
 
 def test_a_named_set_that_is_in_train_is_told(finished: Path) -> None:

@@ -89,13 +89,15 @@ def compare(arguments: list[str]) -> int:
 def table_of(sweeps: Sequence[Path], found: Sequence[Checked], answers: Answers) -> dict[str, Any]:
     """The table of these runs, what speaks against it, and their untrained bases."""
     from lorabench import compare
-    from lorabench.compare.bases import bases
+    from lorabench.compare.bases import add_changes, bases
     from lorabench.compare.lints import lints
 
     records = [one.entry for one in found]
     table = compare.table(records)
     table["lints"] = lints([(one.folder, one.entry) for one in found], answers)
     table["bases"] = bases(sweeps, records, table["evaluations"])
+    if answers.metric is not None and answers.retention_metric is not None:
+        add_changes(table, table["bases"], answers.metric, answers.retention_metric)
     return table
 
 

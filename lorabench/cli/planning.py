@@ -157,4 +157,5 @@ def _outlook(jobs: Sequence[Job], shared: Shared, spreads: Spreads) -> Outlook |
     if config.trainer.eval_examples is not None:
         examples = min(examples, config.trainer.eval_examples)
     runs = [(setting(dataclasses.asdict(job.config)), job.config.seed) for job in jobs]
-    return outlook(runs, config.compare, examples, spreads)
+    num_splits = 1 if config.data.retention.path is None else 2
+    return outlook(runs, config.compare, examples, spreads, num_splits)

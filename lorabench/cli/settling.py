@@ -174,8 +174,7 @@ def _open_runs(answers: Answers, looked: bool) -> list[str]:
     """
     found: dict[str, None] = {}
     for one in answers.verdicts:
-        settled = one.outcome in ("found", "no worse") or one.hopeless
-        if not (looked and settled):
+        if not looked or one.is_open:
             for setting in {i for pair in one.question.pairs for i in pair}:
                 found |= dict.fromkeys(answers.runs[setting])
     return list(found)
@@ -243,7 +242,10 @@ def _train(
 
 def _closing(answers: Answers) -> list[str]:
     """What was settled, and what would settle the rest."""
-    settled = sum(one.outcome in ("found", "no worse") for one in answers.verdicts)
+    settled = sum(
+        one.is_settled and (one.retention is None or one.retention.is_settled)
+        for one in answers.verdicts
+    )
     lines = [f"{settled} of {len(answers.verdicts)} questions are settled"]
     if needed := [one.more_examples for one in answers.verdicts if one.more_examples]:
         lines.append(

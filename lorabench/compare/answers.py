@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lorabench.compare import statistics
-from lorabench.compare.judging import Verdict, judge
+from lorabench.compare.judging import Side, Verdict, judge_all
 from lorabench.compare.looks import Look, at_looks
 from lorabench.compare.questions import Factor, factors_of, find, questions_of
 from lorabench.compare.ranks import rank_intervals
@@ -20,10 +20,15 @@ from lorabench.compare.selection import select as choose
 from lorabench.compare.sentences import sentence
 from lorabench.compare.tables import settings_of
 from lorabench.config import HIGHER_IS_BETTER, ConfigErrors
+from lorabench.config.parts import RETENTION
 from lorabench.record import Record
 
 if TYPE_CHECKING:
     import pandas
+
+
+# Of a verdict on retention, what the verdict on test beside it says.
+SAID_ONCE = ("question", "split", "retention")
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Answers:
         num_runs: that were compared.
         num_read: finished runs, those that were left out among them.
         left_out: runs that were not, and what would bring them in, one text a reason.
+        retention_metric: what retention is compared by; None: no run was scored on it.
     """
 
     metric: str | None
@@ -51,6 +57,7 @@ class Answers:
     num_runs: int = 0
     num_read: int = 0
     left_out: list[str] = field(default_factory=list)
+    retention_metric: str | None = None
 
     def sentences(self) -> list[str]:
         """One sentence a question."""
@@ -62,6 +69,11 @@ class Answers:
         for one in self.verdicts:
             row = asdict(one)
             question = row.pop("question")
+            for key in ("split", "retention"):  # rows are of test
+                row.pop(key)
+            if one.retention is not None:
+                kept = asdict(one.retention)
+                row["retention"] = {k: v for k, v in kept.items() if k not in SAID_ONCE}
             row |= {
                 "factor": question["factor"], "at": question["at"],
                 "averaged": list(question["averaged"]), "sentence": sentence(one),
@@ -87,6 +99,9 @@ def verdicts(
     planned_looks: int = 0,
 ) -> Answers:
     """Compare the settings of a sweep on the test split, by seed and by example.
+
+    Where runs were scored on retention too, each question is asked of it as well; the level of the
+    command covers both.
 
     Args:
         runs: folders and records, such as from `lorabench.record.find`.
@@ -123,19 +138,38 @@ def verdicts(
     higher = found.metric in HIGHER_IS_BETTER
     chosen: list[Chosen] = []
 
-    def judged(look: Look | None, places: list[int]) -> list[Verdict]:
-        test = found.test if look is None else found.of_seeds(look.seeds)
-        flatteries = None
-        if selecting is not None:
-            selection = selecting.choose(found, test, higher)
-            test, flatteries = selection.runs, np.array(selection.flatteries)
-            chosen[:] = [one for one in selection.chosen if one is not None]
-        level = statistics.LEVEL if look is None else look.level
-        asked = [questions[i] for i in places]
-        return judge(asked, test, found.metric, higher, margin, level, flatteries)
+    kept_metric = found.retention_metric
 
-    every = list(range(len(questions)))
-    judgements = at_looks(looks, planned_looks, every, judged) if looks else judged(None, every)
+    def judged(look: Look | None, places: list[int]) -> list[Verdict]:
+        """Answer questions: those below len(questions) on test, the same again on retention."""
+        scores = found if look is None else found.of_seeds(look.seeds)
+        sides = [Side("test", found.metric, scores.test, higher)]
+        if kept_metric is not None:
+            more = kept_metric in HIGHER_IS_BETTER
+            sides.append(Side(RETENTION, kept_metric, scores.retention, more))
+        if selecting is not None:
+            selection = selecting.choose(scores, higher)
+            chosen[:] = [one for one in selection.chosen if one is not None]
+            sides = [
+                replace(side, runs=runs, flatteries=np.array(owed))
+                for side, runs, owed in zip(
+                    sides,
+                    (selection.runs, selection.retention),
+                    (selection.flatteries, selection.retention_flatteries),
+                    strict=False,
+                )
+            ]
+        level = statistics.LEVEL if look is None else look.level
+        asked = [(question, side) for side in sides for question in questions]
+        return judge_all([asked[i] for i in places], margin, level)
+
+    count = len(questions)
+    every = list(range(count if kept_metric is None else 2 * count))
+    answered = at_looks(looks, planned_looks, every, judged) if looks else judged(None, every)
+    judgements = answered[:count]
+    if kept_metric is not None:
+        pairs = zip(judgements, answered[count:], strict=True)
+        judgements = [test.beside(kept) for test, kept in pairs]
     ranked = rank_intervals(found.test, higher, looks[-1].level if looks else statistics.LEVEL)
     ranks = {
         run: rank
@@ -148,7 +182,7 @@ def verdicts(
     num_runs = sum(map(len, found.test))
     return Answers(
         found.metric, judgements, factors, chosen, runs_of, ranks, num_runs, len(finished),
-        found.left_out,
+        found.left_out, kept_metric,
     )  # fmt: skip
 
 
@@ -163,7 +197,7 @@ class _Selecting:
     def members(self) -> list[list[int]]:
         return self.left.members
 
-    def choose(self, found: Scored, test: list[Any], higher_is_better: bool) -> Selection:
+    def choose(self, found: Scored, higher_is_better: bool) -> Selection:
         """Choose it by the validation scores of these runs.
 
         Raises:
@@ -176,5 +210,6 @@ class _Selecting:
                 f"have none; `lorabench evaluate DIR` scores it, or choose another --metric"
             )
         return choose(
-            self.factor, self.factors, found.settings, test, found.validation, higher_is_better
-        )
+            self.factor, self.factors, found.settings, found.test, found.validation,
+            higher_is_better, found.retention, found.retention_metric in HIGHER_IS_BETTER,
+        )  # fmt: skip

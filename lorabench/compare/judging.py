@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +14,24 @@ from lorabench.compare.questions import Question
 from lorabench.compare.scores import Scores, aligned
 
 WORTHWHILE = 0.9  # of the smallest difference now: what twice the seeds must find to be worth it
-Outcome = Literal["found", "no worse", "not settled", "no verdict"]
+Outcome = Literal["found", "no worse", "not settled", "no verdict", "trade-off"]
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one split scored.
+
+    Args:
+        split: test, or retention.
+        runs: scores of every setting, by seed.
+        flatteries: of every setting, what it may owe to a choice on the same seeds.
+    """
+
+    split: str
+    metric: str
+    runs: Sequence[Mapping[Any, Scores]]
+    higher_is_better: bool
+    flatteries: NDArray[np.float64] | None = None
 
 
 @dataclass
@@ -52,15 +69,43 @@ class Verdict:
     look: int | None = None  # of planned looks: the one that the verdict is of
     looks: int | None = None  # how many are planned
     why: str = ""  # of `no verdict`
+    split: str = "test"
+    retention: Verdict | None = None  # the same question about retention; None: it was not asked
 
     @property
     def is_identical(self) -> bool:
         """Whether both levels scored the same in every seed and on every example."""
         return self.gain == 0 and bool(self.spreads) and not any(self.spreads.values())
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether it has an answer."""
+        return self.outcome in ("found", "no worse", "trade-off")
+
+    @property
+    def is_open(self) -> bool:
+        """Whether more seeds might still tell something, retention included."""
+        kept = self.retention
+        return not (self.is_settled or self.hopeless) or (
+            kept is not None and kept.outcome != "no verdict" and kept.is_open
+        )
+
+    def beside(self, retention: Verdict) -> Verdict:
+        """Return this verdict with that on retention.
+
+        The outcome is a trade-off where one level is found better and the other is found to keep
+        more of what the base could do.
+        """
+        both = self.outcome == retention.outcome == "found"
+        trades = both and self.better != retention.better
+        return replace(self, retention=retention, outcome="trade-off" if trades else self.outcome)
+
 
 def differences(
-    question: Question, runs: Sequence[Mapping[Any, Scores]], higher_is_better: bool
+    question: Question,
+    runs: Sequence[Mapping[Any, Scores]],
+    higher_is_better: bool,
+    split: str = "test",
 ) -> tuple[list[Any], NDArray[np.float64]] | str:
     """Gains of a question's first level over its second, (S, N), by the seeds all settings share.
 
@@ -70,6 +115,8 @@ def differences(
         Seeds and gains; or why there are none.
     """
     settings = [runs[i] for pair in question.pairs for i in pair]
+    if split != "test" and not all(settings):
+        return f"a setting has no {split} scores; `lorabench evaluate DIR` scores saved adapters"
     if not all(settings):
         return "a setting has no scores to compare; `lorabench runs DIR` shows how far its runs are"
     seeds = [seed for seed in settings[0] if all(seed in one for one in settings)]
@@ -80,8 +127,8 @@ def differences(
     table = aligned([one[seed] for one in settings for seed in seeds])
     if table.shape[1] < 2:
         return (
-            "the settings share fewer than 2 test examples; `lorabench evaluate DIR "
-            "data.test.path=FILE` scores all on the same"
+            f"the settings share fewer than 2 {split} examples; `lorabench evaluate DIR "
+            f"data.{split}.path=FILE` scores all on the same"
         )
     by_setting = table.reshape(len(question.pairs), 2, len(seeds), -1)
     gain = (by_setting[:, 0] - by_setting[:, 1]).mean(0)
@@ -97,15 +144,24 @@ def judge(
     level: float = statistics.LEVEL,
     flatteries: NDArray[np.float64] | None = None,
 ) -> list[Verdict]:
-    """Answer all questions of a command on one metric.
+    """Answer all questions of a command on one metric of test: `judge_all` with one side."""
+    side = Side("test", metric, runs, higher_is_better, flatteries)
+    return judge_all([(question, side) for question in questions], margin, level)
+
+
+def judge_all(
+    asked: Sequence[tuple[Question, Side]],
+    margin: float | None = None,
+    level: float = statistics.LEVEL,
+) -> list[Verdict]:
+    """Answer all questions of a command, those on retention among them.
 
     Args:
-        runs: scores of every setting, by seed.
-        margin: a difference that does not matter, in the metric's unit.
-        level: share of commands that may err in any of their questions.
-        flatteries: of every setting, what it may owe to a choice on the same seeds.
+        asked: each question and the split that answers it.
+        margin: a difference that does not matter, in the unit of the first side's metric.
+        level: share of commands that may err in any of their questions, on whichever split.
     """
-    found = [differences(question, runs, higher_is_better) for question in questions]
+    found = [differences(one, side.runs, side.higher_is_better, side.split) for one, side in asked]
     tables = {
         i: statistics.components(one[1])
         for i, one in enumerate(found)
@@ -113,27 +169,31 @@ def judge(
     }
     decided: dict[int, tuple[int, statistics.Decisions]] = {}
     if tables:
-        flattery = np.array([_flattery(questions[i], flatteries) for i in tables])
+        flattery = np.array([_flattery(asked[i][0], asked[i][1].flatteries) for i in tables])
         stacked = statistics.Components.stacked([*tables.values()])
         # Higher is better of scores in [0, 1] alone: exact_match, accuracy, answer, gym.
+        is_share = np.array([asked[i][1].higher_is_better for i in tables])
         decisions = statistics.decide(
-            stacked, level, flattery, is_share=higher_is_better, with_margin=margin is not None
+            stacked, level, flattery, is_share=is_share, with_margin=margin is not None
         )
         decided = {i: (place, decisions) for place, i in enumerate(tables)}
     first_level = level / max(1, len(tables))
     verdicts = []
-    for i, (question, one) in enumerate(zip(questions, found, strict=True)):
+    for i, ((question, side), one) in enumerate(zip(asked, found, strict=True)):
+        metric = side.metric
         if isinstance(one, str):
-            verdicts.append(Verdict(question, metric, *question.levels, "no verdict", why=one))
+            verdict = Verdict(question, metric, *question.levels, "no verdict", why=one)
         elif i not in decided:
-            verdicts.append(_of_one_seed(question, metric, *one))
+            verdict = _of_one_seed(question, metric, *one)
         else:
-            verdict = _decided(question, metric, one[0], tables[i], *decided[i], margin)
-            verdict.flattery = _flattery(question, flatteries)
+            mine = margin if metric == asked[0][1].metric else None
+            verdict = _decided(question, metric, one[0], tables[i], *decided[i], mine)
+            verdict.flattery = _flattery(question, side.flatteries)
             if verdict.better != question.levels[0]:
                 verdict.flattery = -verdict.flattery
             _reckon(verdict, tables[i], first_level)
-            verdicts.append(verdict)
+        verdict.split = side.split
+        verdicts.append(verdict)
     return verdicts
 
 

@@ -67,7 +67,7 @@ class Outlook:
     """What so many seeds and examples will tell.
 
     Args:
-        questions: how many the sweep asks.
+        questions: how many the sweep asks, those on retention among them.
         seeds: that every setting has.
         examples: of the test split.
         smallest: difference between two settings that is found in 80 of 100 such sweeps; None: one
@@ -105,11 +105,13 @@ def outlook(
     asked: CompareConfig,
     examples: int,
     spreads: Spreads,
+    num_splits: int = 1,
 ) -> Outlook | None:
     """Return what a planned sweep will tell; None: it has one setting, and nothing to ask.
 
     Args:
         settings: setting and seed of every run.
+        num_splits: that each question is asked of: test, and retention where there is one.
     """
     seeds_of: dict[str, set[int]] = {}
     distinct: dict[str, dict[str, Any]] = {}
@@ -128,6 +130,6 @@ def outlook(
     seeds = min(map(len, seeds_of.values()))
     smallest = None
     if seeds > 1:
-        level = statistics.LEVEL / len(questions)
+        level = statistics.LEVEL / (num_splits * len(questions))
         smallest = power.Design(spreads.of, seeds, examples, level).smallest()
-    return Outlook(len(questions), len(distinct), seeds, examples, spreads, smallest)
+    return Outlook(num_splits * len(questions), len(distinct), seeds, examples, spreads, smallest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from lorabench.compare.scores import Reader, Scores
 from lorabench.compare.tables import FIRST, choose_evaluations, setting, settings_of
 from lorabench.config import ConfigErrors
+from lorabench.config.parts import RETENTION
 from lorabench.record import Evaluation, Record
 
 JUDGE, CHOOSER = "test", "validation"  # splits: verdicts are on the one, choices on the other
@@ -28,6 +29,8 @@ class Scored:
         validation: means of the validation split of each setting by seeds; NaN: none.
         seed_of: the config's `seed` of each key of `test`.
         left_out: runs that are not compared and what would bring them in, one text a reason.
+        retention: scores on retention of the same runs as `test`, where they have any.
+        retention_metric: the one of `test`, or nll; None: no run was scored on retention.
     """
 
     metric: str
@@ -37,10 +40,16 @@ class Scored:
     validation: list[dict[Any, float]]
     seed_of: dict[Any, int]
     left_out: list[str]
+    retention: list[dict[Any, Scores]]
+    retention_metric: str | None = None
 
-    def of_seeds(self, seeds: Container[int]) -> list[dict[Any, Scores]]:
-        """Test scores of these seeds alone."""
-        return [{k: v for k, v in one.items() if self.seed_of[k] in seeds} for one in self.test]
+    def of_seeds(self, seeds: Container[int]) -> Scored:
+        """The same with test and retention of these seeds alone."""
+        test, retention = (
+            [{k: v for k, v in one.items() if self.seed_of[k] in seeds} for one in every]
+            for every in (self.test, self.retention)
+        )
+        return replace(self, test=test, retention=retention)
 
 
 def metric_of(records: Sequence[Record], wanted: str | None = None) -> str | None:
@@ -79,6 +88,10 @@ def scored(
     for i, one in enumerate(settings):
         groups.setdefault(repr(sorted(one.items())), []).append(i)
     reader, left_out = Reader(JUDGE, metric), _LeftOut()
+    keepers = evaluations.get(RETENTION, {}).get("of_runs", [None] * len(records))
+    kept_metric = _retention_metric(keepers, metric)
+    kept_reader = Reader(RETENTION, kept_metric or metric)
+    retention: list[dict[Any, Scores]] = []
     seed_of: dict[Any, int] = {}
     test: list[dict[Any, Scores]] = []
     validation: list[dict[Any, float]] = []
@@ -86,6 +99,7 @@ def scored(
         mine: dict[Any, Scores] = {}
         means: dict[Any, float] = {}
         trained: dict[Any, str] = {}  # ids of the runs in `mine`
+        kept: dict[Any, Scores] = {}
         for i in sorted(members, key=lambda i: records[i].ended or ""):
             found = _scores(reader, finished[i][0], judges[i])
             if isinstance(found, str):
@@ -95,6 +109,13 @@ def scored(
             if seeds in mine:
                 left_out.add("there is a newer run of its setting and seeds", trained[seeds])
             mine[seeds], trained[seeds] = found, records[i].run_id
+            kept.pop(seeds, None)
+            if keepers[i] is not None:
+                again = _scores(kept_reader, finished[i][0], keepers[i])
+                if isinstance(again, str):
+                    left_out.add(f"on {RETENTION}: {again}", records[i].run_id)
+                else:
+                    kept[seeds] = again
             means[seeds] = _mean(choosers[i], metric)
             seed_of[seeds] = records[i].config["seed"]
         of_setting = _words(settings[members[0]])
@@ -102,13 +123,23 @@ def scored(
             if _words(setting(stopped.config)) == of_setting:
                 means.setdefault(tuple(sorted(stopped.seeds.items())), np.nan)
         test.append(mine)
+        retention.append(kept)
         validation.append(means)
     return Scored(
         metric,
         [settings[members[0]] for members in groups.values()],
         [[records[i].run_id for i in members] for members in groups.values()],
-        test, validation, seed_of, left_out.lines(),
+        test, validation, seed_of, left_out.lines(), retention, kept_metric,
     )  # fmt: skip
+
+
+def _retention_metric(evaluations: Sequence[Evaluation | None], metric: str) -> str | None:
+    """The metric to compare retention by: that of test where all runs have it, else nll."""
+    found = [set(one.splits[RETENTION].metrics) for one in evaluations if one is not None]
+    if not found:
+        return None
+    there = set.intersection(*found)
+    return next((name for name in (metric, "nll", *sorted(there)) if name in there), None)
 
 
 def _words(setting: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ commands where seeds matter most (benchmarks/calibration.py has a cell of it).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,9 @@ class Selection:
     runs: list[dict[Any, Scores]]
     members: list[list[int]]
     chosen: list[Chosen | None]  # None: no value can be chosen there
+    # Scores of what was chosen on retention, and how much better the choice makes them look.
+    retention: list[dict[Any, Scores]] = field(default_factory=list)
+    retention_flatteries: list[float] = field(default_factory=list)
 
     @property
     def flatteries(self) -> list[float]:
@@ -62,7 +65,9 @@ class Selection:
         return [0.0 if one is None else one.flattery for one in self.chosen]
 
 
-def flattery(loss: NDArray[np.float64]) -> NDArray[np.float64]:
+def flattery(
+    loss: NDArray[np.float64], scored: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
     """Estimate how much the best of several values owes to the seeds it was chosen on.
 
     The best by its mean over S seeds loses to each seed's own best by b (1 - 1 / sqrt(S)) on
@@ -72,12 +77,16 @@ def flattery(loss: NDArray[np.float64]) -> NDArray[np.float64]:
 
     Args:
         loss: (..., V, S) of values and seeds, less is better.
+        scored: the same of other examples, on which the choice may flatter or do the opposite
+            (negative); None: of those it was made on, where it can only flatter.
     """
     seeds = loss.shape[-1]
     if seeds < 2:
         return np.zeros(loss.shape[:-2])
+    scored = loss if scored is None else scored
     best = loss.mean(-1).argmin(-1)[..., None, None]
-    lost = np.take_along_axis(loss, best, -2)[..., 0, :] - loss.min(-2)
+    own = loss.argmin(-2)[..., None, :]
+    lost = (np.take_along_axis(scored, best, -2) - np.take_along_axis(scored, own, -2))[..., 0, :]
     return np.asarray(lost.mean(-1) / (np.sqrt(seeds) - 1))
 
 
@@ -88,6 +97,8 @@ def select(
     runs: Sequence[Mapping[Any, Scores]] = (),
     validation: Sequence[Mapping[Any, float]] = (),
     higher_is_better: bool = False,
+    retention: Sequence[Mapping[Any, Scores]] = (),
+    more_is_kept: bool = False,
 ) -> Selection:
     """Choose one value of a factor at each combination of the others.
 
@@ -95,6 +106,8 @@ def select(
         runs: test scores of every setting, by seed; none: only settings and members are of use.
         validation: means of the validation split of the same runs; a value with a run that has
             none, or diverged, is not chosen.
+        retention: scores on retention of the same runs.
+        more_is_kept: whether higher is better there.
     """
     others = [one for one in factors if one is not factor]
     groups: dict[tuple[int, ...], dict[int, int]] = {}
@@ -119,6 +132,8 @@ def select(
         if not shared or any(diverged[v] for v in able):
             found.runs.append({})
             found.chosen.append(None)
+            found.retention.append({})
+            found.retention_flatteries.append(0.0)
             continue
         table = np.array([[validation[members[v]][s] for s in shared] for v in able])
         loss = -table if higher_is_better else table
@@ -137,4 +152,12 @@ def select(
             factor.name, where, factor.levels[best], means, float(flattery(loss)), len(shared), why
         )
         found.chosen.append(chosen)
+        kept = [retention[members[v]] for v in able] if retention else []
+        of_best = kept[able.index(best)] if kept else {}
+        found.retention.append({s: of_best[s] for s in shared if s in of_best})
+        owed = 0.0
+        if kept and all(s in one for one in kept for s in shared):
+            means_kept = np.array([[np.nanmean(one[s].values) for s in shared] for one in kept])
+            owed = float(flattery(loss, -means_kept if more_is_kept else means_kept))
+        found.retention_flatteries.append(owed)
     return found

@@ -9,8 +9,22 @@ from lorabench.compare.questions import told
 
 
 def sentence(one: Verdict) -> str:
-    """Found, not settled, or no worse than X; with its interval, and what would settle it."""
-    question, unit = one.question, one.metric
+    """Found, not settled, or no worse than X; with its interval, and what would settle it.
+
+    Where retention was scored, what is said of test is never said without it.
+    """
+    if one.retention is None:
+        return _alone(one, one.metric)
+    return _beside(one, one.retention) + _at_look(one)
+
+
+def _alone(one: Verdict, unit: str) -> str:
+    """The sentence of one verdict.
+
+    Args:
+        unit: what the difference is of, such as nll.
+    """
+    question = one.question
     better, where = told(question.factor, one.better), question.where
     if one.outcome == "no verdict" and not one.seeds:
         return f"{question.name}: no verdict, because {one.why}"
@@ -20,11 +34,60 @@ def sentence(one: Verdict) -> str:
             f"{better} has the better {unit} by {gain} [{low}, {high}, over examples "
             f"alone]{where}: no verdict, because one seed does not tell how much seeds matter"
         )
-    return _of_several_seeds(one) + _at_look(one)
+    return _of_several_seeds(one, unit) + ("" if one.retention else _at_look(one))
 
 
-def _of_several_seeds(one: Verdict) -> str:
-    question, unit = one.question, one.metric
+def _beside(one: Verdict, kept: Verdict) -> str:
+    """What was found on test and on retention, side by side."""
+    factor = one.question.factor
+    better, worse = told(factor, one.better), told(factor, one.worse)
+    test, unit = f"test {one.metric}", f"{kept.split} {kept.metric}"
+    both = one.outcome in ("found", "trade-off") and kept.outcome == "found"
+    if not both:
+        return f"{_alone(one, test)}; {_of_retention(kept, unit)}"
+    low, high, gain = numbers(one.low, one.high, one.gain)
+    kept_low, kept_high, kept_gain = numbers(kept.low, kept.high, kept.gain)
+    if one.outcome == "trade-off":
+        return (
+            f"{better} gains {gain} {test} [{low}, {high}] over {worse} and forgets more, "
+            f"{kept_gain} {unit} [{kept_low}, {kept_high}]{one.question.where}: a trade-off"
+        )
+    return (
+        f"{better} beats {worse} by {gain} {test} [{low}, {high}] and forgets less, by "
+        f"{kept_gain} {unit} [{kept_low}, {kept_high}]{one.question.where}"
+    )
+
+
+def _of_retention(kept: Verdict, unit: str) -> str:
+    """The second half of a sentence: what is known of forgetting."""
+    factor = kept.question.factor
+    better, worse = told(factor, kept.better), told(factor, kept.worse)
+    if kept.outcome == "no verdict" and not kept.seeds:
+        return f"on retention there is no verdict, because {kept.why}"
+    if kept.outcome == "no verdict":
+        low, high, gain = numbers(kept.plain_low, kept.plain_high, kept.gain)
+        return f"{better} has the better {unit} by {gain} [{low}, {high}, over examples alone]"
+    if kept.is_identical and kept.outcome == "not settled":
+        return f"{unit} is identical on all {kept.examples:,} examples"
+    low, high, gain = numbers(kept.low, kept.high, kept.gain, apart=(kept.margin,))
+    if kept.outcome == "found":
+        return f"{better} forgets less than {worse}, by {gain} {unit} [{low}, {high}]"
+    if kept.outcome == "no worse":
+        margin = f"{kept.margin:g} {unit}"
+        if len(kept.no_worse) == 2:
+            text = f"what they forget differs by less than {margin}"
+        else:
+            forgets = told(factor, kept.no_worse[0])
+            text = f"{forgets} does not forget more by {margin}"
+        return f"{text}: the difference is {gain} [{low}, {high}]"
+    return (
+        f"which of them forgets more is not settled, {better} less by {gain} {unit} "
+        f"[{low}, {high}]{_settling(kept)}"
+    )
+
+
+def _of_several_seeds(one: Verdict, unit: str) -> str:
+    question = one.question
     better, worse = (told(question.factor, level) for level in (one.better, one.worse))
     where = question.where
     if one.is_identical and one.outcome == "not settled":

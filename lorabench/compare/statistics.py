@@ -233,7 +233,7 @@ def decide(
     tables: Components,
     level: float = LEVEL,
     flattery: Array | float = 0.0,
-    is_share: bool = False,
+    is_share: NDArray[np.bool_] | bool = False,
     with_margin: bool = False,
 ) -> Decisions:
     """Answer all questions of a command, (..., Q).
@@ -265,11 +265,12 @@ def decide(
 
 
 def _interval(
-    test: Test, tables: Components, ends: tuple[Array, Array], levels: Array, is_share: bool
+    test: Test, tables: Components, ends: tuple[Array, Array], levels: Array, is_share: Any
 ) -> tuple[Array, Array]:
     """Ends at these levels: zero is outside exactly where p is at most the level."""
     half = test.half_width(levels)
-    wide = np.maximum(half, -np.log(levels) / tables.num_examples) if is_share else half
+    missed = -np.log(levels) / tables.num_examples
+    wide = np.where(is_share, np.maximum(half, missed), half)
     low, high = np.minimum(*ends), np.maximum(*ends)
     # What examples miss is told on the far side of what was found, and on both of what was not.
     return (

@@ -10,6 +10,7 @@ from typing import Any
 
 from lorabench import identity, provenance
 from lorabench.config import flatten
+from lorabench.config.parts import RETENTION
 from lorabench.record import Evaluation, Record
 
 # Keys that name a place or a machine, or are the seeds a setting is repeated over.
@@ -97,6 +98,15 @@ def _of_selection(one: Record, key: str) -> Any:
 SPLITS = ("validation", "test")
 
 
+def splits_in(records: Sequence[Record]) -> list[str]:
+    """Return the splits that runs were scored on: validation, test, others, and retention last."""
+    there = dict.fromkeys(
+        split for one in records for found in one.evaluations for split in found.splits
+    )
+    named = [split for split in there if split not in (*SPLITS, RETENTION)]
+    return [*SPLITS, *named, *([RETENTION] if RETENTION in there else [])]
+
+
 def comparable(evaluation: Evaluation, split: str) -> str:
     """What two evaluations must share for their scores of a split to be compared.
 
@@ -121,7 +131,7 @@ def choose_evaluations(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
         where a run has no scores of the split.
     """
     found: dict[str, dict[str, Any]] = {}
-    for split in SPLITS:
+    for split in splits_in(records):
         by_run = [
             {comparable(e, split): e for e in one.evaluations if split in e.splits}
             for one in records

@@ -14,9 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from lorabench.compare import HIGHER_IS_BETTER as OURS
+from lorabench.compare.bases import CHANGES
 from lorabench.compare.foreign import HIGHER_IS_BETTER as FOREIGN
 from lorabench.compare.lints import is_linted
 from lorabench.compare.tables import FIRST, short_keys
+from lorabench.config.parts import RETENTION
 from lorabench.show.results import columns_of
 from lorabench.show.text import console, dump, quantity, setting, size, whole, with_spread
 
@@ -24,7 +26,10 @@ if TYPE_CHECKING:
     from lorabench.compare import Answers
 
 HIGHER_IS_BETTER = OURS | FOREIGN
-OUTCOMES = {"found": "green", "no worse": "green", "not settled": "yellow", "no verdict": "yellow"}
+OUTCOMES = {
+    "found": "green", "no worse": "green", "not settled": "yellow", "no verdict": "yellow",
+    "trade-off": "yellow",
+}  # fmt: skip
 SPLITS = ("test", "validation")
 
 
@@ -94,11 +99,17 @@ def _sentences(out: Console, answers: Answers) -> None:
         looked = any(one.look for one in answers.verdicts)
         out.print(
             f"{_counted(answers)}, {_number(len(answers.verdicts), 'question')} on test "
-            f"{answers.metric}, paired by seed and example; at most one command in twenty has a "
-            f"false verdict among its sentences{', all looks together' if looked else ''}",
+            f"{answers.metric}{_and_retention(answers)}, paired by seed and example; at most one "
+            f"command in twenty has a false verdict among its sentences"
+            f"{', all looks together' if looked else ''}",
             style="dim", soft_wrap=True,
         )  # fmt: skip
         out.print()
+
+
+def _and_retention(answers: Answers) -> str:
+    metric = answers.retention_metric
+    return "" if metric is None else f" and as many on retention {metric}"
 
 
 def nothing_asked(answers: Answers) -> str:
@@ -129,17 +140,21 @@ def _settings(
 ) -> None:
     rows, foreign = table["rows"], table.get("foreign", [])
     every = [*rows, *foreign]
-    there = {name for row in every for split in SPLITS for name in row["metrics"].get(split, {})}
+    splits = [*SPLITS, *(one for one in table.get("evaluations", {}) if one not in SPLITS)]
+    there = {name for row in every for split in splits for name in row["metrics"].get(split, {})}
     ordered = [name for name in dict.fromkeys([answers.metric, *FIRST, *sorted(there)])
                if name in there and (not metrics or name in metrics)]  # fmt: skip
     scores = [
         (split, name)
         for name in ordered
-        for split in SPLITS
+        for split in splits
         if any(
             name in row["metrics"].get(split, {}) for row in (every if split == "test" else rows)
         )
     ]
+    kept = (RETENTION, answers.retention_metric or "")
+    if kept not in scores and any(kept[1] in row["metrics"].get(RETENTION, {}) for row in rows):
+        scores.append(kept)  # whatever is asked of test
     settings = f"{len(every)} setting{'s' if len(every) > 1 else ''}"
     title = f"{folder}: {settings}, mean ± standard deviation over seeds"
     shown = Table(title=title, title_justify="left")
@@ -147,8 +162,12 @@ def _settings(
     bases = table.get("bases", [])
     for name in short_keys(columns) or [""] * bool(bases):
         shown.add_column(name)
+    changes = [name for name in CHANGES if any(name in row for row in rows)]
+    for name in changes:
+        metric = next(row[name]["metric"] for row in rows if name in row)
+        shown.add_column(f"{name} {metric}", justify="right")
     if answers.ranks:
-        shown.add_column("rank", justify="right")
+        shown.add_column("test rank" if answers.retention_metric else "rank", justify="right")
     for split, name in scores:
         arrow = "↑" if name in HIGHER_IS_BETTER else "↓"
         shown.add_column(f"{split} {name} {arrow}", justify="right")
@@ -167,6 +186,7 @@ def _settings(
         cells = cells or ["trained"] * bool(bases)
         if place == best:
             cells[0] = Text(f"{cells[0]} *", "bold")
+        cells += [with_spread(row[name]) if name in row else "" for name in changes]
         if answers.ranks:
             cells.append(_rank(answers.ranks.get(row["runs"][0])))
         cells += [_score(row, *score) for score in scores]
@@ -182,7 +202,8 @@ def _settings(
     shown.add_section()
     for base in bases:
         which = f" {base['name']}" if len(bases) > 1 else ""
-        cells = [f"untrained{which}", *[""] * (len(columns) - 1), *[""] * bool(answers.ranks)]
+        cells = [f"untrained{which}", *[""] * (len(columns) - 1)]
+        cells += [""] * (len(changes) + bool(answers.ranks))
         for split, name in scores:
             value = base["metrics"].get(split, {}).get(name)
             cells.append("" if value is None else f"{value:.4f}")
@@ -192,6 +213,7 @@ def _settings(
         known = [row["setting"].get(key) for key in columns]
         shown.add_row(
             *("" if value is None else setting(value) for value in known),
+            *([""] * len(changes)),
             *([""] if answers.ranks else []),
             *(_foreign_score(row, *score) for score in scores),
             "one",
@@ -209,6 +231,12 @@ def _settings(
     whole(out, shown, least)
     if best is not None and judge is not None:
         out.print(f"* the best on validation {judge[1]}; test judges", style="dim")
+    if changes:
+        out.print(
+            "gain: how much better than the untrained base on test; forgetting: how much worse on "
+            "retention; mean ± standard deviation over seeds",
+            style="dim", soft_wrap=True,
+        )  # fmt: skip
     if foreign:
         out.print(
             f"{_number(len(foreign), 'result')} of PEFT's benchmark: one seed each, so no verdict; "

@@ -10,12 +10,14 @@ from lorabench.compare.lints.design import Design, Lint
 from lorabench.compare.scored import JUDGE, metric_of
 from lorabench.compare.tables import choose_evaluations
 from lorabench.config import and_more
+from lorabench.config.parts import RETENTION
 from lorabench.identity import is_generated
 
 # Below about 30 examples a mean is far from normal, and one example moves an accuracy by over 3%.
 FEWEST_EXAMPLES = 30
 OVERLAP = re.compile(
-    r"(?:data\.)?(validation|test): (\d+) of (\d+) prompts are in (?:the training set|train) ?too"
+    r"(?:data\.)?(validation|test|tests\.[\w\-]+|retention): (\d+) of (\d+) "
+    r"(?:prompts|texts) are in (?:the training set|train) ?too"
 )
 
 
@@ -183,13 +185,19 @@ def test_in_train(design: Design) -> list[Lint]:
     lints = []
     for note, ids in found.items():
         split, shared, count = OVERLAP.match(note).groups()  # type: ignore[union-attr]
+        split = split.removeprefix("tests.")
+        harm = (
+            "it hides what training makes the base forget"
+            if split == RETENTION
+            else f"{split} scores overstate how well a run does on new prompts, and reward what "
+            "memorises best"
+        )
         remedy = note.rpartition("; ")[2] if "; " in note else "remove them from one of the two"
         lints.append(
             Lint(
                 "test-in-train",
                 f"{shared} of {count} {split} prompts are in the training set too "
-                f"({design.named(design.settings_with(ids))}): {split} scores overstate how well a "
-                f"run does on new prompts, and reward what memorises best",
+                f"({design.named(design.settings_with(ids))}): {harm}",
                 remedy,
                 tuple(ids),
             )
