@@ -88,7 +88,7 @@ def given_text(choice: str) -> str:
     """
     if choice in BUILT_IN:
         return (Path(__file__).parent / "chat_templates" / f"{choice}.jinja").read_text("utf-8")
-    law = f"data.chat_template: must be true, false, {', '.join(BUILT_IN)}, or a file with a"
+    known = ", ".join(BUILT_IN)
     path = Path(choice).expanduser()
     try:
         return path.read_text("utf-8-sig")
@@ -97,11 +97,15 @@ def given_text(choice: str) -> str:
         close = nearest(choice, there)
         remedy = f"did you mean '{close[0]}'?" if close else "correct the path"
         raise ConfigErrors(
-            f"{law} template; '{choice}' is none of them, seen from {Path.cwd()}; {remedy}"
+            f"data.chat_template: must be true, false, {known}, or a file with a template; "
+            f"'{choice}' is none of them, seen from {Path.cwd()}; {remedy}"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise ConfigErrors(f"{law} template; '{choice}': {why}; give another") from error
+        raise ConfigErrors(
+            f"data.chat_template: must be true, false, {known}, or a file with a template; "
+            f"'{choice}': {why}; give another"
+        ) from error
 
 
 def _given(tokenizer: Any, choice: str) -> str:

@@ -108,8 +108,8 @@ def train_pack(
     origin = provenance.of_process(device) | {"command": ["lorabench", *shared.words]}
     for member in members:
         _describe(member, pack, origin, checksum, dataset.tokens["train"], train_tokens)
-        if dataset.template is not None:
-            member.entry.provenance["chat_template"] = data.text_hash(dataset.template)
+        used = dataset.template
+        member.entry.provenance["chat_template"] = None if used is None else data.text_hash(used)
         member.entry.notes = [*member.job.plan.warnings, *dataset.notes]
         if member.job.plan.padded is None and not pack.end_to_end:
             member.entry.plan["padded"] = other = "a probe of the loaded base"
