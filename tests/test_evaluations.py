@@ -269,7 +269,7 @@ def test_notes_are_on_screen_and_in_compare(tmp_path: Path) -> None:
     """What is left out, and what is in two splits, is said where people look."""
     train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
     lines = [
-        json.dumps({"prompt": "x" * 80 * (i % 10 == 0) + f"{i}=", "completion": str(i)}) + "\n"
+        json.dumps({"prompt": "x" * 80 * (i % 30 == 29) + f"{i}=", "completion": str(i)}) + "\n"
         for i in range(60)
     ]
     train.write_text("".join(lines))

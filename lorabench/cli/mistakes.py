@@ -192,7 +192,8 @@ def _explain(error: BaseException) -> ConfigErrors | None:
     if line is None:
         return None
     found = re.search(r"In '([\w\-]+/[\w\-./]+)': \w+ raised while composing", str(error))
-    return ConfigErrors(line + (_where(found[1]) if found else ""))
+    line += _where(found[1]) if found else ""
+    return ConfigErrors(line)
 
 
 def _where(name: str) -> str:
