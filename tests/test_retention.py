@@ -181,6 +181,28 @@ def test_the_table_shows_what_retention_is_compared_by(tmp_path: Path) -> None:
     assert "test answer ↑" in shown and "retention nll ↓" in shown and "test rank" in shown
 
 
+def test_ranks_say_no_more_than_the_verdicts(tmp_path: Path) -> None:
+    """A difference that is found alone, at 5%, and not beside retention, at 2.5%."""
+    rng = np.random.default_rng(3)
+    shared = rng.normal(size=60)
+    noise = rng.normal(size=(3, 60)) + 0.05 * rng.normal(size=(3, 1))
+    for size in np.linspace(0.05, 1.5, 60):
+        gains = np.asarray(size + noise)
+        if 0.025 < by_hand(gains, 0.05)[1] < 0.05:
+            break
+    else:
+        raise AssertionError("no such size")
+    for name, kept in (("alone", None), ("beside", {"nll": np.arange(5.0)})):
+        for seed in range(3):
+            write_run(tmp_path / name, "exclude", 8, seed, {"nll": shared}, retention=kept)
+            other = {"nll": shared + gains[seed]}
+            write_run(tmp_path / name, "lora", 8, seed, other, retention=kept)
+    for name, outcome, rank in (("alone", "found", [1, 1]), ("beside", "not settled", [1, 2])):
+        found = said_json(tmp_path / name)
+        assert [one["outcome"] for one in found["verdicts"]] == [outcome]
+        assert found["rows"][0]["rank"] == rank
+
+
 def test_without_retention_nothing_changes(tmp_path: Path) -> None:
     sweep(tmp_path / "s", TEST, dict.fromkeys(TEST))
     said = say("compare", tmp_path / "s").out.replace(str(tmp_path), "")

@@ -171,7 +171,9 @@ def verdicts(
     if kept_metric is not None:
         pairs = zip(judgements, answered[count:], strict=True)
         judgements = [test.beside(kept) for test, kept in pairs]
-    ranked = rank_intervals(found.test, higher, looks[-1].level if looks else statistics.LEVEL)
+    # Retention has half of a command's level; without it ranks say more than the verdicts do.
+    level = (looks[-1].level if looks else statistics.LEVEL) / (1 if kept_metric is None else 2)
+    ranked = rank_intervals(found.test, higher, level)
     ranks = {
         run: rank
         for ids, rank in zip(found.members, ranked, strict=True)

@@ -183,4 +183,5 @@ def _data_key(job: Job) -> str:
     rules = [settings.chat_template, settings.add_bos, settings.add_eos, settings.max_length]
     splits = ("train", *identity.splits_of(job.config))
     contents = [job.plan.contents[parts.key_of(split)] for split in splits]
-    return json.dumps([_tokenizer_key(job), contents, rules, job.plan.labels])
+    names = parts.source_names(settings)  # scores are recorded under them
+    return json.dumps([_tokenizer_key(job), contents, rules, job.plan.labels, names])
