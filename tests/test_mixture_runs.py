@@ -1,4 +1,4 @@
-"""Runs on a mixture with named test sets, through the command line; references are pandas' means."""
+"""Runs on a mixture with named test sets, through the command line; against pandas' means."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from conftest import predictions, records, say, scores
 from sources import write
+from test_evaluations import no_training
 from test_mixture import SIZES, mixed, rows
 
 from lorabench import data
@@ -115,16 +116,12 @@ def test_a_named_set_that_is_in_train_is_told(finished: Path) -> None:
 def test_evaluate_adds_sets_without_training(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorabench.pack import ModulePack, StackedPack
-
     out = tmp_path / "outputs"
     said = say("train", *FAST, "data.num_train=16", "data.num_validation=4", "data.num_test=4",
                f"output_dir={out}")  # fmt: skip
     assert said.code == 0, said.err
     before = records(out)
-    for pack in (ModulePack, StackedPack):
-        monkeypatch.delattr(pack, "forward_backward", raising=False)
-        monkeypatch.setattr(pack, "step", None, raising=False)
+    no_training(monkeypatch)
     said = say("evaluate", out / "default", f"data.retention.path={finished}/maths.jsonl",
                f"data.tests={{w: {{path: '{finished}/words.jsonl', num: 3}}}}")  # fmt: skip
     assert said.code == 0, said.err
