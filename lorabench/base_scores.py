@@ -31,6 +31,8 @@ CONDITIONS = (
     "model.attn_implementation",
     "trainer.dtype",
 )
+LATER = ("data.format", "data.system", "data.merge_turns", "data.loss_on", "data.tools",
+         "data.chat_template_kwargs", "data.too_long")  # fmt: skip
 
 
 class BaseEvaluation(BaseModel):
@@ -63,10 +65,18 @@ class BaseEvaluation(BaseModel):
 
 
 def conditions_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return CONDITIONS with their values in a config (nested dictionaries); None for a missing
-    key."""
+    """Return CONDITIONS with their values in a nested config; None for a missing key.
+
+    Of keys that came later only those that do not do what was done without them.
+    """
     flat = flatten(dict(config))
-    return {key: flat.get(key) for key in CONDITIONS}
+    later = {key: flat[key] for key in LATER if _is_new(key, flat)}
+    return {key: flat.get(key) for key in CONDITIONS} | later
+
+
+def _is_new(key: str, flat: Mapping[str, Any]) -> bool:
+    usual = identity.NEUTRAL[key]
+    return bool(flat.get(key, usual) != usual)
 
 
 def tokenizer_of(contents: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from conftest import records, say
 from omegaconf import OmegaConf
 
 from lorabench import plan, record
+from lorabench.compare import tables
 from lorabench.config import typed
 
 FOLDERS = Path(__file__).parent / "folders"
@@ -45,6 +47,16 @@ def test_runs_and_compare_read_it(first: Path) -> None:
         for split, metrics in written[run["run_id"]]["metrics"].items():
             assert run["metrics"][split] == {name: m["value"] for name, m in metrics.items()}
     assert all(table["evaluations"][split]["shared"] for split in ("validation", "test"))
+
+
+@pytest.mark.parametrize("folder", ["written_by_0.1", "written_by_0.2"])
+def test_keys_that_came_later_make_no_setting(folder: str) -> None:
+    """A run with an old record, and the same run with every key of today, are one setting."""
+    for _, run in record.find(FOLDERS / folder):
+        today = dataclasses.asdict(typed(OmegaConf.create(run.config)))
+        found, before = tables.setting(today), tables.setting(run.config)
+        before.setdefault("data.group_by_length", False)  # came with another arithmetic version
+        assert found == before
 
 
 @pytest.mark.parametrize("kind", ["adapter", "merged"])

@@ -12,6 +12,8 @@ from lorabench import data
 from lorabench.config import ConfigErrors, DataConfig, SourceConfig, split_refusal
 
 GOOD = '{"prompt": "a", "completion": "b"}\n'
+PACKED = gzip.compress(GOOD.encode(), mtime=0)  # the same in every process
+PACKED_PAR1 = gzip.compress(b"PAR1", mtime=0)
 CSV = "prompt,completion\n"
 
 
@@ -51,17 +53,25 @@ def only_error(cfg):
         # Other files
         (
             "a.jsonl",
-            gzip.compress(GOOD.encode(), mtime=0),
+            PACKED,
             "'{}' is compressed with gzip; rename it to 'a.js",
         ),
-        ("a.parquet", gzip.compress(b"PAR1", mtime=0), "must be a parquet file; '{}' is none, or is torn"),
+        (
+            "a.parquet",
+            PACKED_PAR1,
+            "must be a parquet file; '{}' is none, or is torn",
+        ),
         ("a.jsonl.gz", GOOD.encode(), "must be gzip, as its name says; '{}' is not; remove .gz"),
         (
             "a.jsonl.gz",
-            gzip.compress(GOOD.encode(), mtime=0)[:-9],
+            PACKED[:-9],
             "must be a whole gzip file; '{}' is torn",
         ),
-        ("a.jsonl.gz", gzip.compress(GOOD.encode(), mtime=0) + b"more", "'{}' is torn: Not a gzipped file"),
+        (
+            "a.jsonl.gz",
+            PACKED + b"more",
+            "'{}' is torn: Not a gzipped file",
+        ),
         ("a.csv", b"PAR1....PAR1", "'{}' is a parquet file; rename it to end with .parquet"),
         ("a.csv", b"PK\x03\x04....", "'{}' is a zip archive or a spreadsheet; unpack it"),
         ("a.json", b"\x28\xb5\x2f\xfd....", "'{}' is compressed with zstd; unpack it with"),

@@ -18,6 +18,7 @@ from test_verdicts import by_hand, said_json
 from lorabench import compare, record
 from lorabench.compare.judging import Verdict
 from lorabench.compare.lints import lints
+from lorabench.compare.looks import Look
 from lorabench.compare.outlook import outlook, usual
 from lorabench.compare.questions import Question
 from lorabench.compare.selection import flattery
@@ -180,6 +181,28 @@ def test_the_table_shows_what_retention_is_compared_by(tmp_path: Path) -> None:
     assert "test answer ↑" in shown and "retention nll ↓" in shown and "test rank" in shown
 
 
+def test_ranks_say_no_more_than_the_verdicts(tmp_path: Path) -> None:
+    """A difference that is found alone, at 5%, and not beside retention, at 2.5%."""
+    rng = np.random.default_rng(3)
+    shared = rng.normal(size=60)
+    noise = rng.normal(size=(3, 60)) + 0.05 * rng.normal(size=(3, 1))
+    for size in np.linspace(0.05, 1.5, 60):
+        gains = np.asarray(size + noise)
+        if 0.025 < by_hand(gains, 0.05)[1] < 0.05:
+            break
+    else:
+        raise AssertionError("no such size")
+    for name, kept in (("alone", None), ("beside", {"nll": np.arange(5.0)})):
+        for seed in range(3):
+            write_run(tmp_path / name, "exclude", 8, seed, {"nll": shared}, retention=kept)
+            other = {"nll": shared + gains[seed]}
+            write_run(tmp_path / name, "lora", 8, seed, other, retention=kept)
+    for name, outcome, rank in (("alone", "found", [1, 1]), ("beside", "not settled", [1, 2])):
+        found = said_json(tmp_path / name)
+        assert [one["outcome"] for one in found["verdicts"]] == [outcome]
+        assert found["rows"][0]["rank"] == rank
+
+
 def test_without_retention_nothing_changes(tmp_path: Path) -> None:
     sweep(tmp_path / "s", TEST, dict.fromkeys(TEST))
     said = say("compare", tmp_path / "s").out.replace(str(tmp_path), "")
@@ -242,6 +265,46 @@ def test_settle_goes_on_while_retention_is_open() -> None:
     assert found.beside(unsettled).is_open and not found.beside(verdict("found")).is_open
     assert not found.beside(verdict("not settled", hopeless=True)).is_open
     assert not found.beside(verdict("no verdict")).is_open, "no seed brings what was not scored"
+
+
+def test_each_split_is_answered_at_the_look_that_settles_it(tmp_path: Path) -> None:
+    """Numbers of the first look are those of a command of its seeds, at its share of the level."""
+    test, kept = {("exclude", 8): 2.0, ("lora", 8): 1.0}, {("exclude", 8): 3.0, ("lora", 8): 3.02}
+    sweep(tmp_path / "s", test, dict(kept), seeds=6)
+    looks = [Look(tuple(range(3)), 0.01), Look(tuple(range(6)), 0.04)]
+    (one,) = compare.verdicts(record.find(tmp_path / "s"), looks=looks, planned_looks=2).verdicts
+    assert one.retention is not None
+    assert (one.look, one.retention.look) == (1, 2)
+    assert (len(one.seeds), len(one.retention.seeds)) == (3, 6)
+    rows = [
+        pd.read_parquet(next(p.glob("evaluations/*")))
+        for p in sorted((tmp_path / "s").glob("*-8-*"))
+    ]
+    of = {
+        split: np.stack([t[t["split"] == split]["nll"] for t in rows])
+        for split in ("test", "retention")
+    }
+    assert one.p == pytest.approx(by_hand(of["test"][:3] - of["test"][6:9], 0.01)[1], rel=1e-6)
+    gains = of["retention"][6:] - of["retention"][:6]
+    assert one.retention.p == pytest.approx(by_hand(gains, 0.04)[1], rel=1e-6)
+    # Two questions at the first look, one that is left at the second.
+    assert (one.level, one.retention.level) == (0.005, 0.04)
+    (text,) = compare.verdicts(
+        record.find(tmp_path / "s"), looks=looks, planned_looks=2
+    ).sentences()
+    assert text.endswith("(test: look 1 of 2, at 3 seeds; retention: look 2 of 2, at 6 seeds)")
+
+
+def test_a_margin_of_another_metric_never_reaches_retention(tmp_path: Path) -> None:
+    """Not even at a look at which retention alone is left."""
+    test = {("exclude", 8): 0.2, ("lora", 8): 0.9}
+    sweep(tmp_path / "s", test, dict.fromkeys(test, 3.0), seeds=6, metric="answer")
+    looks = [Look(tuple(range(3)), 0.01), Look(tuple(range(6)), 0.04)]
+    (one,) = compare.verdicts(
+        record.find(tmp_path / "s"), margin=0.3, looks=looks, planned_looks=2
+    ).verdicts
+    assert one.retention is not None and one.retention.look == 2
+    assert one.retention.margin is None and one.margin == 0.3
 
 
 def test_a_plan_counts_both_splits() -> None:

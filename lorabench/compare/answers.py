@@ -14,7 +14,7 @@ from lorabench.compare.judging import Side, Verdict, judge_all
 from lorabench.compare.looks import Look, at_looks
 from lorabench.compare.questions import Factor, factors_of, find, questions_of
 from lorabench.compare.ranks import rank_intervals
-from lorabench.compare.scored import CHOOSER, Scored, metric_of, scored
+from lorabench.compare.scored import CHOOSER, JUDGE, Scored, metric_of, scored
 from lorabench.compare.selection import Chosen, Selection
 from lorabench.compare.selection import select as choose
 from lorabench.compare.sentences import sentence
@@ -143,10 +143,11 @@ def verdicts(
     def judged(look: Look | None, places: list[int]) -> list[Verdict]:
         """Answer questions: those below len(questions) on test, the same again on retention."""
         scores = found if look is None else found.of_seeds(look.seeds)
-        sides = [Side("test", found.metric, scores.test, higher)]
+        sides = [Side(JUDGE, found.metric, scores.test, higher, margin)]
         if kept_metric is not None:
             more = kept_metric in HIGHER_IS_BETTER
-            sides.append(Side(RETENTION, kept_metric, scores.retention, more))
+            same_unit = margin if kept_metric == found.metric else None
+            sides.append(Side(RETENTION, kept_metric, scores.retention, more, same_unit))
         if selecting is not None:
             selection = selecting.choose(scores, higher)
             chosen[:] = [one for one in selection.chosen if one is not None]
@@ -161,7 +162,7 @@ def verdicts(
             ]
         level = statistics.LEVEL if look is None else look.level
         asked = [(question, side) for side in sides for question in questions]
-        return judge_all([asked[i] for i in places], margin, level)
+        return judge_all([asked[i] for i in places], level)
 
     count = len(questions)
     every = list(range(count if kept_metric is None else 2 * count))
@@ -170,7 +171,9 @@ def verdicts(
     if kept_metric is not None:
         pairs = zip(judgements, answered[count:], strict=True)
         judgements = [test.beside(kept) for test, kept in pairs]
-    ranked = rank_intervals(found.test, higher, looks[-1].level if looks else statistics.LEVEL)
+    # Retention has half of a command's level; without it ranks say more than the verdicts do.
+    level = (looks[-1].level if looks else statistics.LEVEL) / (1 if kept_metric is None else 2)
+    ranked = rank_intervals(found.test, higher, level)
     ranks = {
         run: rank
         for ids, rank in zip(found.members, ranked, strict=True)

@@ -24,6 +24,7 @@ class Side:
     Args:
         split: test, or retention.
         runs: scores of every setting, by seed.
+        margin: a difference that does not matter, in the metric's unit.
         flatteries: of every setting, what it may owe to a choice on the same seeds.
     """
 
@@ -31,6 +32,7 @@ class Side:
     metric: str
     runs: Sequence[Mapping[Any, Scores]]
     higher_is_better: bool
+    margin: float | None = None
     flatteries: NDArray[np.float64] | None = None
 
 
@@ -145,20 +147,17 @@ def judge(
     flatteries: NDArray[np.float64] | None = None,
 ) -> list[Verdict]:
     """Answer all questions of a command on one metric of test: `judge_all` with one side."""
-    side = Side("test", metric, runs, higher_is_better, flatteries)
-    return judge_all([(question, side) for question in questions], margin, level)
+    side = Side("test", metric, runs, higher_is_better, margin, flatteries)
+    return judge_all([(question, side) for question in questions], level)
 
 
 def judge_all(
-    asked: Sequence[tuple[Question, Side]],
-    margin: float | None = None,
-    level: float = statistics.LEVEL,
+    asked: Sequence[tuple[Question, Side]], level: float = statistics.LEVEL
 ) -> list[Verdict]:
     """Answer all questions of a command, those on retention among them.
 
     Args:
         asked: each question and the split that answers it.
-        margin: a difference that does not matter, in the unit of the first side's metric.
         level: share of commands that may err in any of their questions, on whichever split.
     """
     found = [differences(one, side.runs, side.higher_is_better, side.split) for one, side in asked]
@@ -173,9 +172,8 @@ def judge_all(
         stacked = statistics.Components.stacked([*tables.values()])
         # Higher is better of scores in [0, 1] alone: exact_match, accuracy, answer, gym.
         is_share = np.array([asked[i][1].higher_is_better for i in tables])
-        decisions = statistics.decide(
-            stacked, level, flattery, is_share=is_share, with_margin=margin is not None
-        )
+        with_margin = any(side.margin is not None for _, side in asked)
+        decisions = statistics.decide(stacked, level, flattery, is_share, with_margin)
         decided = {i: (place, decisions) for place, i in enumerate(tables)}
     first_level = level / max(1, len(tables))
     verdicts = []
@@ -186,8 +184,7 @@ def judge_all(
         elif i not in decided:
             verdict = _of_one_seed(question, metric, *one)
         else:
-            mine = margin if metric == asked[0][1].metric else None
-            verdict = _decided(question, metric, one[0], tables[i], *decided[i], mine)
+            verdict = _decided(question, metric, one[0], tables[i], *decided[i], side.margin)
             verdict.flattery = _flattery(question, side.flatteries)
             if verdict.better != question.levels[0]:
                 verdict.flattery = -verdict.flattery

@@ -15,7 +15,7 @@ def sentence(one: Verdict) -> str:
     """
     if one.retention is None:
         return _alone(one, one.metric)
-    return _beside(one, one.retention) + _at_look(one)
+    return _beside(one, one.retention) + _at_looks(one, one.retention)
 
 
 def _alone(one: Verdict, unit: str) -> str:
@@ -118,6 +118,14 @@ def _at_look(one: Verdict) -> str:
     if one.look is None:
         return ""
     return f" (look {one.look} of {one.looks}, at {len(one.seeds)} seeds)"
+
+
+def _at_looks(one: Verdict, kept: Verdict) -> str:
+    """The same of both splits; each is answered at the look that settles it."""
+    if _at_look(one) == _at_look(kept) or kept.outcome == "no verdict":
+        return _at_look(one)
+    test, retention = (_at_look(each).strip(" ()") for each in (one, kept))
+    return f" (test: {test}; retention: {retention})"
 
 
 def _within(one: Verdict) -> str:

@@ -29,6 +29,7 @@ NOT_A_SETTING = (
     "compare.",
     "presets",
     "presets.",
+    "data.allow_left_out",
 )
 # Keys that people know by the name of their group.
 GROUPS = {"head.policy": "head", "target_modules.select": "target_modules"}

@@ -193,4 +193,5 @@ def _data_key(job: Job) -> str:
     ]  # fmt: skip
     splits = ("train", *identity.splits_of(job.config))
     contents = [planned[parts.key_of(split)] for split in splits]
-    return json.dumps([_tokenizer_key(job), contents, rules, job.plan.labels])
+    names = parts.source_names(settings)  # scores are recorded under them
+    return json.dumps([_tokenizer_key(job), contents, rules, job.plan.labels, names])
