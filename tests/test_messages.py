@@ -6,6 +6,7 @@ generation marks. Token ids and masks must be equal, all of them.
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,31 @@ WITH_SYSTEM = [[{"role": "system", "content": "Be brief."}, *one] for one in CON
 
 def conversations(family: str) -> list[Any]:
     return CONVERSATIONS + (WITH_SYSTEM if family not in ("gemma", "mistral") else [])
+
+
+PIECES = [
+    "a", "assistant", "user\n", " ", "\n\n", "<|im_end|>", "<|im_start|>", "[/INST]", "</s>", "😀",
+    "<end_of_turn>", "model", "<think>", "</think>", "4", "{{ x }}",
+]  # fmt: skip
+
+
+def drawn(family: str) -> list[Any]:
+    """Conversations whose turns say things that look like the template's own."""
+    draw, found = random.Random(family), []
+    for _ in range(40):
+        texts = ["x" + "".join(draw.choices(PIECES, k=draw.randrange(8))) for _ in range(8)]
+        turns = says(*texts[: draw.choice([2, 3, 4, 7, 8])])
+        if family == "chatml":  # neighbours of one role
+            turns += [{"role": one["role"], "content": one["content"]} for one in turns[::-1]]
+        found.append(turns)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_turns_that_imitate_the_template_change_nothing(family: str) -> None:
+    """Fails where a turn's begin or end is looked for in what another turn says."""
+    rows = drawn(family)
+    assert ours(family, rows, plain(family)) == by_transformers(family, marked(family), rows)
 
 
 def by_transformers(family: str, template: str, rows: list[Any]) -> list[tuple[list[int], ...]]:
