@@ -77,6 +77,7 @@ SPECIAL = {
     "deepseek": [
         "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
     ],
+    "phi": ["<s>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"],
     "glm": [
         "[gMASK]", "<|endoftext|>", "<sop>", "<|user|>", "<|assistant|>", "<|system|>",
         "<|observation|>",

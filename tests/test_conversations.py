@@ -354,6 +354,18 @@ def test_a_template_without_ends_between_turns_is_refused() -> None:
     assert trained_texts(tokens, tokenizer("mistral")) == [" Hello</s>"]
 
 
+def test_what_only_the_last_turn_has_is_not_taken_from_the_next_one() -> None:
+    """Phi-3's form: EOS stands where the next turn would begin, and both begin with "<|"."""
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+        "{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"
+    )
+    row = says("Hi", "Hello", "1 + 1?", "2")
+    assert seen(row, "phi", template) == (
+        applied(row, "phi", template), ["Hello<|end|>\n", "2<|end|>\n<|endoftext|>"]
+    )  # fmt: skip
+
+
 def test_marks_that_leave_out_the_end_of_a_turn_get_it() -> None:
     """The form that transformers' own documentation shows."""
     template = CHATML.replace(
