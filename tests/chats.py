@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lorabench import data
-from lorabench.config import DataConfig
+from lorabench.config import ConfigErrors, DataConfig
 from lorabench.data import conversations
 
 # Of Mistral 7B Instruct v0.3's form of turns; its own is longer, and takes tools.
@@ -77,6 +77,7 @@ SPECIAL = {
     "deepseek": [
         "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
     ],
+    "phi": ["<s>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"],
     "glm": [
         "[gMASK]", "<|endoftext|>", "<sop>", "<|user|>", "<|assistant|>", "<|system|>",
         "<|observation|>",
@@ -193,3 +194,49 @@ def trained_texts(tokens: data.Tokens, tokenizer: Any, index: int = 0) -> list[s
         tokenizer.decode(ids[begin:end])
         for begin, end in zip(bounds[::2], bounds[1::2], strict=True)
     ]
+
+
+PLAIN = says("What is it?", "It is 4.")
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Look the weather up",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Orléans"}}}
+TOOLS_USED = [
+    {"role": "user", "content": "Weather in Orléans?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "18 degrees", "name": "weather"},
+    {"role": "assistant", "content": "18 degrees."},
+]
+
+
+def seen(
+    row: Any, family: str = "qwen3", template: str | None = None, **keys: Any
+) -> tuple[str, list[str]]:
+    """The whole text as the model sees it, and the trained stretches of it."""
+    tokens = tokenised(family, [row], template or plain(family), **({"add_eos": False} | keys))
+    return (
+        tokenizer(family).decode(list(tokens.input_ids.row(0))),
+        trained_texts(tokens, tokenizer(family)),
+    )
+
+
+def applied(
+    turns: list[Any], family: str = "qwen3", template: str | None = None, **more: Any
+) -> str:
+    """The same by transformers."""
+    return tokenizer(family).apply_chat_template(
+        turns, chat_template=template or plain(family), tokenize=False, **more
+    )
+
+
+def refusal(rows: list[Any], family: str = "qwen3", template: Any = None, **keys: Any) -> str:
+    with pytest.raises(ConfigErrors) as error:
+        tokenised(family, rows, plain(family) if template is None else template, **keys)
+    (line,) = error.value.errors
+    assert "\n" not in line
+    return line

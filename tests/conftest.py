@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 gc.disable()  # while a million objects are imported, until pytest_collection_finish
 # What fails in a helper is told in full, as in a test.
-pytest.register_assert_rewrite("stock", "stock_classifier")
+pytest.register_assert_rewrite("stock", "stock_classifier", "chats")
 
 
 # Tests of about three seconds of CPU and more.

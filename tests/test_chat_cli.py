@@ -15,6 +15,8 @@ from conftest import composed, say
 from equality import compare_training
 from tiny import tiny_config
 
+from lorabench import model as base_model
+from lorabench.config import ModelConfig
 from lorabench.data import chat
 
 LETTERS = "abcdefghijklmnopqrst"
@@ -101,6 +103,9 @@ def test_it_trains_and_the_template_goes_with_it(typed: Any) -> None:
     saved = folder / "adapter" / "chat_template.jinja"
     assert saved.read_text() == text and "adapter/chat_template.jinja" in entry["files"]
     assert entry["provenance"]["chat_template"] == chat.text_hash(text)
+    Path("mine.jinja").write_text(CHATML)
+    said = say("evaluate", str(folder), "data.metric=[nll,exact_match]")
+    assert said.code == 2 and "must be the template that run" in said.lines[0]
     Path("mine.jinja").unlink()  # what was saved serves from here on
     said = say("generate", str(folder), "--prompt", "say ab", "--max-new-tokens", "3")
     assert said.code == 0, said.err
@@ -143,6 +148,8 @@ def test_sharegpt_is_the_same_as_messages(typed: Any) -> None:
 
 def test_stops_come_from_generation_config(chat_folder: Any, typed: Any) -> None:
     """GLM's turns end with the beginning of the next one, which only that file tells."""
+    from transformers import AutoConfig, GenerationConfig
+
     folder = chat_folder("glm", of_trl("glm4moe"))
     line = refused(*typed(model=folder))
     assert "a turn must end with a special token, or the model never learns to stop" in line
@@ -151,6 +158,11 @@ def test_stops_come_from_generation_config(chat_folder: Any, typed: Any) -> None
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
     plan = planned(*typed(model=folder))
     assert json.loads(plan["contents"]["stops"]) == stops
+    where = ModelConfig(path=str(folder))
+    assert base_model.stops(where) == GenerationConfig.from_pretrained(folder).eos_token_id
+    (folder / "generation_config.json").unlink()
+    config = AutoConfig.from_pretrained(folder)
+    assert base_model.stops(where) == [GenerationConfig.from_model_config(config).eos_token_id]
 
 
 REFUSED = [  # words, rows, the template of the model, what the line says

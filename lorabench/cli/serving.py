@@ -263,6 +263,13 @@ def _must_be_its_base(trained: Record | None, made: Plan) -> None:
                 f"model.path: must be the base that run {trained.run_id} was trained on, {name} "
                 f"{then[:12]}; it is {made.contents[name][:12]} now; put that base back"
             )
+    then, now = (one.get("chat_template") for one in (trained.provenance, made.contents))
+    if then and now and then != now:
+        raise ConfigErrors(
+            f"data.chat_template: must be the template that run {trained.run_id} was trained with, "
+            f"{then[:12]}; it is {now[:12]} now; put that text back: it lies in the run's folder, "
+            f"in adapter/chat_template.jinja"
+        )
 
 
 def _takes_other_examples(changes: dict[str, Any]) -> bool:
