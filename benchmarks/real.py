@@ -28,7 +28,7 @@ from lorabench.compare import statistics
 from lorabench.compare.scored import JUDGE, scored
 from lorabench.compare.scores import Reader, Scores, aligned
 from lorabench.compare.sentences import numbers
-from lorabench.compare.tables import HIGHER_IS_BETTER
+from lorabench.config import HIGHER_IS_BETTER
 from lorabench.record import find
 from lorabench.show.text import setting
 
