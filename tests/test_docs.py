@@ -17,14 +17,16 @@ import pytest
 import test_readme
 import yaml
 from conftest import composed, say
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 from test_presets import PUBLISHED
 
 from lorabench import cli, hub, nvidia, plan
 from lorabench.cli import planning
-from lorabench.config import ConfigErrors
+from lorabench.config import ConfigErrors, typed
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("install", "first-sweep-on-your-model", "offline-and-gated")
+NAMES = ("first-sweep-on-your-model", "install", "offline-and-gated")
 PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in NAMES}
 COMPOSED = {"train", "plan", "fetch"}  # verbs that take KEY=VALUE; the others serve a folder
 NEEDS_THE_HUB = "data=metamathqa"
@@ -46,8 +48,19 @@ def commands(page: str) -> Iterator[list[str]]:
 
 
 COMMANDS = [words for page in NAMES for words in commands(page)]
-WITH_CONFIG = [words for words in COMMANDS if words[0] in COMPOSED]
-LINES = {" ".join(words): words for words in WITH_CONFIG}
+COMPOSABLE = {
+    " ".join(one for one in words if not one.startswith(("sweep=", "output_dir="))): words
+    for words in COMMANDS
+    if words[0] in COMPOSED
+}
+# What plans on a stand-in; the page's own sweep is trained below.
+PLANNED = [
+    line
+    for line, (verb, *words) in COMPOSABLE.items()
+    if NEEDS_THE_HUB not in words and (verb == "plan" or "trainer=smoke" in words)
+]
+# Where the stand-in takes the place of a preset, the command is composed with the preset too.
+PRESETS = [line for line in COMPOSABLE if "model=" in line or line == "train -m experiment=mine"]
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +94,11 @@ def drafted() -> str:
 
 
 def check(words: list[str]) -> list[str]:
-    """Compose a command as typed; return what is wrong with its configs, Hub aside."""
+    """Compose a command, of a grid the first point; return what is wrong, the Hub aside."""
     _, rest = planning.split(words[1:])
-    from lorabench.config import typed
-
-    composed = cli.compose(rest)
-    return [error for one in composed.configs for error in plan.check(typed(one))]
+    first = [re.sub(r"^([\w./]+=[\w.-]+)(,[\w.-]+)+$", r"\1", one) for one in rest if one != "-m"]
+    (found,) = cli.compose(first).configs
+    return plan.check(typed(found))
 
 
 def test_there_are_commands_to_try() -> None:
@@ -96,29 +108,117 @@ def test_there_are_commands_to_try() -> None:
     assert counts["offline-and-gated"] > 4, counts
 
 
-@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("line", PRESETS)
 def test_a_command_composes_as_typed(line: str, desk: Path) -> None:
     """Fails for a key, a preset, an option or a value that does not exist."""
-    assert check(LINES[line]) == []
+    assert check(COMPOSABLE[line]) == []
 
 
 @pytest.mark.parametrize(
     "line", ["plan trainer.stesp=1", "plan model=llama-8b", "plan lora.r=0", "plan --smok lora.r=2"]
 )
-def test_a_command_with_a_mistake_does_not(line: str, desk: Path) -> None:
-    assert say(*line.split()).code == 2
-    with pytest.raises((ConfigErrors, Exception)):
-        assert check(line.split()) == []
+def test_a_mistake_does_not_compose(line: str, desk: Path) -> None:
+    """The test above must not pass whatever a page says."""
+    try:
+        assert check(line.split()) != []
+    except (ConfigErrors, HydraException, OmegaConfBaseException):
+        pass
+    except SystemExit as ended:  # Hydra's parser of options
+        assert ended.code == 2
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if NEEDS_THE_HUB not in line])
+@pytest.mark.parametrize("line", PLANNED)
 def test_a_command_plans_on_a_stand_in(line: str, desk: Path) -> None:
-    words = ["plan", *LINES[line][1:], *(() if "trainer=smoke" in line else STAND_IN)]
-    said = say(*(word for word in words if word != "--smoke"), "--json")
+    words = [one for one in COMPOSABLE[line][1:] if one != "--smoke"]
+    said = say("plan", *words, *(() if "trainer=smoke" in words else STAND_IN), "--json")
     assert said.code == 0, said.err
-    runs = json.loads(said.out)["runs"]
-    grid = re.findall(r"[\w.]+=([\w.-]+(?:,[\w.-]+)+)", line)
-    expected = 6 if "-m experiment=mine" in line else 1
-    for values in grid:
-        expected *= len(values.split(","))
-    assert len(runs) == expected
+    assert len(json.loads(said.out)["runs"]) == (6 if "-m" in words else 1)
+
+
+def test_the_first_sweep_runs_as_written(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command of the page that needs a folder, on what its own `train` made."""
+    from huggingface_hub import constants
+
+    short = [*STAND_IN, "trainer.epochs=null", "trainer.steps=1", "trainer.batch_size=2"]
+    short += ["data.num_validation=2", "data.num_test=4"]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # what fetch needs is a folder here
+    ran = set()
+    for verb, *words in COMMANDS:
+        if verb == "init" or not words:  # run above; a verb that a sentence names
+            continue
+        if verb in COMPOSED:
+            if verb == "plan" or "experiment=mine" not in words:
+                continue
+            fewer = ["lora.r=2,4", "seed=0,1"] if "sweep=mine_lr" in words else []
+            fewer = fewer if verb == "train" else []
+            said = say(verb, *words, *short, *fewer)
+        else:
+            runs = sorted(Path("outputs/mine").glob("*/record.json"))
+            words = [one.replace("/ID", f"/{runs[0].parent.name}") for one in words]
+            words = ["outputs/mine" if one == "DIR" else one for one in words]
+            said = say(verb, *words)
+        assert said.code == 0, (verb, words, said.err)
+        ran.add(verb)
+    assert ran == {"fetch", "train", "runs", "compare", "generate", "settle", "export", "work"}
+
+
+def test_the_table_of_wheels_is_the_one_that_refusals_use() -> None:
+    rows = re.findall(r"^\| ([\d.]+) \| `(\S+)` \| ", PAGES["install"], re.MULTILINE)
+    table = [(nvidia.INDEX + name, ".".join(map(str, least))) for name, least in nvidia.WHEELS]
+    assert [(index, driver) for driver, index in rows] == table
+    assert f"driver {table[0][1]} or newer" in PAGES["install"]
+    assert f"older than {table[-1][1]} runs none" in PAGES["install"]
+
+
+def test_gated_presets_are_all_named_and_the_commit_is_the_presets() -> None:
+    presets = {path.stem: path.read_text() for path in (ROOT / "conf/model").glob("*.yaml")}
+    page = PAGES["offline-and-gated"]
+    listed = re.findall(r"^- (`gemma.*|`llama(?:.|\n  )*)", page, re.MULTILINE)
+    named = set(re.findall(r"`([\w.-]+)`", " ".join(listed)))
+    assert named == {name for name, text in presets.items() if "gated" in text.splitlines()[0]}
+    commits = set(re.findall(r"\b[0-9a-f]{40}\b", page))
+    assert commits == {yaml.safe_load(presets["qwen3-8b"])["revision"]}
+
+
+def test_the_refusal_of_a_gated_model_is_told_as_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    for name in hub.TOKENS:
+        monkeypatch.delenv(name, raising=False)
+    told = hub.hub_failure("model.path", "google/gemma-2-9b-it", OSError("gated"))
+    (shown,) = re.findall(r"^    (model\.path: .*?) \.\.\.$", PAGES["offline-and-gated"], re.M | re.S)
+    assert told.startswith(" ".join(shown.split()))
+
+
+def test_the_memory_of_an_8b_model_is_what_the_plan_estimates(tmp_path: Path) -> None:
+    import transformers
+
+    kind, shape, _ = PUBLISHED["llama-3.1-8b"]
+    getattr(transformers, kind)(**shape).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")  # a plan reads shapes from the config
+    words = ["model=llama-3.1-8b-instruct", f"model.path={tmp_path}", "model.dtype=bfloat16"]
+    words += ["lora.r=32", "trainer.batch_size=16", "data.max_length=2048", "tracker=none"]
+    pattern = r"^\| (null|\d+)[^|]* \| (true|false) \| (\d+) GB \|$"
+    rows = re.findall(pattern, PAGES["first-sweep-on-your-model"], re.MULTILINE)
+    assert len(rows) == 3
+    planner = plan.Planner()
+    for micro, again, shown in rows:
+        memory = [f"trainer.micro_batch_size={micro}", f"trainer.gradient_checkpointing={again}"]
+        made = planner.make(composed(*words, *memory))
+        assert f"{made.memory_bytes / 1e9:.0f}" == shown
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_links_lead_somewhere(page: str) -> None:
+    test_readme.test_links_lead_somewhere(f"docs/{page}")
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_files_of_the_repository_are_there(page: str) -> None:
+    named = re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:txt|toml))`", PAGES[page])
+    assert all((ROOT / name).is_file() for name in named), named
+    assert named or page != "install"
+    assert len(PAGES[page].splitlines()) <= 150
