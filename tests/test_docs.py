@@ -1,4 +1,4 @@
-"""The commands of the pages for people with a model of their own: each composes, and runs where it can.
+"""The commands of the pages for people with a model of their own, as typed.
 
 Real models are out of reach here. Their commands are composed as typed, and planned on a small
 stand-in; those that serve a sweep's folder run on one that was trained by the page's own commands.
@@ -135,31 +135,42 @@ def test_a_command_plans_on_a_stand_in(line: str, desk: Path) -> None:
     assert len(json.loads(said.out)["runs"]) == (6 if "-m" in words else 1)
 
 
-def test_the_first_sweep_runs_as_written(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command of the page that needs a folder, on what its own `train` made."""
+def run(sweep: list[list[str]], fewer: list[str]) -> set[str]:
+    """Run commands as written, on a stand-in of the model for one step; return the verbs."""
+    short = [*STAND_IN, "trainer.epochs=null", "trainer.steps=1", "trainer.batch_size=2"]
+    short += ["data.num_validation=2", "data.num_test=4", *fewer]
+    for verb, *words in sweep:
+        runs = sorted(Path("outputs/mine").glob("*/record.json"))
+        words = [re.sub("/ID$", f"/{runs[0].parent.name}", one) if runs else one for one in words]
+        words = ["outputs/mine" if one == "DIR" else one for one in words]
+        said = say(verb, *words, *(short if verb in COMPOSED else ()))
+        assert said.code == 0, (verb, words, said.err)
+    return {verb for verb, *_ in sweep}
+
+
+SERVING = [one for one in COMMANDS if one[0] not in (*COMPOSED, "init") and len(one) > 1]
+OF_RATES = [one for one in SERVING if "outputs/mine_lr" in one]
+
+
+def test_the_first_sweep_runs_as_written(desk: Path) -> None:
+    """The verbs that serve a folder, on what the page's own `train` made."""
+    train = ["train", "-m", "experiment=mine"]
+    assert train in COMMANDS
+    ran = run([train, *(one for one in SERVING if one not in OF_RATES)], ["seed=0,1"])
+    assert ran == {"train", "runs", "compare", "generate", "settle", "export", "work"}
+
+
+@pytest.mark.slow
+def test_the_sweep_over_learning_rates_runs_as_written(
+    desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from huggingface_hub import constants
 
-    short = [*STAND_IN, "trainer.epochs=null", "trainer.steps=1", "trainer.batch_size=2"]
-    short += ["data.num_validation=2", "data.num_test=4"]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # what fetch needs is a folder here
-    ran = set()
-    for verb, *words in COMMANDS:
-        if verb == "init" or not words:  # run above; a verb that a sentence names
-            continue
-        if verb in COMPOSED:
-            if verb == "plan" or "experiment=mine" not in words:
-                continue
-            fewer = ["lora.r=2,4", "seed=0,1"] if "sweep=mine_lr" in words else []
-            fewer = fewer if verb == "train" else []
-            said = say(verb, *words, *short, *fewer)
-        else:
-            runs = sorted(Path("outputs/mine").glob("*/record.json"))
-            words = [one.replace("/ID", f"/{runs[0].parent.name}") for one in words]
-            words = ["outputs/mine" if one == "DIR" else one for one in words]
-            said = say(verb, *words)
-        assert said.code == 0, (verb, words, said.err)
-        ran.add(verb)
-    assert ran == {"fetch", "train", "runs", "compare", "generate", "settle", "export", "work"}
+    fetch = ["fetch", "-m", "experiment=mine"]
+    (train,) = (one for one in COMMANDS if "sweep=mine_lr" in one)
+    assert fetch in COMMANDS
+    assert run([fetch, train, *OF_RATES], ["seed=0,1"]) == {"fetch", "train", "compare"}
 
 
 def test_the_table_of_wheels_is_the_one_that_refusals_use() -> None:
@@ -189,10 +200,13 @@ def test_the_refusal_of_a_gated_model_is_told_as_shown(
     for name in hub.TOKENS:
         monkeypatch.delenv(name, raising=False)
     told = hub.hub_failure("model.path", "google/gemma-2-9b-it", OSError("gated"))
-    (shown,) = re.findall(r"^    (model\.path: .*?) \.\.\.$", PAGES["offline-and-gated"], re.M | re.S)
+    (shown,) = re.findall(
+        r"^    (model\.path: .*?) \.\.\.$", PAGES["offline-and-gated"], re.M | re.S
+    )
     assert told.startswith(" ".join(shown.split()))
 
 
+@pytest.mark.slow
 def test_the_memory_of_an_8b_model_is_what_the_plan_estimates(tmp_path: Path) -> None:
     import transformers
 
