@@ -24,6 +24,9 @@ from typing import Any
 from lorabench import data
 from lorabench import model as base_model
 from lorabench.config import Config, ConfigErrors, ModelConfig, SourceConfig, model_name
+from lorabench.config.parts import GENERATED, READ_AS, parts_of
+from lorabench.data import sources
+from lorabench.data.templates import own_sources
 from lorabench.hub import hub_failure
 from lorabench.model import foreign
 from lorabench.model.place import ADAPTER_FILE, TOKENIZER_PATTERNS, beside
@@ -55,7 +58,7 @@ def needed(configs: Sequence[Config]) -> list[Needed]:
         ConfigErrors: all that is refused, not there, or cannot be loaded.
     """
     models = {(one.model.path, one.model.revision): one.model for one in configs}
-    settings = {json.dumps(list(map(repr, _sources(one)))): one for one in configs}
+    settings = {json.dumps(list(map(repr, _sources(one).values()))): one for one in configs}
     parts = [
         *(partial(of_model, m) for m in models.values() if base_model.local_folder(m) is None),
         *(partial(of_data, one) for one in settings.values()),
@@ -162,12 +165,12 @@ def _must_be_loadable(model: ModelConfig, there: list[str], weights: list[str]) 
     )
 
 
-def _sources(config: Config) -> list[SourceConfig]:
-    """The data sets of a run that lie on the Hub."""
-    if config.data.source != "hub":
-        return []
-    sources = (config.data.train, config.data.validation, config.data.test)
-    return [one for one in sources if one.path and not Path(one.path).expanduser().is_dir()]
+def _sources(config: Config) -> dict[str, SourceConfig]:
+    """Return the data sets of a run that lie on the Hub, by their config keys."""
+    kind = READ_AS if config.data.source in GENERATED else config.data.source
+    splits = {f"data.{split}": one for split, one in own_sources(config.data).items()}
+    all_of_them = splits | parts_of(config.data)
+    return {key: one for key, one in all_of_them.items() if sources.is_remote(kind, one)}
 
 
 def of_data(config: Config) -> list[Needed]:
@@ -180,7 +183,7 @@ def of_data(config: Config) -> list[Needed]:
 
     found: list[Needed] = []
     seen = set()
-    for source in _sources(config):
+    for where, source in _sources(config).items():
         key = (source.path, source.subset, source.revision)
         if key in seen:
             continue
@@ -188,8 +191,8 @@ def of_data(config: Config) -> list[Needed]:
         try:
             commit, sizes, is_there = _files_of(source)
         except Exception as error:  # datasets raises anything
-            where = f"data.{_split(config, source)}.path"
-            raise ConfigErrors(hub_failure(where, str(source.path), error, "dataset")) from error
+            told = hub_failure(f"{where}.path", str(source.path), error, "dataset")
+            raise ConfigErrors(told) from error
         total = sum(sizes)
 
         def get() -> Path:
@@ -205,10 +208,6 @@ def of_data(config: Config) -> list[Needed]:
             )
         )  # fmt: skip
     return found
-
-
-def _split(config: Config, source: SourceConfig) -> str:
-    return next(s for s in ("train", "validation", "test") if getattr(config.data, s) is source)
 
 
 def _files_of(source: SourceConfig) -> tuple[str, list[int], bool]:

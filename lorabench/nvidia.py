@@ -12,8 +12,8 @@ DRIVER_FILE = Path("/proc/driver/nvidia/version")
 DEVICES = Path("/dev")
 UNKNOWN = "of unknown version"
 INDEX = "https://download.pytorch.org/whl/"
-# The least driver of each index of wheels, newest first. CUDA 12 runs on every driver since 525
-# ("minor version compatibility"). Source:
+# The least driver of each index of wheels, newest first, as in docs/install.md. CUDA 12 runs on
+# every driver since 525, CUDA 13 since 580 ("minor version compatibility"). Source:
 # https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html, table 1, and
 # for 12.8 https://docs.nvidia.com/cuda/archive/12.8.0/cuda-toolkit-release-notes, table 3.
 WHEELS = (("cu130", (580, 65)), ("cu128", (570, 26)), ("cu126", (525, 60)))
@@ -70,8 +70,8 @@ def unusable(wanted: str) -> list[str]:
     if index is None:
         oldest = ".".join(map(str, WHEELS[-1][1]))
         return [f"{law}; use a driver of {oldest} or newer, or set trainer.device=cpu"]
-    cuda = re.sub(r"\D", "", torch.version.cuda or "")
-    if cuda and int(cuda) <= int(index.removeprefix("cu")):  # this torch runs on this driver
+    major = (torch.version.cuda or "").partition(".")[0]
+    if major and int(major) <= int(index[2:4]):  # this torch runs on this driver
         return [
             f"{law}, cannot open it; check `nvidia-smi`, CUDA_VISIBLE_DEVICES and the rights on "
             f"/dev/nvidia*, or set trainer.device=cpu"

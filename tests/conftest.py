@@ -77,6 +77,7 @@ LONG = (
     "test_saved_folder_is_plain_peft_and_the_same_under_any_hash_seed",
     "test_shapes_from_the_command_line",
     "test_staged_training_equals_stock_peft_frozen_by_hand",
+    "test_the_first_sweep_runs_as_written",
     "test_two_runs_of_a_process_are_two_wandb_runs_of_the_same_ids",
 )
 

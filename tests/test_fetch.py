@@ -121,9 +121,9 @@ def test_a_full_disk_is_refused_before_anything_is_downloaded(
     assert [name for name in hub.downloaded if name.endswith(".safetensors")] == []
 
 
-def test_a_data_set_is_fetched_with_its_model(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def data_set(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A data set of the Hub; returns its rows as they are stored."""
     import datasets
 
     lines = "".join(f'{{"q": "{i}+1", "a": "{i + 1}"}}\n' for i in range(60))
@@ -132,19 +132,36 @@ def test_a_data_set_is_fetched_with_its_model(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "tables")
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.address)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    words = [
-        f"model={NAME}", "data=hub", "data.train.path=org/set", "data.prompt='{q}'",
-        "data.completion='{a}'",
-    ]  # fmt: skip
+    return lines
+
+
+COLUMNS = ["data.prompt='{q}'", "data.completion='{a}'"]
+PLACES = {
+    "hub": ["data=hub", "data.train.path=org/set", *COLUMNS],
+    "path": ["data=path", "data.train.path=org/set", *COLUMNS],
+    "a mixture": ["data=path", "data.mixture=[{path: org/set}]", *COLUMNS],
+    "generated data": ["data.retention={path: org/set, prompt: '{q}', completion: '{a}'}"],
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_data_set_is_fetched_with_its_model(place: str, hub: Hub, data_set: str) -> None:
+    words = [f"model={NAME}", *PLACES[place]]
     said = say("fetch", *words)
     assert said.code == 0, said.err
     told = next(line for line in said.out.splitlines() if line.startswith("data"))
-    size = f"{len(lines) / 1000:.1f} KB"
+    size = f"{len(data_set) / 1000:.1f} KB"
     assert told == f"data   org/set at {'f' * 40}: 1 file, {size} to download"
     hub.downloaded.clear()
     said = say("fetch", *words)
     assert said.code == 0 and f"1 file, 0 B to download, {size} there already" in said.out
     assert "data/train.jsonl" not in hub.downloaded
+
+
+def test_a_data_set_that_is_not_there_is_refused_by_its_key(hub: Hub, data_set: str) -> None:
+    words = ["data=path", "data.train.path=org/set", "data.tests={more: {path: org/sat}}"]
+    line = refused("fetch", f"model={NAME}", *words, *COLUMNS)
+    assert line.startswith("data.tests.more.path: 'org/sat' is no local folder and cannot be had")
 
 
 def refused(verb: str, *words: str) -> str:

@@ -21,6 +21,7 @@ CASES: dict[str, tuple[str, str | None, str]] = {
     "newer than the driver": ("570.124.06", "13.0", f"--index-url {INDEX}cu128`"),
     "no wheels": ("470.57.02", "12.6", "use a driver of 525.60 or newer, or set trainer.device"),
     "cannot be opened": ("580.95.05", "12.8", "check `nvidia-smi`, CUDA_VISIBLE_DEVICES and"),
+    "newer by a minor version": ("580.95.05", "13.2", "check `nvidia-smi`, CUDA_VISIBLE_DEVICES"),
 }
 
 
