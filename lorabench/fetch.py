@@ -32,7 +32,13 @@ from lorabench.model import foreign
 from lorabench.model.place import ADAPTER_FILE, TOKENIZER_PATTERNS, beside
 
 CONFIGS = ("config.json", "generation_config.json")
-PLACES = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "XDG_CACHE_HOME")  # of the caches
+PLACES = (
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_DATASETS_CACHE",
+    "LORABENCH_CACHE",
+    "XDG_CACHE_HOME",
+)  # of the caches
 TABLES = 2  # bytes on disk per byte of a data set: its files, and the tables made of them
 
 

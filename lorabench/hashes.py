@@ -12,6 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from lorabench import cache
+
 LARGE_BYTES = 1 << 26  # from this size on a hash is remembered between processes
 RACY_SECONDS = 2.0  # the coarsest clock of a file system
 
@@ -74,15 +76,13 @@ def _remembered(path: str, seen: Signature) -> str:
     return known
 
 
-def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorabench" / "hashes"
-
-
 def _read(key: str) -> str | None:
     """Return what an earlier process remembered; None where that is nothing or no hash."""
+    if (where := cache.folder()) is None:
+        return None
     try:
-        known = (_folder() / key).read_text()
-    except (OSError, ValueError, RuntimeError):  # unreadable; no text; no home
+        known = (where / "hashes" / key).read_text()
+    except (OSError, ValueError):  # unreadable; no text
         return None
     return known if re.fullmatch("[0-9a-f]{64}", known) else None
 
@@ -90,13 +90,15 @@ def _read(key: str) -> str | None:
 def _write(key: str, value: str) -> None:
     """Remember a hash, whole or not at all; a full disk or read-only home costs hashing again."""
     temporary = None
+    if (where := cache.folder()) is None:
+        return
+    folder = where / "hashes"
     try:
-        folder = _folder()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
             temporary = file.name
             file.write(value)
         os.replace(temporary, folder / key)
-    except (OSError, RuntimeError):
+    except OSError:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)

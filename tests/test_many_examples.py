@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from conftest import say
 
-from lorabench import data
+from lorabench import cache, data
 from lorabench.config import ConfigErrors, DataConfig, SourceConfig
-from lorabench.data import cache, encoding, token_cache
+from lorabench.data import encoding, token_cache
 from lorabench.data.examples import Collector, Example
 from lorabench.zoo import TINY_GEMMA
 

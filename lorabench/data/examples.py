@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 
 import numpy as np
 
-from lorabench.data import cache
+from lorabench import cache
 
 if TYPE_CHECKING:
     import pyarrow as pa

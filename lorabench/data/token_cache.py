@@ -22,8 +22,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from lorabench import cache
 from lorabench.config import DataConfig
-from lorabench.data import cache
 from lorabench.data.chat import given_text
 from lorabench.data.ragged import Ragged
 from lorabench.data.tokens import Tokens

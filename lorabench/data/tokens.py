@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lorabench import cache
 from lorabench.config import ConfigErrors, DataConfig
-from lorabench.data import cache
 from lorabench.data.examples import Example
 from lorabench.data.ragged import Ragged
 from lorabench.data.templates import CONVERSATIONS
