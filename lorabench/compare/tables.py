@@ -26,6 +26,7 @@ NOT_A_SETTING = (
     "trainer.log_every",
     "worker.",
     "compare.",
+    "recipe.",
     "presets",
     "presets.",
 )

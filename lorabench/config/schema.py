@@ -233,6 +233,16 @@ class CompareConfig:
 
 
 @dataclass
+class RecipeConfig:
+    """What the model's recipe gives to keys that nothing else sets: no preset, no experiment, no word
+    of the command line. Set the keys themselves, not these."""
+
+    name: str | None = None  # of the recipe; None: the defaults on this page, as of embedded bases
+    values: Any = field(default_factory=dict)  # {key: value}: what the recipe would give
+    applied: list[str] = field(default_factory=list)  # by lorabench: keys that have its value
+
+
+@dataclass
 class SeedsConfig:
     """Three independent random streams, so that one can vary while the others stay."""
 
@@ -260,6 +270,7 @@ class Config:
     objective: str = "validation/nll"  # split/metric that a job returns to a Hydra sweeper
     seed: int = 0  # value of the three seeds that are not set themselves
     seeds: SeedsConfig = field(default_factory=SeedsConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
     presets: Any = field(default_factory=dict)  # by lorabench: sha256 of files not its own, by path
     sweep: str = "default"  # name of the sweep's folder in output_dir
     output_dir: str = "outputs"  # folder of all sweeps

@@ -1,0 +1,106 @@
+"""What nobody chose: values of the model's recipe (conf/recipe/), and warnings about choices.
+
+A recipe is the first layer of a config. It holds its values under `recipe.values`, by key, and puts
+`${recipe:KEY}` where the key belongs. Whatever else sets the key (a preset, an experiment, the
+command line) replaces that text, so the keys that still have it are those that nobody chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lorabench.config.schema import Config, flatten, model_name
+
+MARK = "${recipe:"
+EMBEDDED = "lorabench:"
+TOY_SOURCES = ("skills",)
+# The highest rate of LoRA's own scripts on a pretrained base (microsoft/LoRA,
+# examples/NLU/roberta_base_mnli.sh); at most 3e-4 elsewhere in conf/recipe/.
+MOST_LR = 5e-4
+SHORT = 64  # tokens: the positions of the embedded bases
+
+
+def register(fitting: Callable[[DictConfig, int], int]) -> None:
+    """Make `${recipe:KEY}` known to OmegaConf.
+
+    Args:
+        fitting: Returns, of a composed config and the recipe's tokens per example, how many the base
+            has positions for.
+    """
+
+    def value(key: str, *, _root_: DictConfig) -> Any:
+        found = _root_.recipe["values"][key]
+        if key == "data.max_length":
+            return fitting(_root_, found)
+        # Of these two a run takes one: steps that somebody chose take the place of the ratio.
+        if key == "trainer.warmup_ratio" and not _is_marked(_root_.trainer, "warmup_steps"):
+            return None
+        return found
+
+    OmegaConf.register_new_resolver("recipe", value, replace=True)
+
+
+def _is_marked(group: DictConfig, name: str) -> bool:
+    return OmegaConf.is_interpolation(group, name)
+
+
+def applied(cfg: DictConfig) -> list[str]:
+    """Return the keys of a composed config that have the recipe's value, because nobody set them."""
+    if cfg.get("recipe") is None or not cfg.recipe.get("name"):
+        return []
+    names = {key.partition(".")[0] for key in cfg.recipe["values"]}
+    raw = {
+        name: OmegaConf.to_container(cfg[name], resolve=False) for name in sorted(names & set(cfg))
+    }
+    return [key for key, value in flatten(raw).items() if str(value).startswith(MARK)]
+
+
+def shown(config: Config) -> dict[str, Any]:
+    """Return what a plan says of the recipe: its name, the values it gives, and those set otherwise.
+
+    A value of None or zero, as of a warm-up that is not there, is not told as the recipe's.
+
+    Returns:
+        {} without a recipe, as of the embedded bases.
+    """
+    recipe = config.recipe
+    if not recipe.name:
+        return {}
+    values = {
+        key: getattr(getattr(config, group), name)
+        for key in recipe.values
+        for group, _, name in [key.partition(".")]
+    }
+    return {
+        "recipe": recipe.name,
+        "applied": {k: v for k, v in values.items() if k in recipe.applied and v},
+        "otherwise": {k: v for k, v in values.items() if k not in recipe.applied},
+    }
+
+
+def warnings(config: Config) -> list[str]:
+    """Warn of toy data, a toy learning rate or toy lengths on a real model."""
+    if config.model.path.startswith(EMBEDDED):
+        return []
+    name, lr, length = model_name(config.model), config.trainer.lr, config.data.max_length
+    found = []
+    if config.data.source in TOY_SOURCES:
+        found.append(
+            f"data.source: {config.data.source} are toy data, made for the embedded bases, and say "
+            f"little about '{name}'; choose data=path data.train.path=FILE, data=alpaca or data=gym"
+        )
+    if lr > MOST_LR:
+        found.append(
+            f"trainer.lr: {lr:g} is more than {MOST_LR:g}, the highest rate of LoRA's own scripts on "
+            f"a pretrained base (microsoft/LoRA, examples/NLU); start from 2e-4, or select among "
+            f"several"
+        )
+    if length <= SHORT and "data.max_length" not in config.recipe.applied:
+        found.append(
+            f"data.max_length: {length} tokens fit the embedded bases; longer examples are left out "
+            f"or cut; leave it out to take the recipe's"
+        )
+    return found
