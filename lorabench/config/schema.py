@@ -239,7 +239,7 @@ class RecipeConfig:
 
     name: str | None = None  # of the recipe; None: the defaults on this page, as of embedded bases
     values: Any = field(default_factory=dict)  # {key: value}: what the recipe would give
-    applied: list[str] = field(default_factory=list)  # by lorabench: keys that have its value
+    applied: list[str] = field(default_factory=list)  # by lorabench: keys that nothing else sets
 
 
 @dataclass
