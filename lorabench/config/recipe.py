@@ -17,8 +17,8 @@ from lorabench.config.schema import Config, flatten, model_name
 MARK = "${recipe:"
 EMBEDDED = "lorabench:"
 TOY_SOURCES = ("skills",)
-# The highest rate of LoRA's own scripts on a pretrained base (microsoft/LoRA,
-# examples/NLU/roberta_base_mnli.sh); at most 3e-4 elsewhere in conf/recipe/.
+# The highest rate in microsoft/LoRA's examples: 5e-4 in NLU/roberta_base_mnli.sh and _rte.sh, 4e-4 for
+# RoBERTa large, 2e-4 for GPT-2 medium, 1.3e-4 for DeBERTa XXL.
 MOST_LR = 5e-4
 SHORT = 64  # tokens: the positions of the embedded bases
 
@@ -27,8 +27,8 @@ def register(fitting: Callable[[DictConfig, int], int]) -> None:
     """Make `${recipe:KEY}` known to OmegaConf.
 
     Args:
-        fitting: Returns, of a composed config and the recipe's tokens per example, how many the base
-            has positions for.
+        fitting: Returns how many tokens an example can have on the base of a composed config, at
+            most the number it is given.
     """
 
     def value(key: str, *, _root_: DictConfig) -> Any:
@@ -48,7 +48,7 @@ def _is_marked(group: DictConfig, name: str) -> bool:
 
 
 def applied(cfg: DictConfig) -> list[str]:
-    """Return the keys of a composed config that have the recipe's value, because nobody set them."""
+    """Return the keys of a composed config that nothing but the recipe sets."""
     if cfg.get("recipe") is None or not cfg.recipe.get("name"):
         return []
     names = {key.partition(".")[0] for key in cfg.recipe["values"]}
@@ -59,9 +59,10 @@ def applied(cfg: DictConfig) -> list[str]:
 
 
 def shown(config: Config) -> dict[str, Any]:
-    """Return what a plan says of the recipe: its name, the values it gives, and those set otherwise.
+    """Return what a plan says of the recipe.
 
-    A value of None or zero, as of a warm-up that is not there, is not told as the recipe's.
+    Its name, the values that it gives, and those of its keys that something else sets. Of the values
+    it gives, None and zero are left out, such as the warm-up steps beside a ratio.
 
     Returns:
         {} without a recipe, as of the embedded bases.
@@ -94,13 +95,13 @@ def warnings(config: Config) -> list[str]:
         )
     if lr > MOST_LR:
         found.append(
-            f"trainer.lr: {lr:g} is more than {MOST_LR:g}, the highest rate of LoRA's own scripts on "
-            f"a pretrained base (microsoft/LoRA, examples/NLU); start from 2e-4, or select among "
-            f"several"
+            f"trainer.lr: {lr:g} is more than {MOST_LR:g}, the highest rate in the examples of LoRA's "
+            f"authors (microsoft/LoRA, on RoBERTa base); start from 2e-4, or compare several with "
+            f"compare.select=trainer.lr"
         )
     if length <= SHORT and "data.max_length" not in config.recipe.applied:
         found.append(
-            f"data.max_length: {length} tokens fit the embedded bases; longer examples are left out "
-            f"or cut; leave it out to take the recipe's"
+            f"data.max_length: {length} tokens are few for real texts: longer examples are left out "
+            f"or cut; without data.max_length, '{name}' takes up to 2,048"
         )
     return found

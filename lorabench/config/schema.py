@@ -234,8 +234,10 @@ class CompareConfig:
 
 @dataclass
 class RecipeConfig:
-    """What the model's recipe gives to keys that nothing else sets: no preset, no experiment, no word
-    of the command line. Set the keys themselves, not these."""
+    """The model's recipe: values for keys that no preset, experiment or command line sets.
+
+    It is chosen by the model. To change a value, set its key itself, not these.
+    """
 
     name: str | None = None  # of the recipe; None: the defaults on this page, as of embedded bases
     values: Any = field(default_factory=dict)  # {key: value}: what the recipe would give
