@@ -17,8 +17,8 @@ from lorabench.config.schema import Config, flatten, model_name
 MARK = "${recipe:"
 EMBEDDED = "lorabench:"
 TOY_SOURCES = ("skills",)
-# The highest rate in microsoft/LoRA's examples: 5e-4 in NLU/roberta_base_mnli.sh and _rte.sh, 4e-4 for
-# RoBERTa large, 2e-4 for GPT-2 medium, 1.3e-4 for DeBERTa XXL.
+# The highest rate in microsoft/LoRA's examples: 5e-4 for RoBERTa base (NLU/roberta_base_mnli.sh),
+# 4e-4 for RoBERTa large, 2e-4 for GPT-2 medium, 1.3e-4 for DeBERTa XXL.
 MOST_LR = 5e-4
 SHORT = 64  # tokens: the positions of the embedded bases
 
@@ -61,8 +61,8 @@ def applied(cfg: DictConfig) -> list[str]:
 def shown(config: Config) -> dict[str, Any]:
     """Return what a plan says of the recipe.
 
-    Its name, the values that it gives, and those of its keys that something else sets. Of the values
-    it gives, None and zero are left out, such as the warm-up steps beside a ratio.
+    Its name, the values that it gives, and those of its keys that something else sets. Of the
+    values it gives, None and zero are left out, such as the warm-up steps beside a ratio.
 
     Returns:
         {} without a recipe, as of the embedded bases.
@@ -95,13 +95,13 @@ def warnings(config: Config) -> list[str]:
         )
     if lr > MOST_LR:
         found.append(
-            f"trainer.lr: {lr:g} is more than {MOST_LR:g}, the highest rate in the examples of LoRA's "
-            f"authors (microsoft/LoRA, on RoBERTa base); start from 2e-4, or compare several with "
-            f"compare.select=trainer.lr"
+            f"trainer.lr: {lr:g} is more than {MOST_LR:g}, the highest rate in the examples of "
+            f"LoRA's authors (microsoft/LoRA, RoBERTa base); start from 2e-4, or compare several "
+            f"with compare.select=trainer.lr"
         )
     if length <= SHORT and "data.max_length" not in config.recipe.applied:
         found.append(
-            f"data.max_length: {length} tokens are few for real texts: longer examples are left out "
-            f"or cut; without data.max_length, '{name}' takes up to 2,048"
+            f"data.max_length: {length} tokens are few for real texts, and longer examples are left "
+            f"out or cut; set what the data need, such as data.max_length=2048"
         )
     return found
