@@ -101,7 +101,7 @@ def warnings(config: Config) -> list[str]:
         )
     if length <= SHORT and "data.max_length" not in config.recipe.applied:
         found.append(
-            f"data.max_length: {length} tokens are few for real texts, and longer examples are left "
-            f"out or cut; set what the data need, such as data.max_length=2048"
+            f"data.max_length: {length} tokens are few for real texts, and longer examples are "
+            f"left out or cut; set what the data need, such as data.max_length=2048"
         )
     return found
