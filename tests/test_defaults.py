@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import transformers
 import yaml
-from conftest import composed, records, say
+from conftest import records, say
 from omegaconf import OmegaConf
 
 from lorabench import cli, config
@@ -60,6 +60,11 @@ def own(place: None) -> None:
 DATA = ["data=jsonl", "data.train.path=train.jsonl", "tracker=none"]
 # On a preset's own path the Hub would be asked.
 BIG = ["model=gemma-2b", "model.path=big"]
+
+
+def composed(*words: str) -> config.Config:
+    (cfg,) = cli.compose(list(words)).configs
+    return config.typed(cfg)
 
 
 def values(found: config.Config) -> dict[str, Any]:
