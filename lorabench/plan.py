@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from lorabench import data, formats, identity, machine, stages, start, versions
 from lorabench import model as base_model
-from lorabench.config import Config, ConfigErrors, ModelConfig, model_name, scale
+from lorabench.config import Config, ConfigErrors, ModelConfig, model_name, recipe, scale
 from lorabench.files import obstacle
 from lorabench.lengths import Lengths
 from lorabench.steps import Steps
@@ -58,6 +58,7 @@ class Plan(BaseModel):
     train_flops: float  # estimate: 4 x parameters FLOPs per token, for all steps
     tracker: str
     warnings: list[str]
+    defaults: dict[str, Any] = {}  # recipe, what it gives (applied), what is set otherwise; or {}
     labels: list[str] = []  # of a classification: its classes, in the order of their numbers
     alone: str | None  # why the run cannot share a base forward; None: it packs
     padded: str | None = None  # why batches are padded; None: their examples lie end to end
@@ -179,6 +180,7 @@ class Planner:
         key = json.dumps(dataclasses.asdict(config), sort_keys=True)
         if key not in self._plans:
             made = self._make(self.resolved(config))
+            made.defaults = recipe.shown(config)  # of a warm-up its share, as the recipe has it
             made.warnings += base_model.dtype_notes(config.model)
             if config.trainer.epochs is not None:
                 steps = self.resolved(config).trainer.num_steps
@@ -256,7 +258,8 @@ class Planner:
         logit_bytes = 12 * (len(labels) or text.vocab_size)
         logits = _logits_bytes(tokens, logit_bytes)
         narrow = _narrow(base, resolved.ranks)
-        warnings = [*_warnings(config, base), *narrow, *resolved.left_out, *started]
+        warnings = [*recipe.warnings(config), *_warnings(config, base)]
+        warnings += [*narrow, *resolved.left_out, *started]
         warnings += base_model.unpinned(config.model, contents)
         saved = [head.module] if head.policy == "full" and head.module else []
         training = identity.training(

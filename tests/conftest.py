@@ -112,9 +112,15 @@ def pytest_collection_finish() -> None:
 
 
 def composed(*overrides: str) -> config.Config:
-    """The typed config of a command line; a dtype of `auto` is that of a local checkpoint."""
+    """The typed config of a command line; a dtype of `auto` is that of a local checkpoint.
+
+    Checkpoints that tests make are toys: they train by the recipe of the embedded bases.
+    """
     from lorabench import model as base_model
 
+    paths = [word.removeprefix("model.path=") for word in overrides if "model.path=" in word]
+    if any(map(os.path.isdir, paths)):
+        overrides = ("recipe=embedded", *overrides)
     (cfg,), *_ = cli.compose(list(overrides))
     found = config.typed(cfg)
     with contextlib.suppress(config.ConfigErrors):

@@ -118,6 +118,11 @@ def test_a_dtype_that_nothing_trains_in_is_refused(stored: Callable[..., Path]) 
 
 def test_bfloat16_on_a_cpu_is_advised_against(stored: Callable[..., Path]) -> None:
     words = [f"model={stored('float32', dtype='bfloat16')}", "trainer.device=cpu"]
-    (advice,) = plan.make(unresolved(*words)).warnings
+
+    def advised(*more: str) -> list[str]:
+        found = plan.make(unresolved(*words, *more)).warnings
+        return [text for text in found if not text.startswith("data.")]  # toy data, too
+
+    (advice,) = advised()
     assert advice.endswith("on this CPU consider model.dtype=float32")
-    assert plan.make(unresolved(*words, "model.dtype=float32")).warnings == []
+    assert advised("model.dtype=float32") == []

@@ -81,9 +81,10 @@ def test_fetch_downloads_what_a_run_needs_and_no_more(
     assert set(hub.downloaded) == cached(tmp_path)
     total = sum(len(files[name]) for name in cached(tmp_path))
     model, place, _, command = said.out.splitlines()
-    index = len(files["model.safetensors.index.json"])  # read first: it names the shards
+    # Read first: the positions of the base, and the index, which names the shards.
+    read = len(files["config.json"]) + len(files["model.safetensors.index.json"])
     assert model.startswith(f"model  {NAME} at {Repo({}).commit}: {len(cached(tmp_path))} files, ")
-    assert f"{(total - index) / 1000:.1f} KB to download" in model
+    assert f"{(total - read) / 1000:.1f} KB to download" in model
     assert place.endswith(f"/models--org--name/snapshots/{Repo({}).commit}")
     assert command == (
         "  HF_HOME='/scratch/my home' HF_HUB_OFFLINE=1 lorabench train " + " ".join(words)

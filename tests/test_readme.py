@@ -9,10 +9,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import Said, say
 
 from lorabench import model as base_model
 from lorabench.cli import VERBS
+from lorabench.cli.words import conf_folder
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,6 +71,26 @@ def test_a_line_plans(line: str) -> None:
     for values in grid:
         assert len(runs) % len(values.split(",")) == 0
     assert len(runs) > 1 if grid else runs
+
+
+def test_examples_of_real_models_have_real_data() -> None:
+    """Fails for a line that would train a real model on embedded toy data, or names no model."""
+    conf = Path(conf_folder())
+    read = {path.stem: yaml.safe_load(path.read_text()) for path in (conf / "data").glob("*.yaml")}
+    toys = {name for name, content in read.items() if content["source"] == "skills"}
+    real = []
+    for line in [one for one in LINES + INLINE if one.split()[1] in COMPOSE]:
+        words = dict(re.findall(r"([\w.]+)=(\S+)", line))
+        for name in words.get("model", "tiny-gemma").split(","):
+            preset = conf / "model" / f"{name}.yaml"
+            embedded = preset.is_file() and "lorabench:" in preset.read_text()
+            if embedded and "model.path" not in words:
+                continue
+            real.append(line)
+            is_place = name == "local" or "/" in name
+            assert not embedded and (preset.is_file() or is_place), line
+            assert words.get("data", "skills") in {*read} - toys, line
+    assert len(real) > 2
 
 
 def test_lines_serve_a_folder() -> None:

@@ -24,6 +24,7 @@ def register(planner: Planner | None = None) -> None:
     from omegaconf import DictConfig, OmegaConf
 
     from lorabench import config
+    from lorabench import model as base_model
     from lorabench import plan as planning
 
     def resolve(*, _root_: DictConfig) -> str:
@@ -34,6 +35,7 @@ def register(planner: Planner | None = None) -> None:
         return (planner or planning.Planner()).make(parsed).run_id
 
     config.register()
+    config.recipe.register(base_model.fitting)
     OmegaConf.register_new_resolver("run_id", resolve, replace=True)
     OmegaConf.register_new_resolver("home", os.path.expanduser, replace=True)
 

@@ -27,6 +27,7 @@ NOT_A_SETTING = (
     "trainer.log_every",
     "worker.",
     "compare.",
+    "recipe.",
     "presets",
     "presets.",
     "data.allow_left_out",

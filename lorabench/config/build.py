@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ValidationError
 
+from lorabench.config import recipe
 from lorabench.config.errors import ConfigErrors, did_you_mean
 from lorabench.config.parts import named_sets
 from lorabench.config.ranges import range_errors
@@ -56,6 +57,7 @@ def typed(cfg: DictConfig) -> Config:
             f"{key}: must be given; got nothing; set {key}=..." for key in sorted(missing)
         )
     config = _at_home(_build(Config, plain))
+    config.recipe.applied = recipe.applied(cfg) or config.recipe.applied
     errors = range_errors(config)
     if errors:
         raise ConfigErrors(errors)

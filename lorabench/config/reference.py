@@ -46,7 +46,7 @@ part of the run id too.
 COLUMNS = "| key | type | default | meaning | values | id |\n|---|---|---|---|---|---|"
 
 # Groups in no id, and groups in the run id only through what they resolve to.
-NO_ID = ("tracker", "worker", "compare", "presets", "sweep", "output_dir")
+NO_ID = ("tracker", "worker", "compare", "recipe", "presets", "sweep", "output_dir")
 RESOLVED_GROUPS = ("target_modules", "start_from", "seed")
 
 

@@ -233,6 +233,18 @@ class CompareConfig:
 
 
 @dataclass
+class RecipeConfig:
+    """The model's recipe: values for keys that no preset, experiment or command line sets.
+
+    It is chosen by the model. To change a value, set its key itself, not these.
+    """
+
+    name: str | None = None  # of the recipe; None: the defaults on this page, as of embedded bases
+    values: Any = field(default_factory=dict)  # {key: value}: what the recipe would give
+    applied: list[str] = field(default_factory=list)  # by lorabench: keys that nothing else sets
+
+
+@dataclass
 class SeedsConfig:
     """Three independent random streams, so that one can vary while the others stay."""
 
@@ -260,6 +272,7 @@ class Config:
     objective: str = "validation/nll"  # split/metric that a job returns to a Hydra sweeper
     seed: int = 0  # value of the three seeds that are not set themselves
     seeds: SeedsConfig = field(default_factory=SeedsConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
     presets: Any = field(default_factory=dict)  # by lorabench: sha256 of files not its own, by path
     sweep: str = "default"  # name of the sweep's folder in output_dir
     output_dir: str = "outputs"  # folder of all sweeps

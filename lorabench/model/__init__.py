@@ -28,6 +28,7 @@ from lorabench.model.place import (
     local_folder,
     location,
 )
+from lorabench.model.positions import fitting
 from lorabench.model.tensors import checksum, is_tied, num_parameters, output_head, share
 from lorabench.model.verified import load_verified, tokenizer_verified
 
@@ -43,6 +44,7 @@ __all__ = [
     "dtype",
     "dtype_notes",
     "findable",
+    "fitting",
     "hub_commit",
     "identity",
     "is_tied",

@@ -82,6 +82,9 @@ def plan(
         out.print(f"base      {text}")
     for text in _each(jobs, _training):
         out.print(f"training  {text}")
+    for text in dict.fromkeys(map(_defaults, jobs)):
+        if text:
+            out.print(f"defaults  {text}", soft_wrap=True)
     for text in dict.fromkeys(stages.describe(job.config.stages) for job in jobs):
         if text:
             out.print(f"stages    {text}")
@@ -224,6 +227,29 @@ def _training(job: Job) -> str:
         f"{trainer.num_steps} steps of {trainer.batch_size} examples, "
         f"lr {trainer.lr:g} {trainer.schedule}{floor}, computed in {trainer.dtype}"
     )
+
+
+def _defaults(job: Job) -> str:
+    """The values that come from the model's recipe, and those that something else sets."""
+
+    def listed(values: dict[str, Any]) -> str:
+        return ", ".join(f"{key} {_plain(value)}" for key, value in values.items())
+
+    found = job.plan.defaults
+    if not found:
+        return ""
+    otherwise = listed(found["otherwise"])
+    return (
+        f"of {job.plan.model} (recipe={found['recipe']}): {listed(found['applied']) or 'none'}"
+        f"{f' (set otherwise: {otherwise})' if otherwise else ''}"
+    )
+
+
+def _plain(value: Any) -> str:
+    """A value, as it is typed on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _rows(jobs: list[Job]) -> str:

@@ -11,7 +11,7 @@ from lorabench.sweep.jobs import Job
 # What each run of a pack has for itself; everything else must be the same.
 OWN_GROUPS = (
     "lora", "head", "target_modules", "start_from", "seeds", "seed", "tracker", "worker",
-    "compare", "presets", "sweep", "output_dir",
+    "compare", "recipe", "presets", "sweep", "output_dir",
 )  # fmt: skip
 OWN_TRAINER = (
     "lr", "schedule", "warmup_steps", "min_lr_ratio", "weight_decay", "beta1", "beta2", "eps",
