@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from lorabench import data, formats, identity, machine, stages, start, versions
+from lorabench import data, formats, identity, machine, remarks, stages, start, versions
 from lorabench import model as base_model
 from lorabench.config import Config, ConfigErrors, ModelConfig, model_name, recipe, scale
 from lorabench.files import obstacle
@@ -233,7 +233,9 @@ class Planner:
             labels = data.labels_of(config.data, contents["train"])
         base = self.skeleton(config.model, len(labels))
         resolved = self._resolve(config, base, self.wrapped(config.model, len(labels)))
-        wrong = stages.errors(config.stages, resolved.trained) + _position_errors(config, base)
+        wrong = stages.errors(config.stages, resolved.trained) + remarks.position_errors(
+            config, base
+        )
         if wrong:
             raise ConfigErrors(wrong)
         head = _head_plan(config, base)
@@ -257,8 +259,8 @@ class Planner:
         base_bytes = RUNTIME_BYTES + sum(p.numel() * p.element_size() for p in base.parameters())
         logit_bytes = 12 * (len(labels) or text.vocab_size)
         logits = _logits_bytes(tokens, logit_bytes)
-        narrow = _narrow(base, resolved.ranks)
-        warnings = [*recipe.warnings(config), *_warnings(config, base)]
+        narrow = remarks.narrow(base, resolved.ranks)
+        warnings = [*recipe.warnings(config), *remarks.warnings(config, base)]
         warnings += [*narrow, *resolved.left_out, *started]
         warnings += base_model.unpinned(config.model, contents)
         saved = [head.module] if head.policy == "full" and head.module else []
@@ -342,34 +344,6 @@ def folder(config: Config) -> Path:
     return Path(make(config).folder)
 
 
-def _position_errors(config: Config, base: Any) -> list[str]:
-    """Examples, or prompts with the answers written to them, beyond the base's positions."""
-    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if not positions:
-        return []
-    longest, name = config.data.max_length, model_name(config.model)
-    if longest > positions:
-        return [
-            f"data.max_length: must be at most the {positions} positions of base model "
-            f"'{name}'; got {longest}; set data.max_length={positions} or less"
-        ]
-    asked = any(map(identity.is_generated, identity.wanted_metrics(config)))
-    new = config.data.answer_max_new_tokens
-    if asked and longest - 1 + new > positions:  # a prompt leaves a token to the completion
-        remedy = (
-            f"set data.answer_max_new_tokens={positions - longest + 1} or less, or a smaller "
-            f"data.max_length"
-            if positions > longest
-            else f"set a data.max_length below {positions}"
-        )
-        return [
-            f"data.answer_max_new_tokens: prompt and answer must fit the {positions} positions of "
-            f"base model '{name}'; got {new} after prompts of up to {longest - 1} tokens "
-            f"(data.max_length); {remedy}"
-        ]
-    return []
-
-
 def _head_plan(config: Config, base: Any) -> HeadPlan:
     found = base_model.output_head(base)
     tied = base_model.is_tied(base)
@@ -396,48 +370,6 @@ def _head_plan(config: Config, base: Any) -> HeadPlan:
     if config.task == "seq_cls":
         consequence = "trained from a draw of seeds.init, saved with the adapter"
     return HeadPlan(policy=config.head.policy, module=name, tied=tied, consequence=consequence)
-
-
-def _warnings(config: Config, base: Any) -> list[str]:
-    from transformers import AutoConfig
-
-    found = []
-    if config.trainer.warmup_steps >= config.trainer.num_steps:
-        found.append("trainer.warmup_steps: the whole run is warm-up; lr never reaches its peak")
-    patience, every = config.trainer.patience, config.trainer.eval_every
-    if patience is not None and patience * every >= config.trainer.num_steps:
-        found.append(
-            f"trainer.patience: {patience} evaluations, one every {every} steps, are all of the run"
-        )
-    if config.model.dtype == "bfloat16" and machine.choose_device(config.trainer.device) == "cpu":
-        found.append(
-            "model.dtype: bfloat16 is rounded more than float32 and, on most CPUs, slower; on this "
-            "CPU consider model.dtype=float32"
-        )
-    was = [name for name in base.config.architectures or () if "SequenceClassification" in name]
-    if config.task == "seq_cls" and was:
-        found.append(f"the checkpoint is a classifier itself ({was[0]}): its head is replaced")
-    where = base_model.location(config.model)
-    if Path(where).is_dir():
-        original = AutoConfig.from_pretrained(where, trust_remote_code=False)
-        for key, value in base_model.random_settings(original).items():
-            found.append(f"the base's own {key}={value:g} is switched off: only lora_dropout acts")
-    return found
-
-
-def _narrow(base: Any, ranks: dict[str, int]) -> list[str]:
-    """Says where r is more than a module has rows or columns: PEFT takes it without a word."""
-    sides = {name: min(base.get_submodule(name).weight.shape) for name in ranks}
-    below: dict[int, list[str]] = {}
-    for name, r in ranks.items():
-        if r > sides[name]:
-            below.setdefault(r, []).append(name)
-    return [
-        f"lora.r: {r} is more than the smaller side of {len(names)} module"
-        f"{'s' if len(names) > 1 else ''} (such as {names[0]}: {sides[names[0]]}): ranks above "
-        f"that add parameters without adding capacity"
-        for r, names in below.items()
-    ]
 
 
 def tracker_address(config: Config) -> str:
