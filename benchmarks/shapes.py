@@ -81,7 +81,7 @@ def random_tokens(config: Any, vocabulary: int, alike: bool) -> Any:
     tokens = [longest] * count if alike else lengths.lengths(count, cap=longest)
     draw = np.random.default_rng(0)
     ids = [draw.integers(0, vocabulary, n).tolist() for n in tokens]
-    return Tokens(ids, [n // 4 for n in tokens], [*map(str, range(count))], [*range(count)], 0, 0)
+    return Tokens.of(ids, [n // 4 for n in tokens])
 
 
 def contenders_of(

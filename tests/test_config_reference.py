@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from operator import attrgetter
 
 import pytest
 from conftest import composed
@@ -59,7 +60,7 @@ def test_a_key_is_said_to_be_in_the_run_id_where_it_is(group: str) -> None:
     for neutral in identity.NEUTRAL:  # else a key that was added later is left out
         section, _, name = neutral.rpartition(".")
         if section:  # of the top level only start_from, which is there as a hash
-            setattr(getattr(config, section), name, "another value")
+            setattr(attrgetter(section)(config), name, "another value")
     there = identity.training(config, CONTENTS, {}, {}, ["a"], [], {"nll": "nll/1"})[group]
     for spec in dataclasses.fields(getattr(config, group)):
         if spec.name in ("validation", "test"):

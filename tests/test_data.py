@@ -13,6 +13,7 @@ from sources import jsonl, numbered, run_python, skills_config, texts, write
 
 from lorabench import data
 from lorabench.config import Config, ConfigErrors, DataConfig, SourceConfig, range_errors
+from lorabench.config.parts import GENERATED
 from lorabench.zoo import skills as zoo_skills
 
 CONF = Path(__file__).parents[1] / "conf" / "data"
@@ -250,10 +251,12 @@ def test_same_in_any_process(tmp_path):
 def test_presets(path, tmp_path):
     group = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(path))
     assert not OmegaConf.missing_keys(group)
-    if group.source != "skills" and group.train.path is None:
+    if group.source not in GENERATED and group.train.path is None:
         group.train.path = (
             write(tmp_path / "a.jsonl", numbered(100)) if group.source == "jsonl" else "a/b"
         )
+    if group.source == "gym":
+        group.gym = {"chain_sum": None}
     cfg = OmegaConf.to_object(group)
     assert cfg.name == path.stem
     assert data.check(cfg) == []

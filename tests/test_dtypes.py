@@ -14,6 +14,7 @@ from conftest import records, say
 
 from lorabench import cli, config, identity, plan
 from lorabench import model as base_model
+from lorabench.evaluate import DEFINITIONS
 
 TINY = [
     "trainer=smoke", "trainer.steps=1", "tracker=none", "lora.r=1", "target_modules=attention",
@@ -95,7 +96,7 @@ def test_ids_of_configs_with_a_dtype_are_what_they_were() -> None:
     made = plan.make(unresolved())
     resolved = identity.training(
         unresolved(), made.contents, dict.fromkeys(made.lora_modules, 16),
-        dict.fromkeys(made.lora_modules, 2.0), made.lora_modules, [],
+        dict.fromkeys(made.lora_modules, 2.0), made.lora_modules, [], DEFINITIONS,
     )  # fmt: skip
     assert resolved["model"]["dtype"] == resolved["trainer"]["dtype"] == "float32"
     assert identity.short_hash(resolved) == made.run_id

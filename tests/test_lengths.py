@@ -25,7 +25,14 @@ from lorabench.lengths import lengths_of
 from lorabench.pack import probe
 from lorabench.train import train
 
-FAST = ["tracker=none", "trainer.steps=4", "trainer.num_threads=1", "data.metric=[nll]", "lora.r=2"]
+FAST = [
+    "tracker=none",
+    "trainer.steps=4",
+    "recipe=embedded",
+    "trainer.num_threads=1",
+    "data.metric=[nll]",
+    "lora.r=2",
+]
 
 # --- equal to stock PEFT ---------------------------------------------------------------------
 

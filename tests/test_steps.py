@@ -82,6 +82,7 @@ def test_only_examples_that_are_trained_on_are_counted(jsonl: Path) -> None:
     from lorabench.worker import Shared
 
     words = ["data=jsonl", f"data.train.path={jsonl}", "trainer.batch_size=1", "trainer.steps=null"]
+    words.append("data.allow_left_out=1")
     counts = []
     for length in (64, 19):
         (job,) = plan_jobs(*words, "trainer.epochs=1", f"data.max_length={length}")

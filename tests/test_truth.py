@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from processes import running, slowly, wait_for
 from lorabench import data, identity, plan
 from lorabench import model as base_model
 from lorabench.config import ModelConfig
+from lorabench.data.ragged import Ragged
 
 FAST = ["trainer=smoke", "trainer.num_threads=1", "tracker=none", "lora.r=2",
         "data.max_length=64"]  # fmt: skip
@@ -146,8 +148,9 @@ def test_the_record_names_the_tokens_that_were_trained_on(
     recorded = record["evaluations"][0]["predictions_sha256"]
     assert recorded == hashlib.sha256(path.read_bytes()).hexdigest()
     # One token more, and the hash is another.
-    found["train"].input_ids[0] = [*found["train"].input_ids[0], 3]
-    assert found["train"].hash() != record["hashes"]["train_tokens"]
+    first, *others = found["train"].input_ids
+    longer = replace(found["train"], input_ids=Ragged.of([[*first, 3], *others]))
+    assert longer.hash() != record["hashes"]["train_tokens"]
     assert np.isfinite(scores(record)["test"]["nll"]["value"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -20,6 +21,7 @@ from lorabench import plan
 from lorabench.config import Config, ConfigErrors
 from lorabench.data import IGNORED
 from lorabench.pack import Batch
+from lorabench.zoo import TINY_GEMMA
 
 VOCAB = 64
 IDS = torch.randint(3, VOCAB, (4, 12), generator=torch.Generator().manual_seed(0))
@@ -142,6 +144,8 @@ def leaves(names: Any) -> set[str]:
 def folder_of(model: Any, folder: Path) -> Path:
     """A checkpoint folder lorabench plans on."""
     model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY_GEMMA / name, folder)
     return folder
 
 
