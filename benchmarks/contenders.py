@@ -214,7 +214,7 @@ def run_grouped(config: Any, prepared: dict[str, Any], _: bool) -> dict[str, Any
     if "rows" not in prepared:  # once for all jobs: in favour of (a)
         pairs = list(zip(tokens.input_ids, tokens.completion_start, strict=True))
         columns = {
-            "input_ids": tokens.input_ids,
+            "input_ids": list(tokens.input_ids),
             "labels": [[data.IGNORED] * start + ids[start:] for ids, start in pairs],
             "length": [len(ids) for ids in tokens.input_ids],
         }

@@ -58,7 +58,7 @@ def write(path: Path, rows: int, format: str) -> None:
 def measured(folder: Path, path: Path, format: str) -> dict[str, float]:
     """Run `lorabench plan` on a file; return its seconds and largest RssAnon in MiB."""
     words = [*COMMON, *FORMATS[format], "data=jsonl", f"data.train.path={path}"]
-    words += ["model=local", f"model.path={folder / 'base'}"]
+    words += ["model=local", "recipe=embedded", f"model.path={folder / 'base'}"]
     environment = os.environ | {"LORABENCH_CACHE": str(folder / "cache")}
     start, largest = time.perf_counter(), 0
     with open(folder / "out.txt", "w") as out:

@@ -63,4 +63,5 @@ def write(folder: Path) -> list[str]:
         path = folder / f"{split}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         sources.append(f"data.{split}.path={path}")
-    return ["model=local", f"model.path={folder / 'base'}", "data=jsonl", *sources]
+    where = f"model.path={folder / 'base'}"
+    return ["model=local", "recipe=embedded", where, "data=jsonl", *sources]

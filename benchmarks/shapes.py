@@ -48,7 +48,8 @@ def shape_config(name: str, folder: str, options: argparse.Namespace) -> Any:
     AutoConfig.for_model(numbers.pop("model_type"), **numbers).save_pretrained(folder)
     dtype = "bfloat16" if options.device == "cuda" else "float32"
     (cfg,), *_ = cli.compose([
-        "model=local", f"model.path={folder}", f"model.name={name}", f"model.dtype={dtype}",
+        "model=local", "recipe=embedded", f"model.path={folder}", f"model.name={name}",
+        f"model.dtype={dtype}",
         "target_modules=attention", f"trainer.device={options.device}", "trainer.steps=1000",
         "trainer.deterministic=false",
     ])  # fmt: skip
