@@ -25,7 +25,7 @@ from lorabench.config import ConfigErrors
 from lorabench.pack import ModulePack
 from lorabench.record import Cost
 from lorabench.train import learning_rate
-from lorabench.worker.validation import Watch
+from lorabench.worker.watch import Watch
 
 # Overfits within a few steps: validation turns, at other steps for other seeds.
 SHORT = [

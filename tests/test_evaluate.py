@@ -16,7 +16,7 @@ from processes import Elsewhere
 
 from lorabench import cli, data, plan
 from lorabench import model as base_model
-from lorabench.config.ranges import METRICS
+from lorabench.config.choices import METRICS
 from lorabench.evaluate import DEFINITIONS, evaluate, summarise
 from lorabench.pack import Batch, ModulePack
 

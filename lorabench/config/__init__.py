@@ -1,6 +1,7 @@
 """What a user may write, checked: dataclasses of the groups, their ranges, all errors at once."""
 
 from lorabench.config.build import register, typed
+from lorabench.config.choices import HIGHER_IS_BETTER
 from lorabench.config.errors import (
     ConfigErrors,
     and_more,
@@ -9,7 +10,7 @@ from lorabench.config.errors import (
     nearest,
     split_refusal,
 )
-from lorabench.config.ranges import HIGHER_IS_BETTER, range_errors
+from lorabench.config.ranges import range_errors
 from lorabench.config.schema import (
     Config,
     DataConfig,

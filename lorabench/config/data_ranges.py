@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from lorabench.config import parts
+from lorabench.config.choices import FORMATS, METRICS, Found
 from lorabench.config.schema import DataConfig
 
 # What a template is called with in any case.
@@ -13,12 +13,10 @@ TAKEN = {
     "messages", "conversations", "tools", "documents", "chat_template", "add_generation_prompt",
     "continue_final_message", "return_assistant_tokens_mask", "tokenize",
 }  # fmt: skip
-FORMATS = ("prompt_completion", "messages", "sharegpt", "text")
-SAMPLE_BY = ("document", "paragraph", "line")
 
 
-def check(found: Any, data: DataConfig) -> None:
-    """Add what is wrong with the data group to `ranges.Found`."""
+def check(found: Found, data: DataConfig) -> None:
+    """Add what is wrong with the data group to `found`."""
     must, one_of = found.must, found.one_of
     one_of("data.source", data.source)
     if data.source == "skills":
@@ -56,7 +54,7 @@ def check(found: Any, data: DataConfig) -> None:
              "gym", "use data=gym")  # fmt: skip
     for split in ("train", "validation", "test"):
         one_of(f"data.{split}.sample_by", getattr(data, split).sample_by)
-    must(bool(data.metric), "data.metric", f"a list out of {', '.join(found.metrics)}", data.metric)
+    must(bool(data.metric), "data.metric", f"a list out of {', '.join(METRICS)}", data.metric)
     for metric in data.metric:
         one_of("data.metric", metric)
     must(
@@ -95,7 +93,7 @@ def check(found: Any, data: DataConfig) -> None:
     parts.check(found, data, _format)
 
 
-def _format(found: Any, data: DataConfig) -> None:
+def _format(found: Found, data: DataConfig) -> None:
     """What a row is, and how it becomes tokens."""
     must = found.must
     for key in ("format", "system", "loss_on", "too_long"):

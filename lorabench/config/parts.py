@@ -11,6 +11,7 @@ import math
 import re
 from typing import Any
 
+from lorabench.config.choices import Found
 from lorabench.config.schema import (
     DataConfig,
     MixtureConfig,
@@ -110,8 +111,8 @@ def as_train(data: DataConfig, part: PartConfig) -> DataConfig:
     return dataclasses.replace(data, **changes)
 
 
-def check(found: Any, data: DataConfig, check_format: Any) -> None:
-    """Add what is wrong with the mixture and the named sets to `ranges.Found`.
+def check(found: Found, data: DataConfig, check_format: Any) -> None:
+    """Add what is wrong with the mixture and the named sets to `found`.
 
     Args:
         check_format: adds what is wrong with the format of one data config to a `Found`.

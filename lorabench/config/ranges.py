@@ -4,67 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
 
 from lorabench.config import data_ranges, parts, training
+from lorabench.config.choices import METRICS, METRICS_OF, TASKS, Found
 from lorabench.config.errors import did_you_mean
 from lorabench.config.schema import CompareConfig, Config, LoraSettings, keys
-
-TASKS = ("causal_lm", "seq_cls")
-DTYPES = ("float64", "float32", "bfloat16")
-AUTO = "auto"  # of model.dtype and trainer.dtype, until a checkpoint is looked at
-METRICS_OF = {
-    "causal_lm": ("nll", "exact_match", "nll_per_token", "answer", "answer_flexible", "gym"),
-    "seq_cls": ("nll", "accuracy"),
-}
-METRICS = tuple(dict.fromkeys(name for names in METRICS_OF.values() for name in names))
-# Metrics where more is better; of the others less is.
-HIGHER_IS_BETTER = {"exact_match", "answer", "answer_flexible", "accuracy", "gym"}
-# The values that a key can take, or the elements of a list.
-CHOICES: dict[str, tuple[str, ...]] = {
-    "task": TASKS,
-    "model.dtype": (*DTYPES, AUTO),
-    "model.attn_implementation": ("sdpa", "eager", "flash_attention_2"),
-    "target_modules.select": ("auto", "attention", "mlp", "all-linear", "custom"),
-    "head.policy": ("exclude", "lora", "full"),
-    "lora.bias": ("none", "lora_only", "all"),
-    "lora.init": ("default", "gaussian", "olora", "orthogonal", "pissa"),
-    "data.source": ("skills", "gym", "jsonl", "hub", "path"),
-    "data.train.sample_by": data_ranges.SAMPLE_BY,
-    "data.validation.sample_by": data_ranges.SAMPLE_BY,
-    "data.test.sample_by": data_ranges.SAMPLE_BY,
-    "data.format": data_ranges.FORMATS,
-    "data.system": ("template", "fold", "drop"),
-    "data.loss_on": ("all", "last"),
-    "data.too_long": ("leave_out", "cut_prompt"),
-    "data.metric": METRICS,
-    "trainer.keep": ("last", "best"),
-    "trainer.schedule": ("constant", "linear", "cosine"),
-    "trainer.dtype": (*DTYPES, AUTO),
-    "tracker.kind": ("wandb", "none"),
-    "tracker.mode": ("offline", "online", "disabled"),
-}
-
-
-class Found:
-    """The errors so far, and the two laws most of them break."""
-
-    metrics = METRICS
-
-    def __init__(self) -> None:
-        self.errors: list[str] = []
-
-    def must(self, holds: bool, key: str, law: str, got: Any, remedy: str = "") -> None:
-        if not holds:
-            remedy = f"; {remedy}" if remedy else ""
-            self.errors.append(f"{key}: must be {law}; got {got!r}{remedy}")
-
-    def one_of(self, key: str, got: str) -> None:
-        allowed = CHOICES[key]
-        if got not in allowed:
-            self.errors.append(
-                f"{key}: must be one of {', '.join(allowed)}; got {did_you_mean(str(got), allowed)}"
-            )
 
 
 def range_errors(config: Config) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from lorabench import identity
-from lorabench.config import ranges, schema
+from lorabench.config import choices, schema
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "config-reference.md"
@@ -134,7 +134,7 @@ def _group_section(cls: type, keys: list[str]) -> str:
             f"`{_type(spec)}`",
             _default(spec),
             _cell(comment),
-            ", ".join(f"`{value}`" for value in ranges.CHOICES.get(dotted[0], ())),
+            ", ".join(f"`{value}`" for value in choices.CHOICES.get(dotted[0], ())),
             "; ".join(marks),
         )
         rows.append(f"| {' | '.join(row)} |")

@@ -15,7 +15,7 @@ from omegaconf import MISSING
 
 # OmegaConf reads these annotations at run time and needs typing's spelling of Optional. The comment
 # behind a field is its description in docs/config-reference.md; a comment on a line of its own is a
-# heading there. The values of a choice are in ranges.CHOICES.
+# heading there. The values of a choice are in choices.CHOICES.
 @dataclass
 class ModelConfig:
     """The frozen base model: a Hub id, a local folder, or `lorabench:NAME` for an embedded one."""

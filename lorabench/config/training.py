@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lorabench.config.choices import Found
 from lorabench.config.errors import did_you_mean
 from lorabench.config.schema import Config
-
-if TYPE_CHECKING:
-    from lorabench.config.ranges import Found
 
 STAGE_KEYS = ("from_step", "from_epoch", "train", "lr_scale", "rewarm_steps")
 

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from lorabench.config import ConfigErrors, DataConfig, and_more, did_you_mean, nearest
 from lorabench.config.errors import first_line
 from lorabench.data import templates
+from lorabench.data.rows import identified
 from lorabench.data.templates import SPLITS
 from lorabench.versions import installed
 
@@ -118,13 +119,11 @@ def scorer(cfg: DataConfig) -> Callable[[str, str | None], float]:
     It is 0 where the library's scorer fails on what it cannot read.
 
     Raises:
-        ConfigErrors: As `lorabench.data.load`.
+        ConfigErrors: As `entries`.
     """
-    from lorabench.data.splits import load
-
-    loaded, ids = load(cfg), dict[str, Entry]()
+    ids: dict[str, Entry] = {}
     for split in ("validation", "test"):
-        pairs = zip(getattr(loaded, split), entries(cfg, split), strict=True)
+        pairs = zip(identified(examples(cfg, split)), entries(cfg, split), strict=True)
         ids.update((example.id, entry) for example, entry in pairs)
 
     def score(id: str, answer: str | None) -> float:

@@ -13,7 +13,7 @@ from lorabench.data import conversations, mixing, sources, templates
 from lorabench.data.examples import Example, Examples
 from lorabench.data.hashes import split_hashes
 from lorabench.data.references import check_references
-from lorabench.data.rows import Rows, hashes_of
+from lorabench.data.rows import Rows, hashes_of, identified
 from lorabench.data.templates import SPLITS, own_sources
 
 
@@ -58,12 +58,7 @@ def load(cfg: DataConfig) -> Splits:
     read: dict[str, Any]
     if cfg.source in sources.GENERATED:
         read = {split: sources.generated(cfg, split) for split in SPLITS}
-        sets = {}
-        for split in SPLITS:
-            rows = Rows()
-            for pair in read[split]:
-                rows.add(*pair)
-            sets[split] = rows.examples(np.arange(len(rows)))
+        sets = {split: identified(read[split]) for split in SPLITS}
         prompts = {split: hashes_of(example.prompt for example in sets[split]) for split in SPLITS}
     else:
         sets, prompts, read = _read(cfg, notes)

@@ -26,7 +26,7 @@ from lorabench.lease import Lease, Lost
 from lorabench.progress import Display
 from lorabench.stages import Stage, Stages
 from lorabench.sweep import Job, PackEntry
-from lorabench.worker.validation import Watch
+from lorabench.worker.watch import Watch
 
 log = logging.getLogger(__name__)
 

@@ -38,7 +38,7 @@ from lorabench.worker.scoring import load_pack, score
 from lorabench.worker.shared import Shared
 from lorabench.worker.training import train_pack
 from lorabench.worker.untrained import UntrainedBase
-from lorabench.worker.validation import Watch
+from lorabench.worker.watch import Watch
 
 log = logging.getLogger(__name__)
 
