@@ -27,6 +27,7 @@ from lorabench.config import Config, ConfigErrors, ModelConfig, SourceConfig, mo
 from lorabench.config.parts import GENERATED, READ_AS, parts_of
 from lorabench.data import sources
 from lorabench.data.templates import own_sources
+from lorabench.files import nearest_folder
 from lorabench.hub import hub_failure
 from lorabench.model import foreign
 from lorabench.model.place import ADAPTER_FILE, TOKENIZER_PATTERNS, beside
@@ -241,11 +242,11 @@ def check_room(parts: Iterable[Needed]) -> None:
     """
     rooms: dict[int, list[Needed]] = {}
     for part in parts:
-        rooms.setdefault(_existing(part.cache).stat().st_dev, []).append(part)
+        rooms.setdefault(nearest_folder(part.cache).stat().st_dev, []).append(part)
     errors = []
     for there in rooms.values():
         wanted = sum(part.room_bytes for part in there)
-        free = shutil.disk_usage(_existing(there[0].cache)).free
+        free = shutil.disk_usage(nearest_folder(there[0].cache)).free
         if wanted > free:
             errors.append(
                 f"disk: must have room for {wanted / 1e6:,.1f} MB of downloads; got "
@@ -254,12 +255,6 @@ def check_room(parts: Iterable[Needed]) -> None:
             )
     if errors:
         raise ConfigErrors(errors)
-
-
-def _existing(place: Path) -> Path:
-    while not place.exists():
-        place = place.parent
-    return place
 
 
 def offline_command(words: Sequence[str]) -> str:

@@ -103,3 +103,10 @@ def obstacle(folder: Path) -> tuple[Path, str] | None:
             return None
     except OSError as error:
         return place, f"is not writable ({error.strerror})"
+
+
+def nearest_folder(place: Path) -> Path:
+    """Return a folder itself, or, if it is not there yet, the nearest one above it that is."""
+    while not place.exists():
+        place = place.parent
+    return place

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import reasoning_gym
 import torch
 from conftest import composed, predictions, records, say, scores
 from sources import run_python
@@ -22,8 +23,6 @@ from lorabench.config import ConfigErrors, DataConfig
 from lorabench.data import gym
 from lorabench.data.templates import SPLITS
 from lorabench.evaluate import DEFINITIONS, answers
-
-reasoning_gym = pytest.importorskip("reasoning_gym", reason="the extra `gym` is not installed")
 
 SUMS = {"chain_sum": {"max_terms": 3, "max_digits": 2}}
 TWO = {"leg_counting": {"max_animals": 4}, **SUMS}

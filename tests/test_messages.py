@@ -98,8 +98,8 @@ def test_ids_and_labels_are_those_that_trl_trains_on(
     family: str, tmp_path: Path, tiny_folder: Any
 ) -> None:
     """SFTTrainer's own preprocessing. Slow: TRL takes seconds to import."""
-    trl = pytest.importorskip("trl")
     import datasets
+    import trl
     from transformers import AutoModelForCausalLM
 
     rows = conversations(family)

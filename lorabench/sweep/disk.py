@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorabench.config import ConfigErrors
+from lorabench.files import nearest_folder
 from lorabench.sweep.jobs import Job
 
 
@@ -22,9 +23,7 @@ def check_room(packs: Sequence[Sequence[Job]]) -> None:
     disks: dict[int, list[Sequence[Job]]] = {}
     places: dict[int, Path] = {}
     for pack in filter(None, packs):
-        place = pack[0].folder
-        while not place.exists():
-            place = place.parent
+        place = nearest_folder(pack[0].folder)
         device = place.stat().st_dev
         disks.setdefault(device, []).append(pack)
         places.setdefault(device, place)
