@@ -14,6 +14,7 @@ from typing import Any
 
 from lorabench import data
 from lorabench import model as base_model
+from lorabench.base_scores import tokenizer_of
 from lorabench.config import Config, ConfigErrors, range_errors, steps_of_epochs
 
 
@@ -72,7 +73,7 @@ class Steps:
             elif config.data.format in data.CONVERSATIONS:
                 stops = list(base_model.stops(config.model))
             tokens = data.tokenise_once(
-                examples.train, tokenizer, config.data, contents["train"], contents["tokenizer"],
+                examples.train, tokenizer, config.data, contents["train"], tokenizer_of(contents),
                 stops, labels,
             )  # fmt: skip
             self._counts[key] = len(tokens)

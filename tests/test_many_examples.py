@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import say
+from conftest import composed, say
 
-from lorabench import cache, data
+from lorabench import cache, data, plan, sweep
 from lorabench.config import ConfigErrors, DataConfig, SourceConfig
 from lorabench.data import encoding, token_cache
 from lorabench.data.examples import Collector, Example
+from lorabench.worker import Shared
 from lorabench.zoo import TINY_GEMMA
 
 
@@ -125,6 +126,20 @@ def test_what_decides_the_tokens_is_in_their_key(other: dict[str, Any]) -> None:
     asked: dict[str, Any] = {"cfg": config(), "content": "c", "tokenizer": "t", "stops": []}
     changed = asked | {key.removesuffix("_hash"): value for key, value in other.items()}
     assert token_cache.key_of(**asked, labels=[]) != token_cache.key_of(**changed, labels=[])
+
+
+def test_the_commit_of_a_hub_base_is_in_the_key(
+    tokenizer: Any, small_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no hash of tokenizer files: two bases would get each other's tokens."""
+    monkeypatch.setattr(Shared, "tokenizer", lambda *_: tokenizer)
+    planner = plan.Planner()
+    for commit in ("a" * 40, "b" * 40):
+        job = sweep.Job(config := composed("data.num_train=16"), "", planner.make(config))
+        hub = {"hub": "some/base", "revision": commit, "tokenizer": ""}
+        job.plan = job.plan.model_copy(update={"contents": job.plan.contents | hub})
+        Shared(planner).dataset(job)
+    assert len(list((small_cache / "tokens").iterdir())) == 6  # three splits of each base
 
 
 @pytest.mark.parametrize("file", ["input_ids.i4", "rest.npz", "about.json"])

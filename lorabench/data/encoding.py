@@ -82,7 +82,7 @@ def tokenise_once(
 
     Args:
         content: the content hash of the split.
-        tokenizer_hash: the hash of the tokenizer's files.
+        tokenizer_hash: what names the tokenizer: the hash of its files, or a Hub base's commit.
         labels: of a classification.
     Raises:
         ConfigErrors: as `tokenise` and `classify`.
@@ -95,6 +95,7 @@ def tokenise_once(
 
     if len(examples) < token_cache.SMALLEST:
         return make()
+    assert tokenizer_hash, "tokens of different tokenizers would have one key"
     key = token_cache.key_of(cfg, content, tokenizer_hash, stops, labels or [])
     found = token_cache.load(key)
     if found is None:

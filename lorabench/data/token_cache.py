@@ -41,7 +41,7 @@ def key_of(
 
     Args:
         content: the content hash of its examples.
-        tokenizer: the hash of the tokenizer's files.
+        tokenizer: what names the tokenizer; see `encoding.tokenise_once`.
     """
     template = cfg.chat_template
     decides = [

@@ -13,6 +13,7 @@ from typing import Any
 
 from lorabench import data, identity
 from lorabench import model as base_model
+from lorabench.base_scores import tokenizer_of
 from lorabench.config import ConfigErrors, parts
 from lorabench.lengths import Lengths, lengths_of
 from lorabench.plan import Planner, measured
@@ -103,7 +104,7 @@ class Shared:
             chosen = examples.named[split] if split in examples.named else getattr(examples, split)
             key = parts.key_of(split)
             tokens[split] = data.tokenise_once(
-                chosen, tokenizer, view, found[key], planned["tokenizer"], stops, labels
+                chosen, tokenizer, view, found[key], tokenizer_of(planned), stops, labels
             )
             notes += tokens[split].notes(key, view)
             mistakes.append(tokens[split].error(key, view))
