@@ -11,7 +11,7 @@ import torch
 
 from lorabench import data
 from lorabench.config import TrainerConfig
-from lorabench.pack import Batch, ModulePack, StackedPack
+from lorabench.pack import Batch, Laid, ModulePack, StackedPack
 from lorabench.stages import Stage, Stages
 
 
@@ -25,7 +25,16 @@ class Step:
     grad_norm: list[float]  # before clipping
     tokens: list[int]  # non-pad tokens of the batch
     ended: list[int]  # runs whose loss or gradient was not finite for the first time
-    stage: Stage | None  # what trains from this step on, where that changed
+    stages: list[Stage | None]  # what trains from this step on, where that changed
+
+
+@dataclass
+class _Taken:
+    """The batches of a step."""
+
+    laid: list[Laid]  # micro-batches
+    num_targets: list[int]  # labelled tokens of each run
+    num_tokens: list[int]  # non-pad tokens of each run
 
 
 def learning_rate(trainer: TrainerConfig, step: int) -> float:
@@ -69,32 +78,48 @@ def train(
     running = {run for run in range(pack.size) if pack.alive[run]}
     if not running:
         return
-    owners = list(pack.owners.values())
-    stages = Stages(pack.configs[0].stages, owners)
-    assert all(Stages(config.stages, owners).all == stages.all for config in pack.configs)
-    for step in range(start_step, trainer.num_steps):
-        stage = stages.at(step)
-        if step == start_step or stage.changes_at(step):
-            _enter(pack, stage, step)
+    stages = [
+        Stages(config.stages, pack.owners(run).values()) for run, config in enumerate(pack.configs)
+    ]
+
+    def next_batch() -> _Taken:
+        """What the runs see in a step, on its way to the device."""
         chosen = [next(order) for order in orders]
         batches = [data.batch(tokens, indices, None, pad_id) for indices in chosen]
-        num_targets = [int((labels != data.IGNORED).sum()) for _, labels in batches]
-        num_tokens = [sum(len(tokens.input_ids[i]) for i in indices) for indices in chosen]
-        losses = []
-        for micro_step, first in enumerate(range(0, trainer.batch_size, micro)):
-            part = slice(first, first + micro)
-            batch = Batch.make(
-                [input_ids[part] for input_ids, _ in batches],
-                [labels[part] for _, labels in batches],
-                sizes,
-                classes=bool(tokens.labels),
-            )
-            of_runs = each(num_targets, sizes)
-            losses.append(pack.forward_backward(step, micro_step, batch, of_runs))
+        parts = [slice(first, first + micro) for first in range(0, trainer.batch_size, micro)]
+        return _Taken(
+            [
+                pack.lay(
+                    Batch.make(
+                        [input_ids[part] for input_ids, _ in batches],
+                        [labels[part] for _, labels in batches],
+                        sizes,
+                        classes=bool(tokens.labels),
+                    )
+                )
+                for part in parts
+            ],
+            each([int((labels != data.IGNORED).sum()) for _, labels in batches], sizes),
+            each([sum(len(tokens.input_ids[i]) for i in indices) for indices in chosen], sizes),
+        )
+
+    taken = next_batch() if start_step < trainer.num_steps else None
+    for step in range(start_step, trainer.num_steps):
+        now = [of_run.at(step) for of_run in stages]
+        if step == start_step or any(stage.changes_at(step) for stage in now):
+            _enter(pack, now, step)
+        assert taken is not None
+        losses = [
+            pack.forward_backward(step, micro_step, laid, taken.num_targets)
+            for micro_step, laid in enumerate(taken.laid)
+        ]
         rates = [learning_rate(t, step) for t in trainers]
         norm_R = pack.update(rates)
         loss_R = torch.stack(losses).sum(0)
-        # One copy off the device a step: the loop must know whether to go on.
+        num_tokens = taken.num_tokens
+        # A GPU has still to do what was asked of it: the next batch is made meanwhile.
+        taken = next_batch() if step + 1 < trainer.num_steps else None
+        # The one wait for the device in a step: the loop must know whether to go on.
         loss, norm = torch.stack([loss_R, norm_R.to(loss_R.dtype)]).tolist()
         ended = [i for i in running if not (math.isfinite(loss[i]) and math.isfinite(norm[i]))]
         for run in ended:
@@ -105,9 +130,9 @@ def train(
             lr=rates,
             loss=loss,
             grad_norm=norm,
-            tokens=each(num_tokens, sizes),
+            tokens=num_tokens,
             ended=ended,
-            stage=stage if stage.step == step else None,
+            stages=[stage if stage.step == step else None for stage in now],
         )
         running = {run for run in running if pack.alive[run]}  # whoever reads may stop some
         if not running:
@@ -119,11 +144,12 @@ def each(values: list[int], sizes: list[int]) -> list[int]:
     return [value for value, size in zip(values, sizes, strict=True) for _ in range(size)]
 
 
-def _enter(pack: ModulePack | StackedPack, stage: Stage, step: int) -> None:
-    """Freeze and thaw what a stage says, and make sure that nothing else moves."""
-    pack.train_only(stage.scales_at(step))
-    expected = {name for name, module in pack.owners.items() if module in stage.lr_scale}
-    assert expected and pack.trainable() == expected, (
-        f"from step {stage.step} on {sorted(expected)} train, and nothing else; "
-        f"these differ: {sorted(pack.trainable() ^ expected)}"
-    )
+def _enter(pack: ModulePack | StackedPack, stages: list[Stage], step: int) -> None:
+    """Freeze and thaw what each run's stage says, and make sure that nothing else moves."""
+    pack.train_only([stage.scales_at(step) for stage in stages])
+    for run, stage in enumerate(stages):
+        expected = {n for n, module in pack.owners(run).items() if module in stage.lr_scale}
+        assert expected and pack.trainable(run) == expected, (
+            f"from step {stage.step} on {sorted(expected)} train, and nothing else; "
+            f"these differ: {sorted(pack.trainable(run) ^ expected)}"
+        )

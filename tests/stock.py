@@ -165,8 +165,8 @@ class OnRows(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         there_BT = self.rows()
         if x.shape[:-1] != there_BT.shape:  # behind a pooler: a row an example
-            return x * self.keyed.mask(x.shape, x.device).to(x.dtype)
-        mask_ND = self.keyed.mask(torch.Size((int(there_BT.sum()), x.shape[-1])), x.device)
+            return x * self.keyed.mask(x.shape).to(x.dtype)
+        mask_ND = self.keyed.mask(torch.Size((int(there_BT.sum()), x.shape[-1])))
         spread_BTD = torch.ones_like(x)
         spread_BTD[there_BT] = mask_ND.to(x.dtype)
         return x * spread_BTD
@@ -211,7 +211,8 @@ class Stock:
             )
         self.load(initial)
         self.wrapped.eval()  # the base's own dropouts (GPT-2) are off, as in lorabench
-        self.clock = adapters.Clock(config.seeds.dropout, training=True)
+        self.clock = adapters.Clock([config.seeds.dropout], device)
+        self.clock.training = True
         adapters.key_dropout(self.wrapped, self.clock)
         self._key_dropout()
         self.parameters = {
@@ -260,8 +261,8 @@ class Stock:
             parameter.grad = None
         micro = self.config.trainer.micro_batch_size or len(ids)
         count, total = int((targets != -100).sum()), 0.0
-        self.clock.step = step
-        for self.clock.micro_step, first in enumerate(range(0, len(ids), micro)):
+        for micro_step, first in enumerate(range(0, len(ids), micro)):
+            self.clock.at(step, micro_step)
             rows = slice(first, first + micro)
             self.labels, self.real = targets[rows], real[rows]
             # The model's own loss upcasts to float32: spelt out, in the dtype of the model.

@@ -71,7 +71,8 @@ class Stock:
         self.wrapped = get_peft_model(stock_model(config), settings)
         assert not set_peft_model_state_dict(self.wrapped, dict(initial)).unexpected_keys
         self.wrapped.eval()  # the base's own dropouts are off, as in lorabench
-        self.clock = adapters.Clock(config.seeds.dropout, training=True)
+        self.clock = adapters.Clock([config.seeds.dropout])
+        self.clock.training = True
         adapters.key_dropout(self.wrapped, self.clock)
         for layer in adapters.lora_layers(self.wrapped).values():
             keyed: Any = layer.lora_dropout["default"]
@@ -95,10 +96,11 @@ class Stock:
             len(self.examples), trainer.batch_size, self.config.seeds.data, trainer.steps
         )
         micro = trainer.micro_batch_size or trainer.batch_size
-        for self.clock.step, indices in enumerate(order):
+        for step, indices in enumerate(order):
             optimizer.zero_grad()
             total = 0.0
-            for self.clock.micro_step, first in enumerate(range(0, len(indices), micro)):
+            for micro_step, first in enumerate(range(0, len(indices), micro)):
+                self.clock.at(step, micro_step)
                 chosen = [self.examples[i] for i in indices[first : first + micro]]
                 batch = self.tokenizer(
                     [example.prompt for example in chosen],

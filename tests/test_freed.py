@@ -53,7 +53,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
             found.packs.append(weakref.ref(self))
             found.most_packs = max(found.most_packs, found.alive(found.packs))
             for stacked in getattr(self, "stacked", {}).values():
-                parts = (stacked.value, stacked.grad, stacked.exp_avg, stacked.exp_avg_sq)
+                parts = (stacked.value, stacked.exp_avg, stacked.exp_avg_sq)
                 found.tensors += map(weakref.ref, parts)
             for parameter in getattr(self, "parameters", {}).values():
                 found.tensors.append(weakref.ref(parameter))

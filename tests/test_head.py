@@ -52,7 +52,7 @@ def layouts(model: Any) -> list[bool]:
 
 
 def row_head(model: Any) -> head.RowHead:
-    return head.RowHead(model, [adapters.Clock(0)], Spans(1))
+    return head.RowHead(model, adapters.Clock([0]), Spans(1))
 
 
 @pytest.mark.parametrize("chunk_rows", [1000, 7, 1])
@@ -132,7 +132,8 @@ def test_rows_nobody_reads_skip_the_last_feed_forward_block(name: str) -> None:
             nll.sum().backward()
         read = int((target != -100).sum())
         assert seen == ([] if rows.last is None else [read * width]), "of 64 rows"
-        assert nll.sum().item() == pytest.approx(expected.item(), rel=1e-12)
+        # Float64, but for a softmax in float32 (Gemma 2, Bloom): its rounding, 6e-8 of a probability.
+        assert nll.sum().item() == pytest.approx(expected.item(), rel=1e-9)
         for parameter_name, mine in gradients().items():
             parameter_name = parameter_name.replace("mlp.block.", "mlp.")
             gap = float((mine - theirs[parameter_name]).norm())
@@ -156,5 +157,5 @@ def test_rows_are_those_that_predict_a_label(end_to_end: bool, spread: str) -> N
     predicted = [ids[kept], ids[:2][kept[:2]]]
     slabs = predicted if spread == "head" else [predicted[0], *predicted]
     # The token behind each row is what the row predicts.
-    assert flat[laid.chosen_N + 1].tolist() == np.concatenate(slabs).tolist()
+    assert flat[laid.picked.index_N + 1].tolist() == np.concatenate(slabs).tolist()
     assert [one.tolist() for one in laid.targets] == [one.tolist() for one in predicted]

@@ -9,7 +9,22 @@ from torch import nn
 
 from lorabench.config import TrainerConfig
 from lorabench.pack.optimizer import StackedAdamW
-from lorabench.pack.storage import Members, Stacked
+from lorabench.pack.storage import Members, Stacked, Store
+
+
+def alone(
+    members: Members, shape: tuple[int, ...], dtype: torch.dtype, decays: bool = True,
+    group_b: bool = False,
+) -> tuple[Store, Stacked]:
+    """A tensor in a store of its own."""
+    store = Store(members, dtype, None, "cpu", decays, group_b)
+    one = store.add(shape)
+    store.allocate()
+    return store, one
+
+
+def gradient(one: Stacked) -> torch.Tensor:
+    return torch.zeros(one.value.shape) if one.value.grad is None else one.value.grad
 
 
 @pytest.mark.parametrize(
@@ -27,8 +42,8 @@ def test_the_optimizer_is_adamw_with_clipping_run_by_run(dtype: torch.dtype, bou
     ]
     ratios = [None, 16.0, 4.0, 2.0, None]  # LoRA+; run 3 shares group A's rate with run 0
     # Runs 0..4 share a module and a bias, which is not decayed; some train something more.
-    groups = [
-        Stacked(Members(runs, 5), shape, dtype, None, "cpu", decays, group_b)
+    made = [
+        alone(Members(runs, 5), shape, dtype, decays, group_b)
         for runs, shape, decays, group_b in (
             ([0, 1, 2, 3, 4], (5, 7), True, False),
             ([0, 1, 2, 3, 4], (16,), False, True),
@@ -37,17 +52,18 @@ def test_the_optimizer_is_adamw_with_clipping_run_by_run(dtype: torch.dtype, bou
             ([2], (5,), False, True),
         )
     ]
+    stores, groups = [store for store, _ in made], [one for _, one in made]
     generator = torch.Generator().manual_seed(0)
     for group in groups:
-        group.value.copy_(torch.randn(group.value.shape, generator=generator))
+        group.value.detach().copy_(torch.randn(group.value.shape, generator=generator))
     mine = [
-        [g.value[g.members.runs.index(run)] for g in groups if run in g.members.runs]
+        [g.value.detach()[g.members.runs.index(run)] for g in groups if run in g.members.runs]
         for run in range(len(trainers))
     ]
     theirs = [[nn.Parameter(row.clone()) for row in rows] for rows in mine]
-    decays = [[g.decays for g in groups if run in g.members.runs] for run in range(len(trainers))]
+    decays = [[s.decays for s, g in made if run in g.members.runs] for run in range(len(trainers))]
     factors = [
-        [ratios[run] or 1.0 if g.group_b else 1.0 for g in groups if run in g.members.runs]
+        [ratios[run] or 1.0 if s.group_b else 1.0 for s, g in made if run in g.members.runs]
         for run in range(len(trainers))
     ]
     references = [
@@ -60,23 +76,24 @@ def test_the_optimizer_is_adamw_with_clipping_run_by_run(dtype: torch.dtype, bou
         )
         for parameters, flags, t in zip(theirs, decays, trainers, strict=True)
     ]  # fmt: skip
-    packs_optimizer = StackedAdamW(groups, trainers, ratios)
+    packs_optimizer = StackedAdamW(stores, trainers, ratios)
     stopped_at = 120  # run 4
     kept = None
     for step in range(200):
         scale = 10 ** float(torch.empty(()).uniform_(-3, 2, generator=generator))
         rates = [t.lr * (1 - step / 200) for t in trainers]
         for group in groups:
-            group.grad.fill_(float("nan"))  # what an earlier step left must not be seen
-            whole = scale * torch.randn(group.grad.shape, generator=generator)
-            group.add([(slice(None), (0.25 * whole).to(dtype))])
-            group.add([(slice(None), (0.75 * whole).to(dtype))])
+            whole = scale * torch.randn(group.value.shape, generator=generator)
+            group.value.backward((0.25 * whole).to(dtype))  # two micro-batches
+            group.value.backward((0.75 * whole).to(dtype))
         expected = []
         for run, (parameters, reference, t) in enumerate(
             zip(theirs, references, trainers, strict=True)
         ):
             rows = [
-                g.grad[g.members.runs.index(run)].clone() for g in groups if run in g.members.runs
+                gradient(g)[g.members.runs.index(run)].clone()
+                for g in groups
+                if run in g.members.runs
             ]
             for parameter, row in zip(parameters, rows, strict=True):
                 parameter.grad = row
@@ -87,11 +104,13 @@ def test_the_optimizer_is_adamw_with_clipping_run_by_run(dtype: torch.dtype, bou
             for param_group, factor in zip(reference.param_groups, factors[run], strict=True):
                 param_group["lr"] = rates[run] * factor
             reference.step()
-        norm = packs_optimizer.step(rates, [run != 4 or step < stopped_at for run in range(5)])
+        if step == stopped_at:
+            packs_optimizer.stop(4)
+        norm = packs_optimizer.step(rates)
         assert norm.tolist() == pytest.approx(expected, rel=1e-6)
         if step == stopped_at:
             kept = mine[4][0].clone()
-        assert all(group.cleared for group in groups)
+        assert not any(bool(gradient(group).any()) for group in groups)
     assert kept is not None and torch.equal(kept, mine[4][0])
     worst = max(
         relative(row, parameter.detach())
@@ -107,13 +126,17 @@ def test_a_neighbours_settings_do_not_change_a_bit(shape: tuple[int, ...]) -> No
     """Neighbours of one rate are moved by one call of the kernel, others by two."""
 
     def moved(lr: list[float], alive: list[bool], ratio: float | None = None) -> torch.Tensor:
-        one = Stacked(Members([0, 1], 2), shape, torch.float32, None, "cpu", group_b=True)
-        optimizer = StackedAdamW([one], [TrainerConfig(max_grad_norm=None)] * 2, [ratio, None])
+        store, one = alone(Members([0, 1], 2), shape, torch.float32, group_b=True)
+        trainers = [TrainerConfig(max_grad_norm=None)] * 2
+        optimizer = StackedAdamW([store], trainers, [ratio, None])
+        for run in (0, 1):
+            if not alive[run]:
+                optimizer.stop(run)
         generator = torch.Generator().manual_seed(0)
         for _ in range(20):
-            one.add([(slice(None), torch.randn(one.grad.shape, generator=generator))])
-            optimizer.step(lr, alive)
-        return one.value[1]
+            one.value.backward(torch.randn(one.value.shape, generator=generator))
+            optimizer.step(lr)
+        return one.value[1].detach()
 
     expected = moved([1e-3, 1e-3], [True, True])
     assert torch.equal(moved([1e-2, 1e-3], [True, True]), expected)

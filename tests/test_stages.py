@@ -222,7 +222,7 @@ def test_frozen_modules_do_not_move_by_a_bit(pack_kind: str, make: Callable[...,
     before, table = states(pack), BERT_BY_HAND
     for step in train(pack, tokens, pad_id):
         done = step.step - 1
-        assert (step.stage is not None) == (done in table)
+        assert (step.stages[0] is not None) == (done in table)
         patterns = table[max(first for first in table if first <= done)]
         after = states(pack)
         for run in range(pack.size):

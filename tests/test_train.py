@@ -188,14 +188,16 @@ def test_dropout_masks_survive_an_extra_evaluation_and_follow_their_seed() -> No
 
 
 def test_keyed_dropout_keeps_the_stated_share_and_the_mean() -> None:
-    clock = adapters.Clock(seed=0, training=True)
+    clock = adapters.Clock([0])
     dropout = adapters.KeyedDropout(0.25, clock, "layer")
+    clock.training = True
+    clock.at(0, 0)
     out = dropout(torch.ones(400, 500))
     kept = float((out != 0).float().mean())
     # 200,000 Bernoulli draws: standard error 0.001.
     assert kept == pytest.approx(0.75, abs=0.005)
     assert torch.equal(out[out != 0], torch.full_like(out[out != 0], 1 / 0.75))
-    clock.step = 1
+    clock.at(1, 0)
     assert not torch.equal(dropout(torch.ones(400, 500)), out)
     clock.training = False
     assert torch.equal(dropout(out), out)

@@ -17,9 +17,9 @@ head      hidden states -> nll, on chosen rows, in chunks
 batch     one micro-batch, and how it is laid out
 """
 
-from lorabench.pack.batch import Batch
+from lorabench.pack.batch import Batch, Laid
 from lorabench.pack.places import why_alone
 from lorabench.pack.solo import ModulePack
 from lorabench.pack.stacked import StackedPack
 
-__all__ = ["Batch", "ModulePack", "StackedPack", "why_alone"]
+__all__ = ["Batch", "Laid", "ModulePack", "StackedPack", "why_alone"]

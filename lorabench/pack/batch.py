@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lorabench.data import IGNORED
 from lorabench.pack.attention import EndToEnd
-from lorabench.pack.rows import Rows
+from lorabench.pack.rows import Picked, Rows, on_device
 
 
 @dataclass
@@ -84,10 +84,11 @@ class Laid:
         self.input_ids = self._ids([batch.input_ids[i] for i in slabs])
         self.position_ids = self._positions([lengths[i] for i in slabs])
         self.mask = self._mask([lengths[i] for i in slabs])
-        self.chosen_N, self.targets, self.chosen = self._chosen(batch)
+        self.numbers_RN = self._numbers()
+        self.picked, self.targets, self.chosen = self._chosen(batch)
 
     def _tensor(self, array: Any) -> Tensor:
-        return torch.from_numpy(np.asarray(array, dtype=np.int64)).to(self._device)
+        return on_device(np.asarray(array, dtype=np.int64), self._device)
 
     def _ids(self, slabs: list[list[np.ndarray]]) -> Tensor:
         """(1, P), or (S B, T) filled with zeros."""
@@ -105,22 +106,25 @@ class Laid:
             return None
         return self._tensor(np.concatenate([np.arange(n) for n in itertools.chain(*lengths)]))[None]
 
-    def there(self, slab: int) -> tuple[int, Tensor] | None:
-        """How many rows a run has, and which of them are tokens; None where all are."""
+    def _numbers(self) -> Tensor | None:
+        """Number of each token of a run, (R, B T), and anything for padding; None where all count."""
         if self.end_to_end:
             return None
-        ends = np.array(self._lengths[slab])[:, None]
-        there_BT = np.arange(self.width) < ends
-        return there_BT.size, self._tensor(np.flatnonzero(there_BT))
+        most = max(map(len, self._lengths)) * self.width
+        found = np.zeros((len(self._lengths), most), np.int32)
+        for number_N, slab in zip(found, self._lengths, strict=True):
+            there_BT = np.arange(self.width) < np.array(slab)[:, None]
+            number_N[: there_BT.size] = np.maximum(0, np.cumsum(there_BT.reshape(-1)) - 1)
+        return on_device(np.repeat(found, self.sizes, axis=0), self._device)
 
     def _mask(self, lengths: list[list[int]]) -> Tensor | None:
         """Which places hold a token, (S B, T); None where no place is empty."""
         if self.end_to_end:
             return None
         ends = np.fromiter(itertools.chain(*lengths), np.int64)[:, None]
-        return torch.from_numpy(np.arange(self.width) < ends).to(self._device)
+        return on_device(np.arange(self.width) < ends, self._device)
 
-    def _chosen(self, batch: Batch) -> tuple[Tensor, list[Tensor], Rows]:
+    def _chosen(self, batch: Batch) -> tuple[Picked, list[Tensor], Rows]:
         """Rows of the output that carry a loss, each slab's targets, and how many a run has."""
         of_slabs, targets = [], []
         for slab, lengths in zip(batch.labels, self._lengths, strict=True):
@@ -138,7 +142,8 @@ class Laid:
             for run in range(block.size)
         ]
         chosen = Rows(self.sizes, tuple(map(len, of_slabs)))
-        return self._tensor(np.concatenate(index)), [self._tensor(one) for one in targets], chosen
+        picked = Picked(np.concatenate(index), self.at_output.total, self._device)
+        return picked, [self._tensor(one) for one in targets], chosen
 
     def attention(self, tree: Any) -> AbstractContextManager[None]:
         """While the batch goes through the model, forward and backward."""

@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 
 from lorabench import tasks
-from lorabench.adapters import Clock
 from lorabench.pack.batch import Laid
 from lorabench.pack.head import Result, cross_entropy
 from lorabench.pack.probe import inputs
-from lorabench.pack.rows import Spans, pick
+from lorabench.pack.rows import Spans
 
 
 class ClassHead:
     """The head of a sequence classifier, for the examples of R runs; called as RowHead is."""
 
-    def __init__(self, tree: Any, clocks: list[Clock], spans: Spans):
-        self.tree, self.size, self.spans = tree, len(clocks), spans
+    def __init__(self, tree: Any, spans: Spans):
+        self.tree, self.spans = tree, spans
         self.body = tree.get_submodule(tree.base_model_prefix)
         self.needs_mask = tasks.needs_mask(tree)
         # Decoders pool the last token that is not padding: `logits` gives them no padding.
@@ -35,7 +34,7 @@ class ClassHead:
             return self.body(input_ids=laid.input_ids, attention_mask=laid.mask)
         output = self.body(**inputs(laid.input_ids, laid.position_ids))
         states = output.last_hidden_state
-        last_ND = pick(states.reshape(-1, states.shape[-1]), laid.chosen_N)
+        last_ND = laid.picked.of(states.reshape(-1, states.shape[-1]))
         return type(output)(last_hidden_state=last_ND[:, None])
 
     def logits(self, hidden: Any, laid: Laid) -> list[Tensor]:
@@ -43,7 +42,7 @@ class ClassHead:
         name = self.tree.base_model_prefix
         setattr(self.tree, name, Result(hidden, self.body))
         # Ids of one token an example, none of them padding: encoders do not look at them here.
-        ids = torch.ones(laid.examples.total, 1, dtype=torch.long, device=laid.chosen_N.device)
+        ids = torch.ones(laid.examples.total, 1, dtype=torch.long, device=laid.input_ids.device)
         try:
             with self.spans.at(None):  # an example has one row
                 logits = self.tree(input_ids=ids).logits

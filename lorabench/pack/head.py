@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from lorabench.adapters import Clock
 from lorabench.pack.batch import Laid
 from lorabench.pack.probe import body_of, inputs
-from lorabench.pack.rows import Rows, Spans, choose_rows, pick
+from lorabench.pack.rows import Rows, Spans, choose_rows
 
 CHUNK_BYTES = 1 << 28  # of float32 logits that exist at a time
 
@@ -47,8 +47,8 @@ class Result(nn.Module):
 class RowHead:
     """The output layer of a causal language model, for the rows of R runs."""
 
-    def __init__(self, tree: Any, clocks: list[Clock], spans: Spans, recomputed: bool = False):
-        self.tree, self.clocks, self.size, self.spans = tree, clocks, len(clocks), spans
+    def __init__(self, tree: Any, clock: Clock, spans: Spans, recomputed: bool = False):
+        self.tree, self.clock, self.size, self.spans = tree, clock, spans.size, spans
         self.recomputed = recomputed  # layers run again in the backward pass
         self.vocabulary = tree.config.get_text_config().vocab_size
         path, self.body = body_of(tree)
@@ -62,7 +62,7 @@ class RowHead:
             output = self.body(**inputs(laid.input_ids, laid.position_ids))
         self.output_class = type(output)
         states = output.last_hidden_state
-        chosen_ND = pick(states.reshape(-1, states.shape[-1]), laid.chosen_N)
+        chosen_ND = laid.picked.of(states.reshape(-1, states.shape[-1]))
         if laid.at_output == laid.rows:
             return chosen_ND
         return laid.chosen.spread(list(chosen_ND.split(laid.chosen.counts)))
@@ -70,7 +70,7 @@ class RowHead:
     def _last_block_on(self, laid: Laid) -> AbstractContextManager[Any]:
         if self.last is None or (torch.is_grad_enabled() and self.recomputed):
             return nullcontext()
-        return self.last.on(laid.chosen_N)
+        return self.last.on(laid.picked)
 
     def _logits(self, hidden_ND: Tensor, rows: Rows) -> Tensor:
         """Logits of these rows, (N, V), at least float32."""
@@ -126,23 +126,20 @@ class RowHead:
         return [block.of(logits_NV) for block in rows.blocks]
 
     def _nll_of(self, hidden_ND: Tensor, laid: Laid, chunk: slice) -> list[Tensor]:
-        """One chunk's nll; a dropout on the head draws its mask for all rows and uses its part."""
-        with windows(self.clocks, laid.chosen, chunk):
+        """One chunk's nll; the masks of a dropout on the head are those of its rows."""
+        with window(self.clock, chunk.start):
             logits = self._logits_of(hidden_ND, laid, chunk)
             return cross_entropy(logits, [one[chunk] for one in laid.targets])
 
 
 @contextmanager
-def windows(clocks: list[Clock], rows: Rows, chunk: slice) -> Iterator[None]:
-    """While the head sees these rows of each run only."""
-    for block in rows.blocks:
-        for clock in clocks[block.first_run : block.first_run + block.size]:
-            clock.window = (chunk, block.count)
+def window(clock: Clock, first_row: int) -> Iterator[None]:
+    """While the head sees the rows of each run from this one on."""
+    clock.first_row = first_row
     try:
         yield
     finally:
-        for clock in clocks:
-            clock.window = None
+        clock.first_row = 0
 
 
 def cross_entropy(logits: list[Tensor], targets: list[Tensor]) -> list[Tensor]:

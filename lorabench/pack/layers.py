@@ -16,11 +16,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorabench.adapters import KeyedDropout
-from lorabench.pack.rows import Rows, Spans
-from lorabench.pack.storage import Part, Stacked
+from lorabench.adapters import dropout
+from lorabench.pack.rows import Rows, Spans, on_device
+from lorabench.pack.storage import Members, Part, Stacked
 
 ONE_SUM = 256  # terms of a product that are surely summed before it is added; MKL's blocks hold 384
+
+
+class PackedDropout:
+    """Which inputs of a layer each member drops: by the keys of its run, all members at once.
+
+    Args:
+        ps: of each member; 0: it drops nothing.
+    """
+
+    def __init__(self, name: str, ps: list[float], runs: list[int], clock: dropout.Clock):
+        self.clock, self.index, self.ps = clock, clock.register(name), ps
+        device = clock.device
+        limits = [dropout.threshold(p) for p in ps]
+        self.threshold_M = on_device(limits, device, torch.int32)
+        self.inverse_M = on_device([1 / (1 - p) for p in ps], device)
+        self.runs_M = on_device(runs, device)
+
+    def kept(self, part: Part, width: int) -> Tensor | None:
+        """The kept positions of each member's input, (M, N, D), bool; None where all are."""
+        if not any(self.ps[part.stored]):
+            return None
+        runs_M = self.runs_M[part.stored]
+        number_MN = self.clock.numbers_of(part.block.count, runs_M)
+        keys_M2 = self.clock.keys_LR2[self.index].index_select(0, runs_M)
+        return dropout.kept(number_MN, width, keys_M2, self.threshold_M[part.stored])
+
+    def inverse(self, part: Part, dtype: torch.dtype) -> Tensor:
+        """What kept inputs of each member are scaled by, (M, 1, 1)."""
+        return self.inverse_M[part.stored, None, None].to(dtype)
 
 
 class PackedLinear(nn.Module):
@@ -34,19 +63,15 @@ class PackedLinear(nn.Module):
         base: nn.Linear | Conv1D,
         lora_a_MKD: Stacked,
         lora_b_MKO: Stacked,
-        scale_M: Tensor,
         ranks: tuple[int, ...],
-        dropouts: list[KeyedDropout | None],
-        anchor: Tensor,
+        dropout: PackedDropout | None,
         bias: PackedBias | None,
         spans: Spans,
     ):
         super().__init__()
         self.base, self.spans = base, spans
         self.members, self.lora_a, self.lora_b = lora_a_MKD.members, lora_a_MKD, lora_b_MKO
-        self.scale_M11, self.ranks = scale_M[:, None, None], ranks
-        self.dropouts = dropouts
-        self.anchor, self.bias_of_runs = anchor, bias
+        self.ranks, self.dropout, self.bias_of_runs = ranks, dropout, bias
 
     @property
     def weight(self) -> Tensor:
@@ -62,64 +87,54 @@ class PackedLinear(nn.Module):
             x_PD, weight = x_PD.to(dtype), weight.to(dtype)
             bias = bias if bias is None else bias.to(dtype)
         parts = self.members.parts(rows, self.ranks)
-        masks = [self._mask(part, x_PD) for part in parts]
-        # Without its anchor a frozen layer runs no backward that nobody below it asks for.
-        anchor = self.anchor if self.lora_a.active else None
-        y_PO = _PackedLora.apply(x_PD, anchor, weight, bias, self, parts, masks)
+        kept: list[Tensor | None] = [None] * len(parts)
+        if self.dropout is not None and self.dropout.clock.training:
+            kept = [self.dropout.kept(part, x_PD.shape[-1]) for part in parts]
+        a, b = self.lora_a, self.lora_b
+        y_PO = _PackedLora.apply(
+            x_PD, weight, bias, a.value, b.value, a.compute, b.compute, self, parts, *kept
+        )
         if self.bias_of_runs is not None:
             y_PO = self.bias_of_runs(y_PO)
         return y_PO.reshape(*x.shape[:-1], y_PO.shape[-1])
 
-    def _mask(self, part: Part, x_PD: Tensor) -> Tensor | None:
-        """The kept positions of each member's input, scaled, (M, N, D); None without dropout."""
-        active = [
-            dropout if dropout is not None and dropout.clock.training else None
-            for dropout in self.dropouts[part.stored]
-        ]
-        if not any(active):
-            return None
-        # torch.rand fills by position: the numbers a run alone would draw.
-        shape = torch.Size((part.block.count, x_PD.shape[-1]))
-        return torch.stack(
-            [
-                torch.ones(shape, device=x_PD.device)
-                if dropout is None
-                else dropout.mask(shape, x_PD.device)
-                for dropout in active
-            ]
-        ).to(x_PD.dtype)
-
 
 class _PackedLora(torch.autograd.Function):
-    """The products of PackedLinear, as few and as large as they can be."""
+    """The products of PackedLinear, as few and as large as they can be.
+
+    B comes scaled; gradients are those of A and B themselves, in their own precision.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x_PD: Tensor,
-        anchor: Tensor | None,
         weight_OD: Tensor,
         bias_O: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        a_MKD: Tensor,
+        b_MKO: Tensor,
         layer: PackedLinear,
         parts: list[Part],
-        masks: list[Tensor | None],
+        *kept: Tensor | None,
     ) -> Tensor:
         y_PO = F.linear(x_PD, weight_OD, bias_O)
-        a_MKD, b_MKO = layer.lora_a.for_compute(), layer.lora_b.for_compute()
-        scale_M11 = layer.scale_M11.to(x_PD.dtype)
-        hidden, dropped = [], []
-        for part, mask_MND in zip(parts, masks, strict=True):
+        hidden = []
+        for part, kept_MND in zip(parts, kept, strict=True):
             x_MND = part.take(x_PD)
-            if mask_MND is not None:
-                x_MND = x_MND * mask_MND
-            h_MNK = torch.bmm(x_MND, a_MKD[part.own].transpose(1, 2))
-            h_MNK.mul_(scale_M11[part.stored])
-            part.add_product(y_PO, h_MNK, b_MKO[part.own])
+            if kept_MND is not None:
+                x_MND = x_MND * kept_MND
+            h_MNK = torch.bmm(x_MND, part.own(a_MKD).transpose(1, 2))
+            if kept_MND is not None:
+                assert layer.dropout is not None
+                h_MNK.mul_(layer.dropout.inverse(part, h_MNK.dtype))
+            part.add_product(y_PO, h_MNK, part.own(b_MKO))
             hidden.append(h_MNK)
-            # Without dropout the input itself is kept, which the base's layers keep anyway.
-            dropped.append(None if mask_MND is None else x_MND)
-        ctx.save_for_backward(x_PD, weight_OD, *hidden, *dropped, *masks)
+        # The input itself is kept, which the base's layers keep anyway.
+        ctx.save_for_backward(x_PD, weight_OD, a_MKD, b_MKO, *hidden, *kept)
         ctx.layer, ctx.parts = layer, parts
+        ctx.shapes, ctx.dtype = (a.shape, b.shape), a.dtype
         # With a bias F.linear returns a view, which Falcon's in-place addition would be refused on.
         return torch.ops.aten._unsafe_view(y_PO, y_PO.shape)
 
@@ -127,60 +142,65 @@ class _PackedLora(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g_PO,) = grads
         g_PO = g_PO.contiguous()
-        x_PD, weight_OD, *rest = ctx.saved_tensors
+        x_PD, weight_OD, a_MKD, b_MKO, *rest = ctx.saved_tensors
         layer, parts = ctx.layer, ctx.parts
-        count = len(parts)
-        hidden, dropped, masks = rest[:count], rest[count : 2 * count], rest[2 * count :]
-        a_MKD, b_MKO = layer.lora_a.for_compute(), layer.lora_b.for_compute()
-        scale_M11 = layer.scale_M11.to(g_PO.dtype)
+        hidden, kept = rest[: len(parts)], rest[len(parts) :]
+        inputs = [part.take(x_PD) for part in parts]
+        outputs = [part.take(g_PO) for part in parts]
         gradients = []
-        for part in parts:
-            gh_MNK = torch.bmm(part.take(g_PO), b_MKO[part.own].transpose(1, 2))
-            gradients.append(gh_MNK.mul_(scale_M11[part.stored]))
-        if layer.lora_a.active:
-            layer.lora_b.add_products(
-                [
-                    (part.own, h_MNK.transpose(1, 2), part.take(g_PO))
-                    for part, h_MNK in zip(parts, hidden, strict=True)
-                ]
-            )
-            layer.lora_a.add_products(
-                [
-                    (part.own, gh.transpose(1, 2), part.take(x_PD) if x is None else x)
-                    for part, gh, x in zip(parts, gradients, dropped, strict=True)
-                ]
-            )
-        nothing = (None,) * 6
-        if not ctx.needs_input_grad[0]:
-            return None, *nothing
-        gx_PD = g_PO @ weight_OD
-        # A mate's dropout must not change a run's bits: the product is added as it is made only
-        # where that rounds as adding it afterwards does.
-        exact = gx_PD.dtype in (torch.float32, torch.float64)
-        for part, gh_MNK, mask_MND in zip(parts, gradients, masks, strict=True):
-            own_sum = exact and part.rank is not None and part.rank <= ONE_SUM
-            if mask_MND is None and isinstance(part.where, slice) and own_sum:
-                part.add_product(gx_PD, gh_MNK, a_MKD[part.own])
-            else:
-                update = torch.bmm(gh_MNK, a_MKD[part.own])
-                part.add(gx_PD, update if mask_MND is None else update * mask_MND)
-        return gx_PD, *nothing
+        for i, part in enumerate(parts):
+            gh_MNK = torch.bmm(outputs[i], part.own(b_MKO).transpose(1, 2))
+            if kept[i] is not None:
+                gh_MNK.mul_(layer.dropout.inverse(part, gh_MNK.dtype))
+                inputs[i] = inputs[i] * kept[i]
+            gradients.append(gh_MNK)
+        ga = gb = gx_PD = None
+        if ctx.needs_input_grad[3]:
+            found = [
+                product(gh.transpose(1, 2), x, ctx.dtype)
+                for gh, x in zip(gradients, inputs, strict=True)
+            ]
+            ga = layer.members.gathered(parts, found, ctx.shapes[0])
+        if ctx.needs_input_grad[4]:
+            found = [
+                product(h.transpose(1, 2), g, ctx.dtype)
+                for h, g in zip(hidden, outputs, strict=True)
+            ]
+            gb = layer.members.gathered(parts, found, ctx.shapes[1])
+            if layer.lora_b.scale_M11 is not None:
+                gb.mul_(layer.lora_b.scale_M11)
+        if ctx.needs_input_grad[0]:
+            gx_PD = g_PO @ weight_OD
+            # A mate's dropout must not change a run's bits: the product is added as it is made only
+            # where that rounds as adding it afterwards does.
+            exact = gx_PD.dtype in (torch.float32, torch.float64)
+            for part, gh_MNK, kept_MND in zip(parts, gradients, kept, strict=True):
+                own_sum = exact and part.rank is not None and part.rank <= ONE_SUM
+                if kept_MND is None and isinstance(part.where, slice) and own_sum:
+                    part.add_product(gx_PD, gh_MNK, part.own(a_MKD))
+                else:
+                    update = torch.bmm(gh_MNK, part.own(a_MKD))
+                    part.add(gx_PD, update if kept_MND is None else update * kept_MND)
+        return gx_PD, None, None, ga, gb, *(None,) * (4 + len(parts))
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right in the precision that gradients have."""
+    if left.dtype == dtype:
+        return torch.bmm(left, right)
+    if left.is_cuda:
+        return torch.bmm(left, right, out_dtype=dtype)
+    return torch.bmm(left, right).to(dtype)
 
 
 class PackedHead(nn.Module):
     """The output layer where some runs train a full copy of it (head=full)."""
 
     def __init__(
-        self,
-        base: nn.Module,
-        weight_MOD: Stacked,
-        bias_MO: Stacked | None,
-        anchor: Tensor,
-        spans: Spans,
+        self, base: nn.Module, weight_MOD: Stacked, bias_MO: Stacked | None, spans: Spans
     ):
         super().__init__()
-        self.base, self.copies, self.biases, self.anchor = base, weight_MOD, bias_MO, anchor
-        self.spans = spans
+        self.base, self.copies, self.biases, self.spans = base, weight_MOD, bias_MO, spans
         self.members = weight_MOD.members
 
     @property
@@ -191,11 +211,14 @@ class PackedHead(nn.Module):
         x_PD, rows = self.spans.of(x)
         if torch.is_autocast_enabled(x.device.type):
             x_PD = x_PD.to(torch.get_autocast_dtype(x.device.type))
-        anchor = self.anchor if self.copies.active else None
         parts = self.members.parts(rows)
         # The others' rows by the base; a LoRA of theirs is in it.
         others = None if self.members.is_all else self.spans.of(self.base(x))[0]
-        y_PO = _PackedCopies.apply(x_PD, others, anchor, self, parts)
+        biases = None if self.biases is None else self.biases.value
+        copies = self.copies
+        y_PO = _PackedCopies.apply(
+            x_PD, others, copies.value, biases, copies.compute, self.members, parts
+        )
         return y_PO.reshape(*x.shape[:-1], y_PO.shape[-1])
 
 
@@ -207,71 +230,85 @@ class _PackedCopies(torch.autograd.Function):
         ctx: Any,
         x_PD: Tensor,
         others_PO: Tensor | None,
-        anchor: Tensor | None,
-        layer: PackedHead,
+        weight: Tensor,
+        bias_MO: Tensor | None,
+        weight_MOD: Tensor,
+        members: Members,
         parts: list[Part],
     ) -> Tensor:
-        ctx.save_for_backward(x_PD)
-        ctx.layer, ctx.parts = layer, parts
-        copies_MDO = layer.copies.for_compute().transpose(1, 2)
+        ctx.save_for_backward(x_PD, weight_MOD)
+        ctx.members, ctx.parts = members, parts
+        ctx.shapes, ctx.dtype = (weight.shape, None if bias_MO is None else bias_MO.shape), weight.dtype
         if others_PO is None:
-            y_PO = x_PD.new_empty(len(x_PD), copies_MDO.shape[-1])
+            y_PO = x_PD.new_empty(len(x_PD), weight_MOD.shape[1])
         else:
             y_PO = others_PO.to(x_PD.dtype, copy=True)
         for part in parts:
-            own_MNO = torch.bmm(part.take(x_PD), copies_MDO[part.stored])
-            if layer.biases is not None:
-                own_MNO += layer.biases.value[part.stored].to(own_MNO.dtype)[:, None]
-            part.block.of(y_PO)[part.where] = own_MNO
+            own_MNO = torch.bmm(part.take(x_PD), part.own(weight_MOD).transpose(1, 2))
+            if bias_MO is not None:
+                own_MNO += part.own(bias_MO).to(own_MNO.dtype)[:, None]
+            part.put(y_PO, own_MNO)
         return y_PO
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g_PO,) = grads
         g_PO = g_PO.contiguous()
-        (x_PD,) = ctx.saved_tensors
-        layer, parts = ctx.layer, ctx.parts
-        members = [(part, part.take(g_PO)) for part in parts]
-        if layer.copies.active:
-            layer.copies.add_products(
-                [(part.stored, g.transpose(1, 2), part.take(x_PD)) for part, g in members]
-            )
-            if layer.biases is not None:
-                layer.biases.add([(part.stored, g.sum(1)) for part, g in members])
-        gx = others = None
+        x_PD, weight_MOD = ctx.saved_tensors
+        members, parts = ctx.members, ctx.parts
+        outputs = [part.take(g_PO) for part in parts]
+        gx = others = gw = gb = None
+        if ctx.needs_input_grad[2]:
+            found = [
+                product(g.transpose(1, 2), part.take(x_PD), ctx.dtype)
+                for part, g in zip(parts, outputs, strict=True)
+            ]
+            gw = members.gathered(parts, found, ctx.shapes[0])
+        if ctx.needs_input_grad[3]:
+            sums = [g.sum(1).to(ctx.dtype) for g in outputs]
+            gb = members.gathered(parts, sums, ctx.shapes[1])
         if ctx.needs_input_grad[0]:
             gx = torch.zeros_like(x_PD)
-            for part, g in members:
-                part.add(gx, torch.bmm(g, layer.copies.for_compute()[part.stored]))
+            for part, g in zip(parts, outputs, strict=True):
+                part.add(gx, torch.bmm(g, part.own(weight_MOD)))
         if ctx.needs_input_grad[1]:
             others = g_PO.clone()
-            for part, _ in members:
-                part.block.of(others)[part.where] = 0
-        return gx, others, None, None, None
+            for part in parts:
+                part.put(others, 0.0)
+        return gx, others, gw, gb, None, None, None
 
 
 class PackedBias(nn.Module):
     """Adds each run's own bias; runs that do not train it have the base's."""
 
-    def __init__(self, trained_MO: Stacked, base_O: Tensor, anchor: Tensor, spans: Spans):
+    def __init__(self, trained_MO: Stacked, base_O: Tensor, spans: Spans):
         super().__init__()
-        self.trained, self.base, self.anchor, self.spans = trained_MO, base_O, anchor, spans
+        self.trained, self.base, self.spans = trained_MO, base_O, spans
         self.members = trained_MO.members
+        self.runs_M = on_device(self.members.runs, self.members.device)
 
     def forward(self, y: Tensor) -> Tensor:
         y_PO, rows = self.spans.of(y)
-        anchor = self.anchor if self.trained.active else None
-        return _PackedBiases.apply(y_PO, anchor, self, rows).reshape(y.shape)
+        biases = self.trained.value
+        z_PO = _PackedBiases.apply(y_PO, biases, self.base, self.runs_M, self.members, rows)
+        return z_PO.reshape(y.shape)
 
 
 class _PackedBiases(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y_PO: Tensor, anchor: Tensor | None, layer: PackedBias, rows: Rows
+        ctx: Any,
+        y_PO: Tensor,
+        trained_MO: Tensor,
+        base_O: Tensor,
+        runs_M: Tensor,
+        members: Members,
+        rows: Rows,
     ) -> Tensor:
-        ctx.layer, ctx.rows = layer, rows
-        bias_RO = layer.base.to(y_PO.dtype).repeat(layer.members.size, 1)
-        bias_RO[layer.members.where] = layer.trained.value.to(y_PO.dtype)
+        ctx.members, ctx.rows = members, rows
+        ctx.shape, ctx.dtype = trained_MO.shape, trained_MO.dtype
+        bias_RO = base_O.to(y_PO.dtype).repeat(members.size, 1)
+        bias_RO.index_copy_(0, runs_M, trained_MO.to(y_PO.dtype))
         z_PO = torch.empty_like(y_PO)
         for block in rows.blocks:
             bias = bias_RO[block.first_run : block.first_run + block.size, None]
@@ -281,11 +318,13 @@ class _PackedBiases(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g_PO,) = grads
-        if ctx.layer.trained.active:
+        gb = None
+        if ctx.needs_input_grad[1]:
             g = g_PO.contiguous()
-            parts = ctx.layer.members.parts(ctx.rows)
-            ctx.layer.trained.add([(part.stored, part.take(g).sum(1)) for part in parts])
-        return g_PO, None, None, None
+            parts = ctx.members.parts(ctx.rows)
+            sums = [part.take(g).sum(1).to(ctx.dtype) for part in parts]
+            gb = ctx.members.gathered(parts, sums, ctx.shape)
+        return g_PO, gb, None, None, None, None
 
 
 class PackedNorm(nn.Module):

@@ -16,9 +16,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+
+def on_device(values: Any, device: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers of the host as a tensor; the host waits for no GPU."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -101,28 +110,52 @@ class Spans:
             self.rows = before
 
 
-class _Pick(torch.autograd.Function):
-    """Rows at an index in which none comes twice: the backward writes, and adds nothing."""
+class Picked:
+    """Chosen rows, each once.
 
+    Args:
+        index: of the chosen rows, (N,).
+        total: number of all rows.
+    """
+
+    def __init__(self, index: np.ndarray, total: int, device: str):
+        inverse, there = np.zeros(total, np.int64), np.zeros(total, bool)
+        inverse[index], there[index] = np.arange(len(index)), True
+        self.count, self.total = len(index), total
+        self.index_N = on_device(np.asarray(index, np.int64), device)
+        self._inverse_P = on_device(inverse, device)
+        self._left_out = on_device(np.flatnonzero(~there), device)
+
+    def of(self, x_PD: Tensor) -> Tensor:
+        """These rows of x, (N, D)."""
+        return _Pick.apply(x_PD, self)
+
+    def back(self, y_ND: Tensor) -> Tensor:
+        """The inverse of `of`: zero in the rows that are not chosen, (P, D)."""
+        # Reads by the inverse: on a GPU, writing by an index sorts it to be deterministic.
+        return y_ND.index_select(0, self._inverse_P).index_fill_(0, self._left_out, 0)
+
+
+class _Pick(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_PD: Tensor, index_N: Tensor) -> Tensor:
-        ctx.save_for_backward(index_N)
-        ctx.rows = len(x_PD)
-        return x_PD.index_select(0, index_N)
+    def forward(ctx: Any, x_PD: Tensor, picked: Picked) -> Tensor:
+        ctx.picked = picked
+        return x_PD.index_select(0, picked.index_N)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return put(grads[0], ctx.saved_tensors[0], ctx.rows), None
+        return ctx.picked.back(grads[0]), None
 
 
-def pick(x_PD: Tensor, index_N: Tensor) -> Tensor:
-    """Rows of x at an index in which none comes twice, (N, D)."""
-    return _Pick.apply(x_PD, index_N)
+class _Put(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, picked: Picked) -> Tensor:
+        ctx.picked = picked
+        return picked.back(y_ND)
 
-
-def put(y_ND: Tensor, index_N: Tensor, rows: int) -> Tensor:
-    """The inverse of `pick`: zero in the rows that are not in the index, (P, D)."""
-    return y_ND.new_zeros(rows, *y_ND.shape[1:]).index_copy(0, index_N, y_ND)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].index_select(0, ctx.picked.index_N), None
 
 
 class ChosenRows(nn.Module):
@@ -134,29 +167,23 @@ class ChosenRows(nn.Module):
     def __init__(self, block: nn.Module):
         super().__init__()
         self.block = block
-        self.index_N: Tensor | None = None  # None: every row is read
+        self.picked: Picked | None = None  # None: every row is read
 
     @contextmanager
-    def on(self, index_N: Tensor) -> Iterator[None]:
-        """While a batch goes through the model.
-
-        Args:
-            index_N: the chosen rows, each once.
-        """
-        self.index_N = index_N
+    def on(self, picked: Picked) -> Iterator[None]:
+        """While a batch goes through the model."""
+        self.picked = picked
         try:
             yield
         finally:
-            self.index_N = None
+            self.picked = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.index_N is None:
-            return self.block(x)
-        x_PD = x.reshape(-1, x.shape[-1])
-        if 4 * len(self.index_N) > 3 * len(x_PD):
-            return self.block(x)  # little to save
-        y_ND = self.block(pick(x_PD, self.index_N)[None])[0]
-        return put(y_ND, self.index_N, len(x_PD)).reshape(x.shape)
+        picked = self.picked
+        if picked is None or 4 * picked.count > 3 * picked.total:
+            return self.block(x)  # every row is read, or little is to save
+        y_ND = self.block(picked.of(x.reshape(-1, x.shape[-1]))[None])[0]
+        return _Put.apply(y_ND, picked).reshape(x.shape)
 
 
 def choose_rows(body: nn.Module) -> ChosenRows | None:

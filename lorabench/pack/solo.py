@@ -5,7 +5,7 @@ Letters: R runs in the pack (here 1), B batch, T tokens, N rows that carry a los
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -54,12 +54,12 @@ def enable_checkpointing(tree: Any) -> None:
 
 
 def make_head(
-    tree: Any, clocks: list[adapters.Clock], config: Config, spans: Spans
+    tree: Any, clock: adapters.Clock, config: Config, spans: Spans
 ) -> RowHead | ClassHead:
     """What turns the body's result into losses, by task."""
     if config.task == "seq_cls":
-        return ClassHead(tree, clocks, spans)
-    return RowHead(tree, clocks, spans, recomputed=config.trainer.gradient_checkpointing)
+        return ClassHead(tree, spans)
+    return RowHead(tree, clock, spans, recomputed=config.trainer.gradient_checkpointing)
 
 
 class ModulePack:
@@ -72,10 +72,10 @@ class ModulePack:
         if config.lora.init in adapters.CHANGES_BASE:
             state = adapters.adapter_state(self.wrapped)
             self.initial = {name: tensor.detach().clone() for name, tensor in state.items()}
-        self.clock = adapters.Clock(config.seeds.dropout)
+        self.clock = adapters.Clock([config.seeds.dropout], device)
         adapters.key_dropout(self.wrapped, self.clock)
         self.parameters = adapters.trainable(self.wrapped)
-        self.owners = {name: adapters.owner(name) for name in self.parameters}
+        self._owners = {name: adapters.owner(name) for name in self.parameters}
         self.decayed = adapters.decayed(self.wrapped)
         self.lr_factors = adapters.lr_factors(self.parameters, config)
         self.alive = [True]
@@ -86,7 +86,7 @@ class ModulePack:
         self._lay_out(base)
         trainer = config.trainer
         self.optimizer = torch.optim.AdamW(
-            self._groups(dict.fromkeys(self.owners.values(), 1.0)),
+            self._groups(dict.fromkeys(self._owners.values(), 1.0)),
             lr=trainer.lr,
             betas=(trainer.beta1, trainer.beta2),
             eps=trainer.eps,
@@ -112,33 +112,39 @@ class ModulePack:
     def _to_score(cls, base: PreTrainedModel, tree: Any, config: Config, device: str) -> ModulePack:
         pack = cls.__new__(cls)
         pack.configs, pack.device, pack.alive = [config], device, [True]
-        pack.clock = adapters.Clock(config.seeds.dropout)
+        pack.clock = adapters.Clock([config.seeds.dropout], device)
         pack.tree = tree
         pack._lay_out(base)
         return pack
 
     def _lay_out(self, base: PreTrainedModel) -> None:
         self.end_to_end = probe.suits(base)
-        self.head = make_head(self.tree, [self.clock], self.configs[0], Spans(1))
+        self.head = make_head(self.tree, self.clock, self.configs[0], Spans(1))
 
-    def _lay(self, batch: Batch) -> Laid:
+    def lay(self, batch: Batch) -> Laid:
+        """A batch as this pack takes it, on the device: can be made while it computes another."""
         return Laid(batch, self.end_to_end, "input", self.device)
 
     @property
     def size(self) -> int:
         return 1
 
-    def trainable(self) -> set[str]:
+    def owners(self, run: int) -> dict[str, str]:
+        """The module of everything the run trains, by the name of the parameter."""
+        return self._owners
+
+    def trainable(self, run: int) -> set[str]:
         """What a step would move now: any parameter, the base's too, that takes a gradient."""
         return {name for name, p in self.wrapped.named_parameters() if p.requires_grad}
 
-    def train_only(self, lr_scale: dict[str, float]) -> None:
+    def train_only(self, lr_scales: Sequence[dict[str, float]]) -> None:
         """Freeze every module that is not here; the others train at this part of the run's rate.
 
         Frozen parameters are in no group and get no gradient; their optimizer state stays.
         """
+        (lr_scale,) = lr_scales
         for name, parameter in self.parameters.items():  # never a module: that thaws its base
-            parameter.requires_grad_(self.owners[name] in lr_scale)
+            parameter.requires_grad_(self._owners[name] in lr_scale)
         self.optimizer.param_groups.clear()
         for group in self._groups(lr_scale):
             self.optimizer.add_param_group(group)
@@ -147,8 +153,8 @@ class ModulePack:
         """The optimizer's groups: what trains, by its part of the rate and whether it decays."""
         found: dict[tuple[float, bool], list[Tensor]] = {}
         for name, parameter in self.parameters.items():
-            if self.owners[name] in lr_scale:
-                scale = lr_scale[self.owners[name]] * self.lr_factors[name]
+            if self._owners[name] in lr_scale:
+                scale = lr_scale[self._owners[name]] * self.lr_factors[name]
                 key = scale, name in self.decayed
                 found.setdefault(key, []).append(parameter)
         decay = self.configs[0].trainer.weight_decay
@@ -159,19 +165,19 @@ class ModulePack:
 
     def modules(self, run: int) -> list[str]:
         """Modules the run trains."""
-        return list(dict.fromkeys(self.owners.values()))
+        return list(dict.fromkeys(self._owners.values()))
 
     def forward_backward(
-        self, step: int, micro_step: int, batch: Batch, num_targets: list[int]
+        self, step: int, micro_step: int, batch: Batch | Laid, num_targets: list[int]
     ) -> Tensor:
         """Add this micro-batch's gradient of (summed nll / num_targets); return that loss, (R,).
 
         Args:
             num_targets: labelled tokens of the whole batch, so that micro-batches weigh as in one.
         """
-        self.clock.step, self.clock.micro_step, self.clock.training = step, micro_step, True
-        laid = self._lay(batch)
-        self.clock.there = laid.there(0)
+        laid = batch if isinstance(batch, Laid) else self.lay(batch)
+        self.clock.at(step, micro_step)
+        self.clock.numbers_RN, self.clock.training = laid.numbers_RN, True
         try:
             with laid.attention(self.tree):
                 with autocast(self.configs[0], self.device):
@@ -190,10 +196,19 @@ class ModulePack:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr[0] * group["lr_scale"]
-        if self.alive[0] and norm.isfinite():
-            self.optimizer.step()
+        if self.alive[0]:
+            self._step(norm)
         self.optimizer.zero_grad(set_to_none=True)
         return norm.detach()[None]
+
+    def _step(self, norm: Tensor) -> None:
+        """Move the run if its gradient is finite."""
+        optimizer: Any = self.optimizer
+        if optimizer.defaults["fused"]:  # the kernel reads it on the device, as for a GradScaler
+            optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).to(torch.float32)
+            optimizer.step()
+        elif norm.isfinite():
+            optimizer.step()
 
     def stop(self, run: int) -> None:
         """The run keeps its weights and no longer moves."""
@@ -202,7 +217,7 @@ class ModulePack:
     @torch.no_grad()
     def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Teacher-forced nll and argmax of every row, (R, N) each."""
-        laid = self._lay(batch)
+        laid = self.lay(batch)
         with laid.attention(self.tree), autocast(self.configs[0], self.device):
             (nll,), (best,) = self.head.scored(self.head.hidden(laid), laid)
             return nll, best
@@ -210,7 +225,7 @@ class ModulePack:
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """Logits of every row, (R, N, V)."""
-        laid = self._lay(batch)
+        laid = self.lay(batch)
         with laid.attention(self.tree), autocast(self.configs[0], self.device):
             (logits,) = self.head.logits(self.head.hidden(laid), laid)
             return logits

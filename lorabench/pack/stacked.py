@@ -10,7 +10,7 @@ of a run that carry a loss, K rank.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -24,20 +24,26 @@ from lorabench import model as base_model
 from lorabench.config import Config
 from lorabench.pack import probe
 from lorabench.pack.batch import Batch, Laid
-from lorabench.pack.layers import PackedBias, PackedHead, PackedLinear, PackedNorm
+from lorabench.pack.layers import (
+    PackedBias,
+    PackedDropout,
+    PackedHead,
+    PackedLinear,
+    PackedNorm,
+)
 from lorabench.pack.norms import fuse_norms
 from lorabench.pack.optimizer import StackedAdamW
 from lorabench.pack.places import Place, places
 from lorabench.pack.repeat import Repeat, is_repeatable
 from lorabench.pack.rotary import fuse_rotary
-from lorabench.pack.rows import Spans
+from lorabench.pack.rows import Spans, on_device
 from lorabench.pack.solo import (
     autocast,
     enable_checkpointing,
     make_head,
     without_generation_config,
 )
-from lorabench.pack.storage import Members, Stacked
+from lorabench.pack.storage import Members, Stacked, Store
 from lorabench.pack.ways import few_calls
 
 
@@ -72,11 +78,10 @@ class StackedPack:
         }
         self.places = [found[id(one)][0] for one in self.wrapped]
         self.saved_names = [found[id(one)][1] for one in self.wrapped]
-        self.clocks = [adapters.Clock(config.seeds.dropout) for config in configs]
+        self.clock = adapters.Clock([config.seeds.dropout for config in configs], device)
         self.alive = [True] * len(configs)
         self.tree = cast(Any, base_model.share(base))
         self.dtype = torch.float64 if configs[0].trainer.dtype == "float64" else torch.float32
-        self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.end_to_end = probe.suits(base)
         self.spans = Spans(len(configs))
         self._allocate()
@@ -87,9 +92,9 @@ class StackedPack:
         self.tree.train()  # base dropouts are zero; checkpointing asks for training mode
         if configs[0].trainer.gradient_checkpointing:
             enable_checkpointing(self.tree)
-        self.head = make_head(self.tree, self.clocks, configs[0], self.spans)
+        self.head = make_head(self.tree, self.clock, configs[0], self.spans)
         self.optimizer = StackedAdamW(
-            list(self.stacked.values()),
+            self.stores,
             [config.trainer for config in configs],
             [config.lora.loraplus_lr_ratio for config in configs],
         )
@@ -105,6 +110,7 @@ class StackedPack:
         holders: dict[tuple[str, str], list[int]] = {}
         shapes: dict[tuple[str, str], tuple[int, ...]] = {}
         kinds = {(p.kind, p.module): (p.decays, p.group_b) for found in self.places for p in found}
+        layers = [adapters.lora_layers(wrapped) for wrapped in self.wrapped]
         for run, found in enumerate(self.places):
             for place in found:
                 key = (place.kind, place.module)
@@ -113,13 +119,26 @@ class StackedPack:
                 known = shapes.get(key, shape)
                 shapes[key] = tuple(map(max, known, shape))  # ranks are padded to the largest
         low = torch.bfloat16 if self.configs[0].trainer.dtype == "bfloat16" else None
-        members = {tuple(runs): Members(runs, self.size) for runs in holders.values()}
-        self.stacked = {
-            key: Stacked(
-                members[tuple(runs)], shapes[key], self.dtype, low, self.device, *kinds[key]
-            )
-            for key, runs in holders.items()
+        members = {
+            tuple(runs): Members(runs, self.size, self.device) for runs in holders.values()
         }
+        stores: dict[Any, Store] = {}
+        self.stacked: dict[tuple[str, str], Stacked] = {}
+        for (kind, module), runs in holders.items():
+            scales = None
+            if kind == "lora_B":
+                scales = [float(layers[run][module].scaling[adapters.ADAPTER]) for run in runs]
+            of = *kinds[kind, module], kind, module if kind == "copy" else "", tuple(runs)
+            if of not in stores:
+                decays, group_b, *_ = of
+                used = low if kind in ("lora_A", "lora_B", "copy") else None
+                stores[of] = Store(
+                    members[tuple(runs)], self.dtype, used, self.device, decays, group_b
+                )
+            self.stacked[kind, module] = stores[of].add(shapes[kind, module], scales)
+        self.stores = list(stores.values())
+        for store in self.stores:
+            store.allocate()
 
     @staticmethod
     def _stored_shape(place: Place) -> tuple[int, ...]:
@@ -129,7 +148,7 @@ class StackedPack:
     def _view(self, run: int, place: Place, of: str = "value") -> Tensor:
         """A run's own part of a stacked tensor, in PEFT's shape."""
         stacked = self.stacked[place.kind, place.module]
-        mine = getattr(stacked, of)[stacked.members.runs.index(run)]
+        mine = getattr(stacked, of).detach()[stacked.members.runs.index(run)]
         mine = mine[tuple(slice(n) for n in self._stored_shape(place))]
         return mine.t() if place.kind == "lora_B" else mine
 
@@ -163,29 +182,20 @@ class StackedPack:
             target = self.tree.get_submodule(module)
             bias = None
             if module in biases:
-                own = self.stacked["bias", module]
-                bias = PackedBias(own, target.bias, self.anchor, self.spans)
+                bias = PackedBias(self.stacked["bias", module], target.bias, self.spans)
             if kind == "lora_A":
                 lora_a, lora_b = self.stacked[kind, module], self.stacked["lora_B", module]
                 members = lora_a.members
                 mine = [layers[run][module] for run in members.runs]
-                scale_M = torch.tensor(
-                    [layer.scaling[adapters.ADAPTER] for layer in mine],
-                    dtype=self.dtype, device=self.device,
-                )  # fmt: skip
                 ranks = tuple(layer.r[adapters.ADAPTER] for layer in mine)
                 if few_calls(self.device):  # columns of zeros cost less than calls
                     ranks = (max(ranks),) * len(ranks)
-                dropouts = [
-                    adapters.KeyedDropout(dropout.p, self.clocks[run], module)
-                    if isinstance(dropout := layer.lora_dropout[adapters.ADAPTER], nn.Dropout)
-                    else None
-                    for run, layer in zip(members.runs, mine, strict=True)
-                ]
+                drops = [layer.lora_dropout[adapters.ADAPTER] for layer in mine]
+                ps = [drop.p if isinstance(drop, nn.Dropout) else 0.0 for drop in drops]
+                dropout = PackedDropout(module, ps, members.runs, self.clock) if any(ps) else None
                 replaced[module] = PackedLinear(
-                    target, lora_a, lora_b, scale_M, ranks, dropouts, self.anchor, bias,
-                    self.spans,
-                )  # fmt: skip
+                    target, lora_a, lora_b, ranks, dropout, bias, self.spans
+                )
             elif kind == "bias" and ("lora_A", module) not in self.stacked:
                 replaced[module] = PackedNorm(target, cast(PackedBias, bias))
         for kind, module in self.stacked:
@@ -193,7 +203,7 @@ class StackedPack:
                 inner = replaced.get(module, self.tree.get_submodule(module))
                 own_bias = self.stacked.get(("copy_bias", module))
                 replaced[module] = PackedHead(
-                    inner, self.stacked[kind, module], own_bias, self.anchor, self.spans
+                    inner, self.stacked[kind, module], own_bias, self.spans
                 )
         for module, layer in replaced.items():
             self.tree.set_submodule(module, layer)
@@ -219,22 +229,24 @@ class StackedPack:
 
     # --- what trains ---------------------------------------------------------------------
 
-    @property
-    def owners(self) -> dict[str, str]:
-        """The module of everything these runs train, by the name of the stacked tensor."""
-        return {f"{module}.{kind}": module for kind, module in self.stacked}
-
-    def trainable(self) -> set[str]:
-        """What a step would move now: stacked tensors, and parameters of the tree, if any."""
+    def trainable(self, run: int) -> set[str]:
+        """What a step would move of a run now: stacked tensors, and the tree's parameters, if any."""
         stray = {name for name, p in self.tree.named_parameters() if p.requires_grad}
         return stray | {
-            f"{module}.{kind}" for (kind, module), one in self.stacked.items() if one.active
+            f"{module}.{kind}"
+            for (kind, module), one in self.stacked.items()
+            if one.active and one.lr_scale_of(run) is not None
         }
 
-    def train_only(self, lr_scale: dict[str, float]) -> None:
-        """Freeze every module that is not here; the others train at this part of a run's rate."""
+    def owners(self, run: int) -> dict[str, str]:
+        """The module of everything a run trains, by the name of the stacked tensor."""
+        return {f"{place.module}.{place.kind}": place.module for place in self.places[run]}
+
+    def train_only(self, lr_scales: Sequence[dict[str, float]]) -> None:
+        """Freeze what is not here of each run; the others train at this part of the run's rate."""
+        self.optimizer.changed()
         for (_, module), one in self.stacked.items():
-            one.active, one.lr_scale = module in lr_scale, lr_scale.get(module, 1.0)
+            one.train([lr_scales[run].get(module) for run in one.members.runs])
 
     def modules(self, run: int) -> list[str]:
         """Modules this run trains."""
@@ -243,59 +255,63 @@ class StackedPack:
     # --- what the loop calls -------------------------------------------------------------
 
     @contextmanager
-    def _through(self, batch: Batch) -> Iterator[Laid]:
-        """A batch laid out for this pack, on its way through the model.
+    def _through(self, laid: Laid) -> Iterator[None]:
+        """While a batch is on its way through the model.
 
         A training step keeps this on until its backward pass is done: with gradient checkpointing
         some transformers (5.17) run a layer's hooks again when they recompute it.
         """
-        laid = Laid(batch, self.end_to_end, self.spread, self.device)
-        assert sum(laid.sizes) == self.size, "a batch has a slab for every run"
         inside = self.spread == "inside" and max(laid.sizes) > 1
         repeating = self.repeat.on(laid) if inside else nullcontext()
-        for slab, block in enumerate(laid.rows.blocks):
-            for clock in self.clocks[block.first_run : block.first_run + block.size]:
-                clock.there = laid.there(slab)
+        self.clock.numbers_RN = laid.numbers_RN
         rows = laid.rows if self.end_to_end else None
         with laid.attention(self.tree), repeating, self.spans.at(rows):
-            yield laid
+            yield
+
+    def lay(self, batch: Batch) -> Laid:
+        """A batch as this pack takes it, on the device: can be made while it computes another."""
+        laid = Laid(batch, self.end_to_end, self.spread, self.device)
+        assert sum(laid.sizes) == self.size, "a batch has a slab for every run"
+        return laid
 
     def forward_backward(
-        self, step: int, micro_step: int, batch: Batch, num_targets: list[int]
+        self, step: int, micro_step: int, batch: Batch | Laid, num_targets: list[int]
     ) -> Tensor:
         """Add this micro-batch's gradients; return each run's summed nll / num_targets, (R,)."""
-        for clock in self.clocks:
-            clock.step, clock.micro_step, clock.training = step, micro_step, True
+        laid = batch if isinstance(batch, Laid) else self.lay(batch)
+        self.clock.at(step, micro_step)
         self._refresh()
+        self.clock.training = True
         try:
-            with self._through(batch) as laid:
+            with self._through(laid):
                 with autocast(self.configs[0], self.device):
                     nll = self.head.nll(self.head.hidden(laid), laid)
                 nll_R = torch.cat([block.sum(1) for block in nll])
-                loss_R = nll_R / torch.tensor(num_targets, dtype=nll_R.dtype, device=nll_R.device)
+                loss_R = nll_R / on_device(num_targets, self.device, nll_R.dtype)
                 loss_R.sum().backward()
         finally:
-            for clock in self.clocks:
-                clock.training = False
+            self.clock.training = False
         return loss_R.detach()
 
     def update(self, lr: list[float]) -> Tensor:
         """Clip and move every run that is still alive; return norms before clipping, (R,)."""
-        return self.optimizer.step(lr, self.alive)
+        return self.optimizer.step(lr)
 
     def _refresh(self) -> None:
-        for stacked in self.stacked.values():
-            stacked.refresh()
+        for store in self.stores:
+            store.refresh()
 
     def stop(self, run: int) -> None:
         """A run keeps its slot and its weights, and no longer moves."""
         self.alive[run] = False
+        self.optimizer.stop(run)
 
     @torch.no_grad()
     def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Teacher-forced nll and argmax of every row of a batch that all runs see, (R, N) each."""
         self._refresh()
-        with self._through(batch) as laid, autocast(self.configs[0], self.device):
+        laid = self.lay(batch)
+        with self._through(laid), autocast(self.configs[0], self.device):
             (nll,), (best,) = self.head.scored(self.head.hidden(laid), laid)
             return nll, best
 
@@ -303,7 +319,8 @@ class StackedPack:
     def logits(self, batch: Batch) -> Tensor:
         """Logits of every row of a batch that all runs see, (R, N, V)."""
         self._refresh()
-        with self._through(batch) as laid, autocast(self.configs[0], self.device):
+        laid = self.lay(batch)
+        with self._through(laid), autocast(self.configs[0], self.device):
             (logits,) = self.head.logits(self.head.hidden(laid), laid)
             return logits
 
@@ -349,7 +366,7 @@ class StackedPack:
             found[place.state_name] = self._view(run, place)
             for moment in ("exp_avg", "exp_avg_sq"):
                 found[f"{place.state_name}|{moment}"] = self._view(run, place, moment)
-            steps = self.stacked[place.kind, place.module].steps
+            steps = self.optimizer.counted(self.stacked[place.kind, place.module], run)
             found[f"{place.state_name}|step"] = torch.tensor(float(steps))
         return {name: tensor.detach() for name, tensor in found.items()}
 
@@ -359,9 +376,10 @@ class StackedPack:
         for name, tensor in self.state(run).items():
             if not name.endswith("|step"):
                 tensor.copy_(state[name])
+        self.optimizer.changed()
         for place in self.places[run]:
             steps = int(state[f"{place.state_name}|step"])
-            self.stacked[place.kind, place.module].steps = steps
+            self.stacked[place.kind, place.module].count(run, steps)
 
     def fingerprint(self, run: int) -> list[Any]:
         """Names and shapes of what this run trains."""

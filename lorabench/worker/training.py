@@ -302,8 +302,8 @@ def _note(members: list[Member], pack: Any, step: Any, seconds: float) -> None:
         member.entry.cost.train_tokens = member.tokens
         if member.entry.error is not None:
             continue  # stopped before
-        if step.stage is not None:
-            member.enter(step.stage, pack.modules(run))
+        if (stage := step.stages[run]) is not None:
+            member.enter(stage, pack.modules(run))
         stopped = run in step.ended
         if step.step % trainer.log_every == 0 or step.step == trainer.num_steps or stopped:
             row = {
