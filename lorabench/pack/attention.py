@@ -162,9 +162,12 @@ def attend(
         return found
 
     ways = _now.ways(tokens, exact=not getattr(module, "is_causal", True))
-    parts = [x[0].transpose(0, 1).split([way.tokens for way in ways]) for x in (query, key, value)]
+    states = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
+    if len(ways) == 1:
+        return ways[0].attend(attention, *states)[None], None
+    parts = [x.split([way.tokens for way in ways]) for x in states]
     found = [way.attend(attention, *one) for way, *one in zip(ways, *parts, strict=True)]
-    return (torch.cat(found) if len(found) > 1 else found[0])[None], None
+    return torch.cat(found)[None], None
 
 
 def _inner(module: nn.Module, name: str) -> Callable[..., Any]:

@@ -135,7 +135,9 @@ class _PackedLora(torch.autograd.Function):
         ctx.save_for_backward(x_PD, weight_OD, a_MKD, b_MKO, *hidden, *kept)
         ctx.layer, ctx.parts = layer, parts
         ctx.shapes, ctx.dtype = (a.shape, b.shape), a.dtype
-        # With a bias F.linear returns a view, which Falcon's in-place addition would be refused on.
+        if bias_O is None:
+            return y_PO
+        # F.linear returned a view, which Falcon's in-place addition would be refused on.
         return torch.ops.aten._unsafe_view(y_PO, y_PO.shape)
 
     @staticmethod

@@ -81,6 +81,7 @@ class StackedAdamW:
         }
         self._pieces: list[Piece] | None = None
         self._largest = 0
+        self._scratch: Tensor | None = None  # what the kernel moves
         self._updates = 0  # since the pieces were made
 
     def stop(self, run: int) -> None:
@@ -109,7 +110,8 @@ class StackedAdamW:
         rate_R = on_device(lr, norm_R.device, norm_R.dtype) * finite_R
         steps = list({id(piece.step): piece.step for piece in pieces}.values())
         torch._foreach_add_(steps, 1)
-        scratch = norm_R.new_empty(self._largest)
+        if self._scratch is None or len(self._scratch) < self._largest:
+            self._scratch = norm_R.new_empty(self._largest)
         of_store: dict[Store, list[Piece]] = {}
         for piece in pieces:
             of_store.setdefault(piece.store, []).append(piece)
@@ -125,7 +127,7 @@ class StackedAdamW:
             if store.decays and self._any_decay:
                 decay_M1 = _of(self._decay_R, runs)[:, None]
             for piece in own:
-                _move(piece, grads, rate_M1, decay_M1, scratch)
+                _move(piece, grads, rate_M1, decay_M1, self._scratch)
         return norm_R
 
     # --- what moves alike ------------------------------------------------------------------

@@ -26,23 +26,24 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        half = x.shape[-1] // 2
-        return _rotated(x, cos, -sin[..., :half], sin[..., half:])
+        low, high = sin.chunk(2, -1)
+        first, second = x.chunk(2, -1)
+        return _added(x * cos, -1, second * low, first * high)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        half = cos.shape[-1] // 2
-        return _rotated(grads[0], cos, sin[..., half:], -sin[..., :half]), None, None
+        low, high = sin.chunk(2, -1)
+        first, second = grads[0].chunk(2, -1)
+        return _added(grads[0] * cos, 1, second * high, first * low), None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """x cos, plus each half of x times what the other half is turned by."""
-    half = x.shape[-1] // 2
-    turned = torch.empty_like(x)
-    torch.mul(x[..., half:], low, out=turned[..., :half])
-    torch.mul(x[..., :half], high, out=turned[..., half:])
-    return (x * cos).add_(turned)
+def _added(y: Tensor, sign: int, turned: Tensor, other: Tensor) -> Tensor:
+    """y, plus or minus one tensor in its first half and the other way in its second."""
+    first, second = y.chunk(2, -1)
+    first.add_(turned, alpha=sign)
+    second.add_(other, alpha=-sign)
+    return y
 
 
 def rotate(
