@@ -78,18 +78,19 @@ def test_nll_and_gradients_are_the_models_own(
     for end_to_end in layouts(model):
         laid = Laid(Batch.make([ids], [labels], [1]), end_to_end, "input", "cpu")
         with laid.attention(model):
-            (nll,) = rows.nll(rows.hidden(laid), laid)
-            nll.sum().backward()
+            hidden = rows.hidden(laid)
+            summed = rows.summed_nll(hidden, laid)
+            (0.5 * summed).sum().backward()
+            with torch.no_grad():
+                (nll,), (best,) = rows.scored(hidden, laid)
         # Float64; the models cast to float32 inside norms, on both sides alike.
         torch.testing.assert_close(nll[0], expected[there], rtol=1e-11, atol=0)
+        assert summed.tolist() == pytest.approx([expected[there].sum().item()], rel=1e-11)
         for parameter, gradient in gradients.items():
-            mine = model.get_parameter(parameter).grad
+            mine = 2 * model.get_parameter(parameter).grad
             gap = float((mine - gradient).norm())
             assert gap <= 1e-6 * float(gradient.norm()) + 1e-12, parameter
         model.zero_grad()
-        with torch.no_grad(), laid.attention(model):
-            (again,), (best,) = rows.scored(rows.hidden(laid), laid)
-        torch.testing.assert_close(again, nll.detach(), rtol=1e-12, atol=1e-12)
         assert best[0].tolist() == logits.detach().argmax(-1)[there].tolist()
 
 
@@ -128,7 +129,7 @@ def test_rows_nobody_reads_skip_the_last_feed_forward_block(name: str) -> None:
         seen.clear()
         laid = Laid(Batch.make([ids], [labels], [1]), end_to_end, "input", "cpu")
         with laid.attention(model):
-            (nll,) = rows.nll(rows.hidden(laid), laid)
+            nll = rows.summed_nll(rows.hidden(laid), laid)
             nll.sum().backward()
         read = int((target != -100).sum())
         assert seen == ([] if rows.last is None else [read * width]), "of 64 rows"

@@ -51,9 +51,10 @@ class ClassHead:
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return [block.of(logits) for block in laid.examples.blocks]
 
-    def nll(self, hidden: Any, laid: Laid) -> list[Tensor]:
-        """Negative log-likelihood of every label, (size, B) of each block of runs."""
-        return cross_entropy(self.logits(hidden, laid), laid.targets)
+    def summed_nll(self, hidden: Any, laid: Laid) -> Tensor:
+        """Negative log-likelihood of each run's labels, summed, (R,)."""
+        nll = cross_entropy(self.logits(hidden, laid), laid.targets)
+        return torch.cat([block.sum(1) for block in nll])
 
     def scored(self, hidden: Any, laid: Laid) -> tuple[list[Tensor], list[Tensor]]:
         """nll and likeliest class of every example, (size, B) each of each block of runs."""

@@ -2,6 +2,8 @@
 
 The body of the model runs once; then the model's own forward runs with the body replaced by its
 result, so that whatever an architecture does after its head (soft-capping, scaling) stays its own.
+In training a chunk's gradient is made right behind its logits, which are then forgotten: no more
+than one chunk of logits ever exists, and none is computed twice.
 
 Letters: R runs, N rows that carry a loss, of all runs end to end; n of one run; D model width, V
 vocabulary.
@@ -9,14 +11,13 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lorabench.adapters import Clock
 from lorabench.pack.batch import Laid
@@ -24,6 +25,9 @@ from lorabench.pack.probe import body_of, inputs
 from lorabench.pack.rows import Rows, Spans, choose_rows
 
 CHUNK_BYTES = 1 << 28  # of float32 logits that exist at a time
+
+# A trained parameter, and whose it is: one entry a run, or None where it is the only run's.
+Owned = tuple[Tensor, Tensor | None]
 
 
 class Result(nn.Module):
@@ -55,6 +59,19 @@ class RowHead:
         parent, _, self.name = path.rpartition(".")
         self.parent = tree.get_submodule(parent)
         self.last = choose_rows(self.body)
+        self.trained: Callable[[], list[Owned]] = self._parameters
+
+    def _parameters(self) -> list[Owned]:
+        """Every parameter that takes a gradient and is not in the body; the head's, if tied."""
+        inside = set(self.body.modules())
+        found = {
+            parameter: None
+            for module in self.tree.modules()
+            if module not in inside
+            for parameter in module.parameters(recurse=False)
+            if parameter.requires_grad
+        }
+        return list(found.items())
 
     def hidden(self, laid: Laid) -> Tensor:
         """Last hidden states of the chosen rows, (N, D)."""
@@ -90,25 +107,50 @@ class RowHead:
         logits_NV = self._logits(hidden_ND, laid.chosen)
         return [block.of(logits_NV) for block in laid.chosen.blocks]
 
-    def nll(self, hidden_ND: Tensor, laid: Laid) -> list[Tensor]:
-        """Negative log-likelihood of the targets, (size, n) of each block of runs.
+    def summed_nll(self, hidden_ND: Tensor, laid: Laid) -> Tensor:
+        """Negative log-likelihood of each run's targets, summed, (R,)."""
+        owned = self.trained()
+        found: Tensor = _SummedNll.apply(hidden_ND, self, laid, owned, *(p for p, _ in owned))
+        return found
 
-        Chunks of rows are recomputed in the backward pass: their logits never exist together.
+    def gradients(
+        self, hidden_ND: Tensor, laid: Laid, wanted: list[Tensor]
+    ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+        """Summed nll of each run, (R,), and its gradients: by hidden states and by parameters.
+
+        Args:
+            wanted: parameters that only one run's nll depends on, or that have an entry a run.
         """
-        chunks = self._chunks(laid.chosen)
-        if len(chunks) == 1:
-            return cross_entropy(self.logits(hidden_ND, laid), laid.targets)
-        parts = [
-            checkpoint(self._nll_of, hidden_ND, laid, chunk, use_reentrant=False)
-            for chunk in chunks
-        ]
-        return [torch.cat(blocks, 1) for blocks in zip(*parts, strict=True)]
+        by_hidden = torch.empty_like(hidden_ND) if hidden_ND.requires_grad else None
+        by_parameter: list[Tensor | None] = [None] * len(wanted)
+        sums = []
+        for chunk in self._chunks(laid.chosen):
+            with torch.enable_grad(), window(self.clock, chunk.start):
+                rows = self._rows_of(hidden_ND.detach(), laid, chunk)
+                rows.requires_grad_(by_hidden is not None)
+                logits = self._logits_of(rows, laid, chunk)
+                nll = cross_entropy(logits, [one[chunk] for one in laid.targets])
+                nll_R = torch.cat([block.sum(1) for block in nll])
+                inputs = [*([rows] if by_hidden is not None else []), *wanted]
+                found = list(
+                    torch.autograd.grad(nll_R.sum(), inputs, allow_unused=True) if inputs else []
+                )
+            sums.append(nll_R.detach())
+            del logits, nll
+            if by_hidden is not None:
+                own, place = found.pop(0), laid.chosen.chunk(chunk)
+                for block, part in zip(laid.chosen.blocks, place.blocks, strict=True):
+                    block.of(by_hidden)[:, chunk] = part.of(own)
+            for i, grad in enumerate(found):
+                known = by_parameter[i]
+                by_parameter[i] = grad if known is None or grad is None else known.add_(grad)
+        return torch.stack(sums).sum(0), by_hidden, by_parameter
 
     def scored(self, hidden_ND: Tensor, laid: Laid) -> tuple[list[Tensor], list[Tensor]]:
         """nll and argmax of every row, (size, n) each of each block of runs."""
         nll, best = [], []
         for chunk in self._chunks(laid.chosen):
-            logits = self._logits_of(hidden_ND, laid, chunk)
+            logits = self._logits_of(self._rows_of(hidden_ND, laid, chunk), laid, chunk)
             nll.append(cross_entropy(logits, [one[chunk] for one in laid.targets]))
             best.append([block.argmax(-1) for block in logits])
         found = [[torch.cat(one, 1) for one in zip(*parts, strict=True)] for parts in (nll, best)]
@@ -119,17 +161,42 @@ class RowHead:
         at_once = max(1, CHUNK_BYTES // (4 * self.size * self.vocabulary))
         return [slice(first, first + at_once) for first in range(0, max(rows.counts), at_once)]
 
-    def _logits_of(self, hidden_ND: Tensor, laid: Laid, chunk: slice) -> list[Tensor]:
-        rows = laid.chosen.chunk(chunk)
+    def _rows_of(self, hidden_ND: Tensor, laid: Laid, chunk: slice) -> Tensor:
+        """A part of each run's rows, end to end: a copy."""
         parts = [block.of(hidden_ND)[:, chunk].flatten(0, 1) for block in laid.chosen.blocks]
-        logits_NV = self._logits(torch.cat(parts), rows)
+        return torch.cat(parts)
+
+    def _logits_of(self, rows_ND: Tensor, laid: Laid, chunk: slice) -> list[Tensor]:
+        rows = laid.chosen.chunk(chunk)
+        logits_NV = self._logits(rows_ND, rows)
         return [block.of(logits_NV) for block in rows.blocks]
 
-    def _nll_of(self, hidden_ND: Tensor, laid: Laid, chunk: slice) -> list[Tensor]:
-        """One chunk's nll; the masks of a dropout on the head are those of its rows."""
-        with window(self.clock, chunk.start):
-            logits = self._logits_of(hidden_ND, laid, chunk)
-            return cross_entropy(logits, [one[chunk] for one in laid.targets])
+
+class _SummedNll(torch.autograd.Function):
+    """Its gradient is made in the forward, for a loss of one nat; the backward scales it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, head: RowHead, laid: Laid, owned: list[Owned], *own: Tensor
+    ) -> Tensor:
+        nll_R, by_hidden, by_parameter = head.gradients(hidden_ND, laid, [p for p, _ in owned])
+        ctx.save_for_backward(by_hidden, *by_parameter)
+        ctx.rows, ctx.runs = laid.chosen, [runs for _, runs in owned]
+        return nll_R
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g_R,) = grads
+        by_hidden, *by_parameter = ctx.saved_tensors
+        if by_hidden is not None:
+            for block in ctx.rows.blocks:
+                g = g_R[block.first_run : block.first_run + block.size, None, None]
+                block.of(by_hidden).mul_(g)
+        for grad, runs in zip(by_parameter, ctx.runs, strict=True):
+            if grad is not None:
+                g = g_R if runs is None else g_R.index_select(0, runs)
+                grad.mul_(g.view(-1, *[1] * (grad.dim() - 1)) if runs is not None else g.sum())
+        return by_hidden, None, None, None, *by_parameter
 
 
 @contextmanager

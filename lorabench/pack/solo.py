@@ -181,8 +181,8 @@ class ModulePack:
         try:
             with laid.attention(self.tree):
                 with autocast(self.configs[0], self.device):
-                    (nll_1N,) = self.head.nll(self.head.hidden(laid), laid)
-                    loss = nll_1N.sum() / num_targets[0]
+                    nll_1 = self.head.summed_nll(self.head.hidden(laid), laid)
+                    loss = nll_1.sum() / num_targets[0]
                 loss.backward()
         finally:
             self.clock.training = False

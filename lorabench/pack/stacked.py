@@ -10,7 +10,7 @@ of a run that carry a loss, K rank.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from lorabench import model as base_model
 from lorabench.config import Config
 from lorabench.pack import probe
 from lorabench.pack.batch import Batch, Laid
+from lorabench.pack.head import Owned, RowHead
 from lorabench.pack.layers import (
     PackedBias,
     PackedDropout,
@@ -34,6 +35,7 @@ from lorabench.pack.layers import (
 from lorabench.pack.norms import fuse_norms
 from lorabench.pack.optimizer import StackedAdamW
 from lorabench.pack.places import Place, places
+from lorabench.pack.probe import body_of
 from lorabench.pack.repeat import Repeat, is_repeatable
 from lorabench.pack.rotary import fuse_rotary
 from lorabench.pack.rows import Spans, on_device
@@ -93,6 +95,8 @@ class StackedPack:
         if configs[0].trainer.gradient_checkpointing:
             enable_checkpointing(self.tree)
         self.head = make_head(self.tree, self.clock, configs[0], self.spans)
+        if isinstance(self.head, RowHead):
+            self.head.trained = self._trained_at_head()
         self.optimizer = StackedAdamW(
             self.stores,
             [config.trainer for config in configs],
@@ -144,6 +148,16 @@ class StackedPack:
     def _stored_shape(place: Place) -> tuple[int, ...]:
         # B is stored as (K, O): each run's part of a padded stack is then one contiguous block.
         return place.shape[::-1] if place.kind == "lora_B" else place.shape
+
+    def _trained_at_head(self) -> Callable[[], list[Owned]]:
+        """What trains behind the body, and the runs whose it is."""
+        inside = f"{body_of(self.tree)[0]}."
+        found = [
+            (one, on_device(one.members.runs, self.device))
+            for (_, module), one in self.stacked.items()
+            if not module.startswith(inside)
+        ]
+        return lambda: [(one.value, runs) for one, runs in found if one.active]
 
     def _view(self, run: int, place: Place, of: str = "value") -> Tensor:
         """A run's own part of a stacked tensor, in PEFT's shape."""
@@ -285,8 +299,7 @@ class StackedPack:
         try:
             with self._through(laid):
                 with autocast(self.configs[0], self.device):
-                    nll = self.head.nll(self.head.hidden(laid), laid)
-                nll_R = torch.cat([block.sum(1) for block in nll])
+                    nll_R = self.head.summed_nll(self.head.hidden(laid), laid)
                 loss_R = nll_R / on_device(num_targets, self.device, nll_R.dtype)
                 loss_R.sum().backward()
         finally:
