@@ -20,7 +20,7 @@ from lorabench.files import write_atomic
 
 SCHEMA_VERSION = 2
 # Raised whenever the same config would give other results; part of every run id.
-ARITHMETIC_VERSION = 3
+ARITHMETIC_VERSION = 4
 # `planned` is never written: it is a run of sweep.json without a record.
 Status = Literal["planned", "running", "trained", "finished", "stopped", "interrupted", "failed"]
 
