@@ -61,7 +61,8 @@ class Attempt:
 def attempt(jobs: list[Job], shared: Shared) -> Attempt:
     """Try the runs of a pack; whatever goes wrong is told, never raised."""
     begun, error, difference = time.perf_counter(), None, None
-    shortened = [_shortened(job) for job in jobs]
+    starts = {stage["from_step"] for job in jobs for stage in job.config.stages}
+    shortened = [_shortened(job, sorted(starts | {0})) for job in jobs]
     try:
         difference = _there_and_back(shortened, shared)
     except ConfigErrors as refused:
@@ -73,9 +74,12 @@ def attempt(jobs: list[Job], shared: Shared) -> Attempt:
     return Attempt(ids, steps, error, difference, time.perf_counter() - begun)
 
 
-def _shortened(job: Job) -> Job:
-    """The same run at its full learning rate, every stage a few steps long."""
-    starts = sorted({stage["from_step"] for stage in job.config.stages} | {0})
+def _shortened(job: Job, starts: list[int]) -> Job:
+    """The same run at its full learning rate, every stage a few steps long.
+
+    Args:
+        starts: steps at which a stage of any run of its pack begins.
+    """
     begins = {start: STEPS * i for i, start in enumerate(starts)}
     trainer = dataclasses.replace(
         job.config.trainer,

@@ -167,6 +167,40 @@ def test_staged_training_equals_stock_peft_frozen_by_hand(
     assert weights < 1e-9, name
 
 
+@pytest.mark.usefixtures("float64_inside")
+def test_runs_of_different_stages_share_a_pack(
+    make: Callable[..., Any], planner: plan.Planner, tiny_folder: Callable[[str], Path]
+) -> None:
+    """One is staged, one has other stages, one has none: each is stock PEFT's."""
+    configs = runs_of("gemma", tiny_folder("gemma"))
+    other = [{"from_step": 0, "train": ["lm_head", "layers.0"]}, {"from_step": 5, "train": ["all"]}]
+    configs[1].stages, configs[2].stages = other, []
+    tables = [GEMMA_BY_HAND, {0: {r"lm_head|layers\.0\.": 1.0}, 5: {"": 1.0}}, {0: {"": 1.0}}]
+    pack = packed(configs, planner=planner)
+    initial = states(pack)
+    stocks = [Stock(*pair, planner=planner) for pair in zip(configs, initial, strict=True)]
+    trained = ((s, train_by_hand(s, table)) for s, table in zip(stocks, tables, strict=True))
+    tokens, pad_id = tokens_of(configs[0])
+    steps, saved = [], []
+    for step in train(pack, tokens, pad_id):
+        steps.append(step)
+        if step.step == 6:
+            saved = [{n: t.clone() for n, t in pack.state(run).items()} for run in range(3)]
+    losses = [list(of_run) for of_run in zip(*(step.loss for step in steps), strict=True)]
+    loss, (weights, name) = differences(pack, initial, losses, trained)
+    assert loss < 1e-10  # as above
+    assert weights < 1e-9, name
+    counts = [{int(t) for n, t in state.items() if n.endswith("|step")} for state in saved]
+    # What rested has taken fewer steps; moments and counts continue as they were.
+    assert counts == [{0, 2, 4}, {1, 6}, {6}]
+    resumed = packed(configs, planner=planner)
+    for run, state in enumerate(saved):
+        resumed.load_state(run, state)
+    assert list(train(resumed, tokens, pad_id, 6)) == steps[6:]
+    hashes = [[adapters.state_hash(s) for s in states(one)] for one in (resumed, pack)]
+    assert hashes[0] == hashes[1]
+
+
 REWARMED = [  # what joins at 3 alone, then all again; the stage at 9 ends the latter's third step
     {"from_step": 0, "train": ["layer.11"]},
     {"from_step": 3, "train": ["layer.11"]},

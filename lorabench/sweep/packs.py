@@ -11,7 +11,7 @@ from lorabench.sweep.jobs import Job
 # What each run of a pack has for itself; everything else must be the same.
 OWN_GROUPS = (
     "lora", "head", "target_modules", "start_from", "seeds", "seed", "tracker", "worker",
-    "compare", "recipe", "presets", "sweep", "output_dir",
+    "compare", "recipe", "presets", "sweep", "output_dir", "stages",
 )  # fmt: skip
 OWN_TRAINER = (
     "lr", "schedule", "warmup_steps", "min_lr_ratio", "weight_decay", "beta1", "beta2", "eps",
@@ -45,7 +45,13 @@ def form_packs(jobs: list[Job], limit: int, memory: int) -> list[list[int]]:
         alike.setdefault(json.dumps(shared, sort_keys=True), []).append(i)
     for members in alike.values():
         # Runs that see the same batches, and those of one rank among them, side by side.
-        members.sort(key=lambda i: (jobs[i].config.seeds.data, jobs[i].config.lora.r))
+        members.sort(
+            key=lambda i: (
+                jobs[i].config.seeds.data,
+                jobs[i].config.lora.r,
+                [*jobs[i].plan.lora_modules, *jobs[i].plan.saved_modules],
+            )
+        )
         plans = [jobs[i].plan for i in members]
         free = memory - min(one.base_bytes for one in plans)
         each = max(1, *(one.memory_bytes - one.base_bytes - one.logits_bytes for one in plans))
