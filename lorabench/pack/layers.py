@@ -92,7 +92,7 @@ class PackedLinear(nn.Module):
             kept = [self.dropout.kept(part, x_PD.shape[-1]) for part in parts]
         a, b = self.lora_a, self.lora_b
         y_PO = _PackedLora.apply(
-            x_PD, weight, bias, a.value, b.value, a.compute, b.compute, self, parts, *kept
+            x_PD, weight, bias, a.value, b.value, a.copy, b.copy, self, parts, *kept
         )
         if self.bias_of_runs is not None:
             y_PO = self.bias_of_runs(y_PO)
@@ -113,12 +113,13 @@ class _PackedLora(torch.autograd.Function):
         bias_O: Tensor | None,
         a: Tensor,
         b: Tensor,
-        a_MKD: Tensor,
-        b_MKO: Tensor,
+        a_copy: Tensor | None,
+        b_copy: Tensor | None,
         layer: PackedLinear,
         parts: list[Part],
         *kept: Tensor | None,
     ) -> Tensor:
+        a_MKD, b_MKO = a if a_copy is None else a_copy, b if b_copy is None else b_copy
         y_PO = F.linear(x_PD, weight_OD, bias_O)
         hidden = []
         for part, kept_MND in zip(parts, kept, strict=True):
@@ -219,7 +220,7 @@ class PackedHead(nn.Module):
         biases = None if self.biases is None else self.biases.value
         copies = self.copies
         y_PO = _PackedCopies.apply(
-            x_PD, others, copies.value, biases, copies.compute, self.members, parts
+            x_PD, others, copies.value, biases, copies.copy, self.members, parts
         )
         return y_PO.reshape(*x.shape[:-1], y_PO.shape[-1])
 
@@ -234,10 +235,11 @@ class _PackedCopies(torch.autograd.Function):
         others_PO: Tensor | None,
         weight: Tensor,
         bias_MO: Tensor | None,
-        weight_MOD: Tensor,
+        weight_copy: Tensor | None,
         members: Members,
         parts: list[Part],
     ) -> Tensor:
+        weight_MOD = weight if weight_copy is None else weight_copy
         ctx.save_for_backward(x_PD, weight_MOD)
         ctx.members, ctx.parts = members, parts
         ctx.shapes, ctx.dtype = (weight.shape, None if bias_MO is None else bias_MO.shape), weight.dtype

@@ -30,7 +30,7 @@ class Repeat:
 
     def __init__(self) -> None:
         self.laid: Laid | None = None  # a batch that is repeated inside, while it is computed
-        self._done: dict[int, tuple[Tensor, Tensor]] = {}  # masks and positions, of all layers
+        self._done: list[tuple[Tensor, Tensor]] = []  # masks and positions, of all layers
 
     @contextmanager
     def on(self, laid: Laid) -> Iterator[None]:
@@ -61,10 +61,12 @@ class Repeat:
             counts, rows = laid.examples.counts, value
             if len(value) != sum(counts):
                 return value
-        if id(value) not in self._done:
-            spread = laid.rows.spread(list(rows.split(counts)))
-            self._done[id(value)] = value, spread[None] if laid.end_to_end else spread
-        return self._done[id(value)][1]
+        for known, repeated in self._done:
+            if known is value:
+                return repeated
+        spread = laid.rows.spread(list(rows.split(counts)))
+        self._done.append((value, spread[None] if laid.end_to_end else spread))
+        return self._done[-1][1]
 
 
 def is_repeatable(layer: nn.Module) -> bool:

@@ -12,8 +12,8 @@ import inspect
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from operator import mul
 from typing import Any
 
 import numpy as np
@@ -56,21 +56,16 @@ class Rows:
 
     sizes: tuple[int, ...]
     counts: tuple[int, ...]
+    total: int = field(init=False)  # rows of all runs
+    blocks: tuple[Block, ...] = field(init=False)
 
-    @cached_property
-    def total(self) -> int:
-        """Rows of all runs."""
-        return sum(size * count for size, count in self._pairs())
-
-    @cached_property
-    def blocks(self) -> list[Block]:
-        """The blocks, in order."""
+    def __post_init__(self) -> None:
+        ends = list(map(mul, self.sizes, self.counts))
         runs = itertools.accumulate(self.sizes, initial=0)
-        rows = itertools.accumulate((size * count for size, count in self._pairs()), initial=0)
-        return [Block(*one) for one in zip(runs, self.sizes, rows, self.counts, strict=False)]
-
-    def _pairs(self) -> Iterator[tuple[int, int]]:
-        return zip(self.sizes, self.counts, strict=True)
+        rows = itertools.accumulate(ends, initial=0)
+        blocks = [Block(*one) for one in zip(runs, self.sizes, rows, self.counts, strict=False)]
+        object.__setattr__(self, "total", sum(ends))
+        object.__setattr__(self, "blocks", tuple(blocks))
 
     def chunk(self, part: slice) -> Rows:
         """The same, of each run these rows only."""

@@ -6,7 +6,6 @@ N rows of one run.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -83,20 +82,31 @@ class Members:
             ranks: of each member, so that a product is no larger than its runs' own; None: what is
                 stored has none.
         """
-        key = rows, ranks
-        if key in self._parts:
-            return self._parts[key]
+        found = self._parts.get((rows.sizes, rows.counts, ranks))
+        if found is None:
+            found = self._made(rows, ranks)
+            if len(self._parts) > 64:
+                self._parts.clear()
+            self._parts[rows.sizes, rows.counts, ranks] = found
+        return found
+
+    def _made(self, rows: Rows, ranks: tuple[int, ...] | None) -> list[Part]:
+        # In plain loops, which torch.compile follows.
         found = []
         for block in rows.blocks:
             end = block.first_run + block.size
-            inside = [i for i, run in enumerate(self.runs) if block.first_run <= run < end]
-            for rank, alike in itertools.groupby(inside, lambda i: ranks[i] if ranks else None):
-                members = list(alike)
+            alike: list[list[int]] = []
+            for i, run in enumerate(self.runs):
+                if not block.first_run <= run < end:
+                    continue
+                if alike and (ranks is None or ranks[alike[-1][-1]] == ranks[i]):
+                    alike[-1].append(i)
+                else:
+                    alike.append([i])
+            for members in alike:
                 where = self.index([self.runs[i] - block.first_run for i in members])
+                rank = None if ranks is None else ranks[members[0]]
                 found.append(Part(slice(members[0], members[-1] + 1), rank, block, where))
-        if len(self._parts) > 64:
-            self._parts.clear()
-        self._parts[key] = found
         return found
 
     def gathered(self, parts: list[Part], products: list[Tensor], shape: torch.Size) -> Tensor:
@@ -115,8 +125,8 @@ class Stacked:
     Its gradient and its moments lie as it does.
 
     Attributes:
-        compute: What products are taken with: itself, or a copy that is scaled or of lower
-            precision, brought up to date by `Store.refresh`.
+        copy: What products are taken with, scaled or of lower precision, brought up to date by
+            `Store.refresh`; None: the tensor itself.
         scale_M11: What the copy is scaled by; None: by nothing.
         lr_scale: Of each member: at which part of the run's rate it trains; None: it is frozen.
         steps: Of each member: how often it was updated, which its bias correction counts.
@@ -125,7 +135,7 @@ class Stacked:
     value: nn.Parameter
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    compute: Tensor
+    copy: Tensor | None
 
     def __init__(
         self, members: Members, shape: tuple[int, ...], scales: list[float] | None = None
@@ -239,7 +249,7 @@ class Store:
         if is_scaled or self.low is not None:
             self.shadow = torch.zeros_like(self.values, dtype=self.low or self.dtype)
         for one in self.tensors:
-            one.compute = one.value if self.shadow is None else self._view(one, self.shadow)
+            one.copy = None if self.shadow is None else self._view(one, self.shadow)
 
     @torch.no_grad()
     def refresh(self) -> None:
