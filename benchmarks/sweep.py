@@ -447,7 +447,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def _without_out(arguments: list[str]) -> list[str]:
+def without_out(arguments: list[str]) -> list[str]:
     """A command line without the folder of its result, which is of one machine."""
     where = [i for i, word in enumerate(arguments) if word == "--out"]
     return [word for i, word in enumerate(arguments) if i not in where and i - 1 not in where]
@@ -466,7 +466,7 @@ def main(arguments: list[str]) -> int:
 
     torch.set_num_threads(options.threads)
     result: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/sweep.py", *_without_out(arguments)]),
+        "command": " ".join(["python benchmarks/sweep.py", *without_out(arguments)]),
         "machine": provenance.of_process(options.device),
         "started": record.now(),
         "threads": options.threads,
