@@ -56,7 +56,9 @@ NARROW = {
     "num_key_value_heads": 2, "head_dim": 16,
 }  # fmt: skip
 LAYERS = (2, 4)
-WAITS = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy", "nonzero")
+WAITS = (
+    "item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy", "nonzero",
+)  # fmt: skip
 
 
 class Ops(TorchDispatchMode):
@@ -197,7 +199,7 @@ def counted(shape: str, kind: str, count: int, layers: int, options: Any) -> dic
     """Operations, waits and kernels of a step of a model of so many layers."""
     base, config = base_of(shape, layers, options)
     skeleton = plan_of[shape, layers]
-    pack, steps = stepping(base, runs_of(config, kind, count), skeleton, kind, options.device)
+    _, steps = stepping(base, runs_of(config, kind, count), skeleton, kind, options.device)
     for _ in range(2):
         next(steps)
     with Ops() as ops:
@@ -302,7 +304,8 @@ def show(rows: dict[str, Any]) -> None:
         return "-" if row.get(key) is None else format(row[key] * scale, form)
 
     columns = [
-        ("ops a layer", "operations_a_layer", ",.0f", 1), ("ops a step", "operations_a_step", ",", 1),
+        ("ops a layer", "operations_a_layer", ",.0f", 1),
+        ("ops a step", "operations_a_step", ",", 1),
         ("kernels a layer", "kernels_a_layer", ",.0f", 1), ("syncs", "waits", "d", 1),
         ("optimizer ms, one rate", "optimizer_milliseconds", ".2f", 1),
         ("one a run", "optimizer_milliseconds_rates", ".2f", 1),

@@ -54,7 +54,10 @@ RESOLVED = {
 NOT_DECIDING = {
     "model": {"name"},
     "data": {"name", "allow_left_out"},
-    "trainer": {"device", "num_threads", "checkpoint_every", "checkpoint_minutes", "log_every"},
+    # Whether a pack is compiled lies with the pack, as its shape does.
+    "trainer": {
+        "device", "num_threads", "checkpoint_every", "checkpoint_minutes", "log_every", "compile",
+    },
 }
 # Keys of the evaluation that decide a training which looks at validation: see `selects`.
 SELECTION_KEYS = (

@@ -19,6 +19,13 @@ class Lengths(BaseModel):
     longest: int  # rows of the largest micro-batch; of padded ones, of the largest there could be
     targets: int  # tokens that carry a loss, in the micro-batch with the most
 
+    def is_one_shape(self, config: Config) -> bool:
+        """Whether all micro-batches have the same shape."""
+        trainer = config.trainer
+        parts = trainer.num_steps * trainer.batch_size
+        parts //= trainer.micro_batch_size or trainer.batch_size
+        return self.tokens == self.padded_rows == parts * self.longest
+
 
 def lengths_of(config: Config, tokens: data.Tokens, padded: bool) -> Lengths:
     """Return what a run computes, from its examples in the order in which they come.

@@ -82,7 +82,11 @@ def compared(one: tuple[Path, Record], other: tuple[Path, Record]) -> Compared:
 def _shape(mine: Record, theirs: Record) -> Iterator[str]:
     """What may move a run's rounding."""
     pack, other = mine.plan.get("pack") or {}, theirs.plan.get("pack") or {}
-    for key, what in (("size", "runs in the pack"), ("blocks", "runs that share batches")):
+    for key, what in (
+        ("size", "runs in the pack"),
+        ("blocks", "runs that share batches"),
+        ("compiled", "compiled"),
+    ):
         if pack.get(key) != other.get(key):
             yield f"{what}: {pack.get(key)}, now {other.get(key)}"
     here, there = provenance.stack(mine.provenance), provenance.stack(theirs.provenance)

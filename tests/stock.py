@@ -90,7 +90,10 @@ def mixture(kind: str, folder: Path, dropout: float, *common: str) -> list[Confi
 
 
 def packed(
-    configs: list[Config], device: str = "cpu", planner: plan.Planner | None = None
+    configs: list[Config],
+    device: str = "cpu",
+    planner: plan.Planner | None = None,
+    compiled: bool = False,
 ) -> StackedPack:
     assert len(configs) > 1, "every case has a pack size above one"
     planner = planner or plan.Planner()
@@ -98,7 +101,8 @@ def packed(
     assert [one.alone for one in plans] == [None] * len(plans)
     base = base_model.load(configs[0].model, device)
     modules = [one.lora_modules for one in plans]
-    return StackedPack(base, planner.skeleton(configs[0].model), configs, modules, device)
+    skeleton = planner.skeleton(configs[0].model)
+    return StackedPack(base, skeleton, configs, modules, device, compiled=compiled)
 
 
 def copy_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -133,7 +133,7 @@ def test_rows_nobody_reads_skip_the_last_feed_forward_block(name: str) -> None:
             nll.sum().backward()
         read = int((target != -100).sum())
         assert seen == ([] if rows.last is None else [read * width]), "of 64 rows"
-        # Float64, but for a softmax in float32 (Gemma 2, Bloom): its rounding, 6e-8 of a probability.
+        # Float64, but for a softmax in float32 (Gemma 2, Bloom): it rounds by 6e-8.
         assert nll.sum().item() == pytest.approx(expected.item(), rel=1e-9)
         for parameter_name, mine in gradients().items():
             parameter_name = parameter_name.replace("mlp.block.", "mlp.")

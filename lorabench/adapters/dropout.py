@@ -52,14 +52,17 @@ class Clock:
             self.keys_LR2.copy_(words, non_blocking=True)
 
     def numbers_of(self, rows: int, runs_M: Tensor) -> Tensor:
-        """Number of each of these runs' rows, (M or 1, N): what makes its mask, wherever it lies."""
+        """Number of each of these runs' rows, (M or 1, N): makes its mask, wherever it lies."""
         padded = self.numbers_RN
         if padded is not None and padded.shape[1] == rows and not self.first_row:
             return padded.index_select(0, runs_M)
-        end = self.first_row + rows
+        self.count_to(end := self.first_row + rows)
+        return self._counted[None, self.first_row : end]
+
+    def count_to(self, end: int) -> None:
+        """Have so many numbers ready."""
         if len(self._counted) < end:
             self._counted = torch.arange(2 * end, dtype=torch.int32, device=self.device)
-        return self._counted[None, self.first_row : end]
 
 
 def _mixed(words: np.ndarray) -> np.ndarray:

@@ -87,8 +87,9 @@ def plan(arguments: list[str]) -> int:
         if options.smoke or options.show or not all(remote_paths(job.config.data) for job in jobs):
             raise
         unread = error.errors[0]
-    memory = machine.free_memory(machine.choose_device(jobs[0].config.trainer.device))
-    packs = sweep.form_packs(jobs, composed.pack_size, memory)
+    device = machine.choose_device(jobs[0].config.trainer.device)
+    packs = sweep.form_packs(jobs, composed.pack_size, machine.free_memory(device))
+    sweep.to_compile(jobs, packs, device)  # refuses what cannot be
     trained = {i for i, job in enumerate(jobs) if (found := job.record()) and found.has_trained()}
     sweep.check_room([[jobs[i] for i in members if i not in trained] for members in packs])
     told = None if unread else _outlook(jobs, shared, spreads)

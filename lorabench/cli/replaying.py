@@ -139,7 +139,8 @@ def _train(
     if changed := _changed(entry, mine.plan):
         return None, changed
     folder = SweepFolder(out)
-    folder.add({job.plan.run_id: entry_of(job) for job in jobs}, [members], words)
+    compiled = members if (entry.plan.get("pack") or {}).get("compiled") else []
+    folder.add({job.plan.run_id: entry_of(job) for job in jobs}, [members], words, compiled)
     from lorabench.worker import Shared, Worker  # heavy: after all mistakes were told
 
     display = Display(1, mine.config.trainer.num_steps)

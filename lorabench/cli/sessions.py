@@ -72,12 +72,13 @@ class Session:
         packed = {run for pack in known.packs for run in pack.runs}
         fresh = [j for j in sweep.first_of_each(worker.asked.jobs) if j.plan.run_id not in packed]
         packs: list[list[str]] = []
+        compiled: set[str] = set()
         if fresh:
             device = machine.choose_device(fresh[0].config.trainer.device)
-            packs = [
-                [fresh[i].plan.run_id for i in members]
-                for members in sweep.form_packs(fresh, pack_size, machine.free_memory(device))
-            ]
+            formed = sweep.form_packs(fresh, pack_size, machine.free_memory(device))
+            packs = [[fresh[i].plan.run_id for i in members] for members in formed]
+            which = zip(packs, sweep.to_compile(fresh, formed, device), strict=True)
+            compiled = {run for runs, is_compiled in which if is_compiled for run in runs}
         to_train = sweep.first_of_each(
             job for job in worker.asked.jobs if worker.asked.must_train(job)
         )
@@ -89,6 +90,7 @@ class Session:
             {job.plan.run_id: sweep.entry_of(job) for job in worker.asked.jobs},
             packs,
             self.command.words,
+            compiled,
         )
 
     def _greet(self) -> None:

@@ -22,6 +22,7 @@ NOT_A_SETTING = (
     "tracker.",
     "trainer.device",
     "trainer.num_threads",
+    "trainer.compile",
     "trainer.checkpoint_every",
     "trainer.checkpoint_minutes",
     "trainer.log_every",

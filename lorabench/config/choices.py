@@ -38,6 +38,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.metric": METRICS,
     "trainer.keep": ("last", "best"),
     "trainer.schedule": ("constant", "linear", "cosine"),
+    "trainer.compile": ("auto", "never", "always"),
     "trainer.dtype": (*DTYPES, AUTO),
     "tracker.kind": ("wandb", "none"),
     "tracker.mode": ("offline", "online", "disabled"),

@@ -183,6 +183,7 @@ class TrainerConfig:
     device: str = "auto"  # auto, cuda, cuda:N, mps or cpu
     deterministic: bool = True  # torch.use_deterministic_algorithms
     allow_tf32: bool = False  # TF32 matrix products on CUDA
+    compile: str = "auto"  # torch.compile a pack's model; auto: where it is reckoned to save time
     num_threads: int | None = None  # CPU threads; None: torch's default
     # Evaluation, logs, checkpoints
     eval_every: int = 0  # steps between scores on validation; 0: only after training

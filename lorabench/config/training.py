@@ -67,6 +67,7 @@ def trainer(found: Found, config: Config) -> None:
         trainer.num_threads,
     )
     one_of("trainer.schedule", trainer.schedule)
+    one_of("trainer.compile", trainer.compile)
     ratio, floor = trainer.warmup_ratio, trainer.min_lr_ratio
     must(ratio is None or 0 <= ratio < 1, "trainer.warmup_ratio", "in [0, 1) or null", ratio)
     must(

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lorabench.data import IGNORED
@@ -107,7 +106,7 @@ class Laid:
         return self._tensor(np.concatenate([np.arange(n) for n in itertools.chain(*lengths)]))[None]
 
     def _numbers(self) -> Tensor | None:
-        """Number of each token of a run, (R, B T), and anything for padding; None where all count."""
+        """Number of each token of a run, anything for padding, (R, B T); None where all count."""
         if self.end_to_end:
             return None
         most = max(map(len, self._lengths)) * self.width

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorabench.adapters import Clock
+from lorabench.pack import compiling
 from lorabench.pack.batch import Laid
 from lorabench.pack.probe import body_of, inputs
 from lorabench.pack.rows import Rows, Spans, choose_rows
@@ -60,6 +61,12 @@ class RowHead:
         self.parent = tree.get_submodule(parent)
         self.last = choose_rows(self.body)
         self.trained: Callable[[], list[Owned]] = self._parameters
+        self._in_training: Any = self.body
+
+    def compile(self) -> None:
+        """Call the body as one compiled graph from now on, in training."""
+        self._in_training = compiling.compiled(self.body)
+        self.last = None  # how many rows it chooses changes from batch to batch
 
     def _parameters(self) -> list[Owned]:
         """Every parameter that takes a gradient and is not in the body; the head's, if tied."""
@@ -76,7 +83,8 @@ class RowHead:
     def hidden(self, laid: Laid) -> Tensor:
         """Last hidden states of the chosen rows, (N, D)."""
         with self._last_block_on(laid):
-            output = self.body(**inputs(laid.input_ids, laid.position_ids))
+            body = self._in_training if torch.is_grad_enabled() else self.body
+            output = body(**inputs(laid.input_ids, laid.position_ids))
         self.output_class = type(output)
         states = output.last_hidden_state
         chosen_ND = laid.picked.of(states.reshape(-1, states.shape[-1]))

@@ -242,7 +242,8 @@ class _PackedCopies(torch.autograd.Function):
         weight_MOD = weight if weight_copy is None else weight_copy
         ctx.save_for_backward(x_PD, weight_MOD)
         ctx.members, ctx.parts = members, parts
-        ctx.shapes, ctx.dtype = (weight.shape, None if bias_MO is None else bias_MO.shape), weight.dtype
+        ctx.shapes = weight.shape, None if bias_MO is None else bias_MO.shape
+        ctx.dtype = weight.dtype
         if others_PO is None:
             y_PO = x_PD.new_empty(len(x_PD), weight_MOD.shape[1])
         else:

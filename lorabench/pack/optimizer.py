@@ -42,6 +42,12 @@ class Piece:
     lr_scale: float  # the part of a run's rate at which it trains
     step: Tensor  # updates so far, on the device, (), float32
 
+    @property
+    def count(self) -> int:
+        """Numbers in it."""
+        rows, columns = self.rows, self.columns
+        return int((rows.stop - rows.start) * (columns.stop - columns.start))
+
     def of(self, block: Tensor) -> Tensor:
         """This part of the values, a gradient or a moment."""
         return block[self.rows, self.columns]
@@ -166,10 +172,7 @@ class StackedAdamW:
                     self._pieces.append(
                         Piece(store, rows, columns, settings, scale, counts[count])
                     )
-            self._largest = max(
-                ((p.rows.stop - p.rows.start) * (p.columns.stop - p.columns.start) for p in self._pieces),
-                default=0,
-            )
+            self._largest = max((piece.count for piece in self._pieces), default=0)
         return self._pieces
 
     def _norms(self, gradients: dict[Store, Tensor | None]) -> Tensor:
@@ -237,12 +240,14 @@ def _alike(store: Store, settings: list[Settings]) -> Iterator[tuple[slice, slic
         columns = slice(
             store.columns[tensors[0]].start, store.columns[tensors[-1]].stop
         )
+        # Members lie apart unless all columns are taken.
         every = len(tensors) == len(store.tensors)
-        for key, same in itertools.groupby(members, lambda i: (entries[i], None if every else i)):
+        keys = [(entry, None if every else i) for i, entry in enumerate(entries)]
+        for (entry, _), same in itertools.groupby(members, keys.__getitem__):
             rows = list(same)
-            if key[0] is not None:
+            if entry is not None:
                 for part in _pieces(slice(rows[0], rows[-1] + 1), columns):
-                    yield *part, key[0]
+                    yield *part, entry
 
 
 def _pieces(rows: slice, columns: slice) -> Iterator[tuple[slice, slice]]:

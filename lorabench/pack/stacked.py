@@ -57,6 +57,7 @@ class StackedPack:
         skeleton: the same on the meta device.
         modules: of each run, from `adapters.resolve_modules`.
         known: adapters that `adapters.attach_skeleton` has put on this skeleton before.
+        compiled: whether training calls the body of the model as one compiled graph.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class StackedPack:
         modules: list[list[str]],
         device: str,
         known: dict[str, PeftModel] | None = None,
+        compiled: bool = False,
     ):
         self.configs, self.device = configs, device
         known = {} if known is None else known
@@ -97,6 +99,8 @@ class StackedPack:
         self.head = make_head(self.tree, self.clock, configs[0], self.spans)
         if isinstance(self.head, RowHead):
             self.head.trained = self._trained_at_head()
+            if compiled:
+                self.head.compile()
         self.optimizer = StackedAdamW(
             self.stores,
             [config.trainer for config in configs],
@@ -221,6 +225,7 @@ class StackedPack:
                 )
         for module, layer in replaced.items():
             self.tree.set_submodule(module, layer)
+        self._layers = [one for one in replaced.values() if isinstance(one, PackedLinear)]
         self._share_below(set(replaced))
 
     def _share_below(self, modules: set[str]) -> None:
@@ -244,7 +249,7 @@ class StackedPack:
     # --- what trains ---------------------------------------------------------------------
 
     def trainable(self, run: int) -> set[str]:
-        """What a step would move of a run now: stacked tensors, and the tree's parameters, if any."""
+        """What a step would move of a run now: stacked tensors, and the tree's own, if any."""
         stray = {name for name, p in self.tree.named_parameters() if p.requires_grad}
         return stray | {
             f"{module}.{kind}"
@@ -278,6 +283,10 @@ class StackedPack:
         inside = self.spread == "inside" and max(laid.sizes) > 1
         repeating = self.repeat.on(laid) if inside else nullcontext()
         self.clock.numbers_RN = laid.numbers_RN
+        # Looked up once, outside of a compiled graph.
+        self.clock.count_to(max(laid.rows.counts))
+        for layer in self._layers:
+            layer.members.parts(laid.rows, layer.ranks)
         rows = laid.rows if self.end_to_end else None
         with laid.attention(self.tree), repeating, self.spans.at(rows):
             yield

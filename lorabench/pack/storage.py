@@ -32,7 +32,9 @@ class Part(NamedTuple):
     def take(self, x_PD: Tensor) -> Tensor:
         """The members' rows, (M, N, D): a view where they are neighbours."""
         rows = self.block.of(x_PD)
-        return rows[self.where] if isinstance(self.where, slice) else rows.index_select(0, self.where)
+        if isinstance(self.where, slice):
+            return rows[self.where]
+        return rows.index_select(0, self.where)
 
     def add_product(self, y_PO: Tensor, left_MNK: Tensor, right_MKO: Tensor) -> None:
         """y += left @ right, on the members' rows."""
@@ -212,11 +214,11 @@ class Store:
     def allocate(self) -> None:
         """Make room for all tensors, zeros."""
         total = sum(one.size for one in self.tensors)
-        count, place = len(self.members.runs), {"dtype": self.dtype, "device": self.device}
+        count = len(self.members.runs)
         # A full copy of a head has its gradient to itself: autograd hands it over as it was made.
         only = self.tensors[0]
         self.is_one = len(self.tensors) == 1 and only.size == torch.Size(only.shape).numel()
-        self.values = torch.zeros(count, total, **place)
+        self.values = torch.zeros(count, total, dtype=self.dtype, device=self.device)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.values), torch.zeros_like(self.values)
         self._grads = None if self.is_one else torch.zeros_like(self.values)
         self.columns: dict[Stacked, slice] = {}
@@ -234,18 +236,18 @@ class Store:
         return of[:, columns.start : columns.start + shape.numel()].unflatten(1, shape)
 
     def _copy(self) -> None:
-        """Make the copies that products are taken with, where the values themselves do not serve."""
+        """Make the copies that products are taken with, where the values do not serve."""
         scales = [one.scales or [1.0] * len(self.members.runs) for one in self.tensors]
         is_scaled = any(scale != 1 for own in scales for scale in own)
         self.shadow = self.scale = None
         if is_scaled:
-            place = {"dtype": self.dtype, "device": self.device}
-            self.scale = torch.tensor(scales[0], **place)[:, None]
+            of_tensors = [torch.tensor(x, dtype=self.dtype, device=self.device) for x in scales]
+            self.scale = of_tensors[0][:, None]
             if any(own != scales[0] for own in scales):  # another one for some module
-                wide = [torch.tensor(own, **place).repeat(one.size, 1) for own, one in zip(scales, self.tensors, strict=True)]
-                self.scale = torch.cat(wide).t().contiguous()
-            for one, own in zip(self.tensors, scales, strict=True):
-                one.scale_M11 = torch.tensor(own, **place)[:, None, None]
+                pairs = zip(of_tensors, self.tensors, strict=True)
+                self.scale = torch.cat([s[:, None].expand(-1, one.size) for s, one in pairs], 1)
+            for one, scale_M in zip(self.tensors, of_tensors, strict=True):
+                one.scale_M11 = scale_M[:, None, None]
         if is_scaled or self.low is not None:
             self.shadow = torch.zeros_like(self.values, dtype=self.low or self.dtype)
         for one in self.tensors:

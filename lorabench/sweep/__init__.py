@@ -18,7 +18,7 @@ from lorabench.sweep.folder import (
     pack_id,
 )
 from lorabench.sweep.jobs import Job, Mistakes, distinct, first_of_each, plan_jobs
-from lorabench.sweep.packs import form_packs
+from lorabench.sweep.packs import form_packs, to_compile
 
 __all__ = [
     "Job",
@@ -36,4 +36,5 @@ __all__ = [
     "form_packs",
     "pack_id",
     "plan_jobs",
+    "to_compile",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class PackEntry(Strict):
     runs: list[str]
     split_from: str | None = None  # the pack that this one is a part of
     reason: str | None = None  # why that pack was split
+    compiled: bool = False  # by torch.compile: other bits, so it is fixed as the shape is
 
 
 class CommandEntry(Strict):
@@ -155,7 +156,11 @@ class SweepFolder:
     # --- adding --------------------------------------------------------------------------
 
     def add(
-        self, runs: dict[str, RunEntry], packs: Sequence[Sequence[str]], words: Sequence[str]
+        self,
+        runs: dict[str, RunEntry],
+        packs: Sequence[Sequence[str]],
+        words: Sequence[str],
+        compiled: Collection[str] = (),
     ) -> SweepFile:
         """Add a command with its runs; those that are in no pack yet form the packs given.
 
@@ -165,6 +170,7 @@ class SweepFolder:
         Args:
             packs: run ids of the packs that the runs would form in an empty folder.
             words: of the command line.
+            compiled: runs whose packs are compiled.
         """
         with self._lock():
             content = self.read()
@@ -177,7 +183,8 @@ class SweepFolder:
             packed = {run for pack in content.packs for run in pack.runs}
             for pack in packs:
                 if new := [run for run in pack if run not in packed]:
-                    content.packs.append(PackEntry(id=pack_id(new), runs=new))
+                    is_compiled = set(new) <= set(compiled)
+                    content.packs.append(PackEntry(id=pack_id(new), runs=new, compiled=is_compiled))
             content.commands.append(
                 CommandEntry(words=list(words), started=record.now(), runs=list(runs))
             )
@@ -279,7 +286,13 @@ class SweepFolder:
 
 def _parts(pack: PackEntry, parts: Sequence[Sequence[str]], reason: str) -> list[PackEntry]:
     return [
-        PackEntry(id=pack_id(runs), runs=list(runs), split_from=pack.id, reason=reason)
+        PackEntry(
+            id=pack_id(runs),
+            runs=list(runs),
+            split_from=pack.id,
+            reason=reason,
+            compiled=pack.compiled,
+        )
         for runs in parts
         if runs
     ]

@@ -19,6 +19,31 @@ OWN_TRAINER = (
 )  # fmt: skip
 
 
+def to_compile(jobs: list[Job], packs: list[list[int]], device: str) -> list[bool]:
+    """Which packs are compiled, by `trainer.compile`.
+
+    Raises:
+        ConfigErrors: `always`, and one of its runs cannot be.
+    """
+    from lorabench.pack import compiling
+
+    found, errors = [], []
+    for members in packs:
+        first = jobs[members[0]]
+        wanted = first.config.trainer.compile
+        reason = compiling.why_not(first.config, first.plan)
+        if wanted == "always" and reason:
+            errors.append(
+                f"trainer.compile: always must be a pack that compiles once; {first.label}: "
+                f"{reason}; use trainer.compile=auto or never"
+            )
+        pays = wanted == "auto" and compiling.pays(first.config, first.plan, device)
+        found.append(reason is None and (wanted == "always" or pays))
+    if errors:
+        raise ConfigErrors(errors)
+    return found
+
+
 def form_packs(jobs: list[Job], limit: int, memory: int) -> list[list[int]]:
     """Indices of jobs that train together: what can share a base forward, as evenly as it fits.
 

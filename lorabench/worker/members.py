@@ -117,6 +117,7 @@ def open_member(job: Job, pack: PackEntry, mates: Sequence[Job], lease: Lease) -
         "members": pack.runs,
         "alone": job.plan.alone,
         "blocks": data.blocks([mate.config for mate in mates]),
+        "compiled": pack.compiled,
     }
     mine = flatten(dataclasses.asdict(job.config))
     differing = {

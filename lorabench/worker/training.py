@@ -45,9 +45,13 @@ from lorabench.worker.validation import Validation, put_back
 log = logging.getLogger(__name__)
 
 
-def make_pack(shared: Shared, jobs: Sequence[Job], device: str) -> tuple[Any, Any, str]:
+def make_pack(
+    shared: Shared, jobs: Sequence[Job], device: str, compiled: bool = False
+) -> tuple[Any, Any, str]:
     """Put the runs of these jobs on their base, ready to train.
 
+    Args:
+        compiled: by torch.compile.
     Returns:
         The pack, the base under it, and the checksum of the base.
     """
@@ -60,7 +64,7 @@ def make_pack(shared: Shared, jobs: Sequence[Job], device: str) -> tuple[Any, An
         return ModulePack(base, configs[0], modules[0], device), base, checksum
     which = configs[0].model, len(jobs[0].plan.labels)
     skeleton, known = shared.planner.skeleton(*which), shared.planner.wrapped(*which)
-    pack = StackedPack(base, skeleton, configs, modules, device, known=known)
+    pack = StackedPack(base, skeleton, configs, modules, device, known=known, compiled=compiled)
     return pack, base, checksum
 
 
@@ -100,7 +104,7 @@ def train_pack(
     memory = machine.PeakMemory(device)
     dataset = shared.dataset(members[0].job)
     tokenizer = shared.tokenizer(members[0].job)
-    pack, base, checksum = make_pack(shared, slots, device)
+    pack, base, checksum = make_pack(shared, slots, device, entry.compiled)
     begin_from(pack, slots)
     for slot in set(range(pack.size)) - {member.slot for member in members}:
         pack.stop(slot)
