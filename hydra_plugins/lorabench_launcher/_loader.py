@@ -8,6 +8,7 @@ to is kept for each choice of files. The rest, all that depends on values, is Hy
 from __future__ import annotations
 
 import copy
+import pickle
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository, IConfigRepository
@@ -30,7 +31,7 @@ class JobLoader(ConfigLoaderImpl):
         self.config_search_path = loader.config_search_path
         self.repository = loader.repository
         self._files: dict[str, CachingConfigRepository] = {}  # by config name and search path
-        self._merged: dict[str, DictConfig] = {}  # by what was chosen
+        self._merged: dict[str, bytes] = {}  # by what was chosen; unpickling is faster than a copy
 
     def _parse_overrides_and_create_caching_repo(
         self, config_name: str | None, overrides: list[str]
@@ -52,5 +53,7 @@ class JobLoader(ConfigLoaderImpl):
         if key not in self._merged:
             files = copy.copy(repo)
             files.cache = copy.deepcopy(repo.cache)  # merging takes their nodes out of them
-            self._merged[key] = super()._compose_config_from_defaults_list(defaults, files)
-        return copy.deepcopy(self._merged[key])
+            merged = super()._compose_config_from_defaults_list(defaults, files)
+            self._merged[key] = pickle.dumps(merged)
+        found: DictConfig = pickle.loads(self._merged[key])
+        return found
