@@ -38,7 +38,7 @@ import pyarrow as pa
 import torch
 from transformers import GenerationConfig
 
-from lorabench import data
+from lorabench import arrays, data
 from lorabench.config import DataConfig
 from lorabench.pack import Batch, ModulePack, StackedPack
 
@@ -104,12 +104,12 @@ def evaluate(
                 texts[run][i] = text
     tables = []
     for run in range(pack.size):
-        columns: dict[str, Any] = {"example": tokens.ids, "num_tokens": num_tokens}
+        columns = {"example": arrays.strings(tokens.ids), "num_tokens": arrays.numbers(num_tokens)}
         if "nll" in metrics or "nll_per_token" in metrics:
-            columns["nll"] = nll[run]
+            columns["nll"] = arrays.numbers(nll[run])
         if right in metrics:
-            columns[right] = exact[run]
-        columns["predicted" if is_classes else "teacher_forced"] = texts[run]
+            columns[right] = arrays.numbers(exact[run])
+        columns["predicted" if is_classes else "teacher_forced"] = arrays.strings(texts[run])
         tables.append(pa.table(columns))
     return tables
 
@@ -125,8 +125,8 @@ def summarise(table: pa.Table, metrics: list[str]) -> dict[str, tuple[float, int
         scored = table.filter(table[column].is_valid())
         if not len(scored):  # a source of a mixture that no answer was asked of
             continue
-        values = scored[column].to_numpy()
-        weights = scored["num_tokens"].to_numpy() if name == "nll_per_token" else None
+        values = arrays.values_of(scored[column])
+        weights = arrays.values_of(scored["num_tokens"]) if name == "nll_per_token" else None
         found[name] = float(np.average(values, weights=weights)), int((~np.isnan(values)).sum())
     return found
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from lorabench import data, formats, identity, machine, remarks, stages, start, versions
+from lorabench import data, formats, identity, imports, machine, remarks, stages, start, versions
 from lorabench import model as base_model
 from lorabench.config import Config, ConfigErrors, ModelConfig, model_name, recipe, scale
 from lorabench.files import obstacle
@@ -222,9 +222,10 @@ class Planner:
         return self._resolved[key]
 
     def _make(self, config: Config) -> Plan:
-        from lorabench import adapters
-        from lorabench.evaluate import DEFINITIONS
-        from lorabench.pack.probe import why_padded
+        with imports.heavy():
+            from lorabench import adapters
+            from lorabench.evaluate import DEFINITIONS
+            from lorabench.pack.probe import why_padded
 
         contents = base_model.identity(config.model) | data.content_hashes(config.data)
         contents |= _chat_contents(config)

@@ -84,7 +84,9 @@ def compose_jobs(
     initial_job_idx: int = 0,
 ) -> list[DictConfig]:
     """Compose the config of every job, Hydra's own node included."""
-    jobs = []
+    from hydra_plugins.lorabench_launcher._loader import for_jobs
+
+    loader, jobs = for_jobs(loader), []
     for i, overrides in enumerate(job_overrides):
         job = loader.load_sweep_config(config, list(overrides))
         with open_dict(job):

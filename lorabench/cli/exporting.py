@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lorabench import imports
 from lorabench.cli.telling import Parser
 from lorabench.cli.verbs import VERBS
 
@@ -55,8 +56,9 @@ def export(arguments: list[str]) -> int:
     source.check_path(options.path)
     source.check_base(run)
 
-    from lorabench import show
-    from lorabench.export import write
+    with imports.heavy():
+        from lorabench import show
+        from lorabench.export import write
 
     if options.to == "adapter":
         report = write.to_adapter(run, options.path)

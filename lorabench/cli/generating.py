@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorabench import imports
 from lorabench.cli.telling import Parser, tell
 from lorabench.cli.verbs import VERBS
 
@@ -68,7 +69,8 @@ def generate(arguments: list[str]) -> int:
     chosen, notes = _writers(chosen)
     _check(chosen)
 
-    from lorabench import generation, show
+    with imports.heavy():
+        from lorabench import generation, show
 
     groups = generation.grouped([one.run for one in chosen], prompts, most)
     if not options.json:

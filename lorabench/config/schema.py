@@ -5,6 +5,7 @@ Knows neither torch nor PEFT nor Hydra's runtime: names are checked against a mo
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -315,12 +316,13 @@ def flatten(content: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def keys(cls: type = Config, prefix: str = "") -> list[str]:
+@functools.cache
+def keys(cls: type = Config, prefix: str = "") -> tuple[str, ...]:
     """Every dotted key a config can hold."""
-    found = []
+    found: list[str] = []
     hints = get_type_hints(cls)
     for spec in fields(cls):
         found.append(prefix + spec.name)
         if is_dataclass(hints[spec.name]):
             found += keys(hints[spec.name], f"{prefix}{spec.name}.")
-    return found
+    return tuple(found)

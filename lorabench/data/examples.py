@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 
 import numpy as np
 
-from lorabench import cache
+from lorabench import arrays, cache
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -82,7 +82,7 @@ class Examples(Sequence[Example]):
 
     def _some(self, part: slice) -> Iterator[Example]:
         """Take many at once: a call to Arrow each is slow."""
-        taken = self.table.take(self.rows[part])
+        taken = self.table.take(arrays.numbers(self.rows[part]))
         columns = [column.to_pylist() for column in taken.columns]
         ids = (f"{int(number):016x}" for number in self.id_numbers[part])
         for prompt, completion, conversation, source, id in zip(*columns, ids, strict=True):
@@ -122,10 +122,9 @@ class Collector:
             self._flush()
 
     def _flush(self) -> None:
-        columns = zip(*self._waiting, strict=True)
-        arrays = [self._pa.array(column, self._pa.string()) for column in columns]
-        if arrays:
-            self._stream.write_batch(self._pa.record_batch(arrays, schema=self._schema))
+        columns = [arrays.strings(column) for column in zip(*self._waiting, strict=True)]
+        if columns:
+            self._stream.write_batch(self._pa.record_batch(columns, schema=self._schema))
         self._waiting.clear()
 
     def table(self) -> pa.Table:

@@ -70,13 +70,13 @@ class StackedAdamW:
         lr_ratios: Sequence[float | None] = (),
     ):
         self.stores = stores
-        device, dtype = stores[0].values.device, stores[0].values.dtype
-        place = {"device": device, "dtype": dtype}
+        values = stores[0].values
+        device = values.device
         ratios = [1.0 if ratio is None else ratio for ratio in lr_ratios] or [1.0] * len(trainers)
         limits = [t.max_grad_norm for t in trainers]
-        self._limit_R = torch.tensor([float("inf") if x is None else x for x in limits], **place)
-        self._ratio_R = torch.tensor(ratios, **place)
-        self._decay_R = torch.tensor([t.weight_decay for t in trainers], **place)
+        self._limit_R = values.new_tensor([float("inf") if x is None else x for x in limits])
+        self._ratio_R = values.new_tensor(ratios)
+        self._decay_R = values.new_tensor([t.weight_decay for t in trainers])
         self._any_decay = any(t.weight_decay for t in trainers)
         self._alive_R = torch.ones(len(trainers), dtype=torch.bool, device=device)
         self._settings = [Settings(t.beta1, t.beta2, t.eps) for t in trainers]

@@ -108,40 +108,47 @@ def what_failed(error: BaseException) -> str:
     )
 
 
-def open_member(job: Job, pack: PackEntry, mates: Sequence[Job], lease: Lease) -> Member:
-    """A run that starts, or starts again."""
-    planned = job.plan.model_copy()
-    planned.pack = {
-        "id": pack.id,
-        "size": len(pack.runs),
-        "members": pack.runs,
-        "alone": job.plan.alone,
-        "blocks": data.blocks([mate.config for mate in mates]),
-        "compiled": pack.compiled,
-    }
-    mine = flatten(dataclasses.asdict(job.config))
-    differing = {
-        mate.plan.run_id: {
-            key: value
-            for key, value in flatten(dataclasses.asdict(mate.config)).items()
-            if mine.get(key) != value
+def open_members(
+    jobs: Sequence[Job], pack: PackEntry, slots: Sequence[Job], lease: Lease
+) -> list[Member]:
+    """Runs that start, or start again.
+
+    Args:
+        slots: every run of the pack.
+    """
+    blocks = data.blocks([slot.config for slot in slots])
+    contents = {slot.plan.run_id: flatten(dataclasses.asdict(slot.config)) for slot in slots}
+    members = []
+    for job in jobs:
+        run = job.plan.run_id
+        planned = job.plan.model_copy()
+        planned.pack = {
+            "id": pack.id,
+            "size": len(pack.runs),
+            "members": pack.runs,
+            "alone": job.plan.alone,
+            "blocks": blocks,
+            "compiled": pack.compiled,
         }
-        for mate in mates
-        if mate.plan.run_id != job.plan.run_id
-    }
-    entry = record.Record(
-        run_id=job.plan.run_id,
-        sweep=job.config.sweep,
-        status="running",
-        seeds=dataclasses.asdict(job.config.seeds),
-        config=dataclasses.asdict(job.config),
-        plan=planned.model_dump(),
-        mates=differing,
-        provenance={},
-        exports=record.Exports.none("the run has not finished"),
-        started=record.now(),
-    )
-    return Member(job, pack.runs.index(job.plan.run_id), entry, lease, Watch.of(job.config))
+        mine = flatten(dataclasses.asdict(job.config))
+        entry = record.Record(
+            run_id=run,
+            sweep=job.config.sweep,
+            status="running",
+            seeds=dataclasses.asdict(job.config.seeds),
+            config=dataclasses.asdict(job.config),
+            plan=planned.model_dump(),
+            mates={
+                mate: {key: value for key, value in content.items() if mine.get(key) != value}
+                for mate, content in contents.items()
+                if mate != run
+            },
+            provenance={},
+            exports=record.Exports.none("the run has not finished"),
+            started=record.now(),
+        )
+        members.append(Member(job, pack.runs.index(run), entry, lease, Watch.of(job.config)))
+    return members
 
 
 def begin(member: Member) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorabench import adapters, data, identity, intact, machine, provenance, record
+from lorabench import adapters, arrays, data, identity, intact, machine, provenance, record
 from lorabench.config import ConfigErrors, first_line, parts
 from lorabench.files import sync
 from lorabench.lease import Lost
@@ -163,7 +163,7 @@ def _score(pack: Any, dataset: Dataset, tokenizer: Any, job: Job, batch_size: in
             tables = tables_of(pack, tokens, tokenizer, pad_id, asked, batch_size)
             if split in dataset.sources:
                 names = dataset.sources[split][: len(tokens)]
-                tables = [one.append_column("source", [names]) for one in tables]
+                tables = [one.append_column("source", arrays.strings(names)) for one in tables]
             found.tables[split] = tables
             found.tokens[split] = tokens.hash()
     except Exception as error:
@@ -260,7 +260,7 @@ def write_predictions(place: Path, scored: Scored, slot: int, token: int) -> Pat
     from pyarrow import concat_tables, parquet
 
     tables = [
-        of_runs[slot].add_column(0, "split", [[split] * len(of_runs[slot])])
+        of_runs[slot].add_column(0, "split", arrays.strings([split] * len(of_runs[slot])))
         for split, of_runs in scored.tables.items()
     ]
     place.parent.mkdir(exist_ok=True)

@@ -183,7 +183,7 @@ class Worker:
     def _train_and_score(
         self, pack: PackEntry, slots: list[Job], jobs: list[Job], held: Lease
     ) -> None:
-        opened = [at_work.open_member(job, pack, slots, held) for job in jobs]
+        opened = at_work.open_members(jobs, pack, slots, held)
         try:
             start_step, members = at_work.furthest(opened, pack, self.display)
         except OSError as error:  # checkpoints that can be neither read nor set aside
