@@ -51,6 +51,41 @@ def test_float64_is_float64_throughout() -> None:
     torch.testing.assert_close(tree[0](x), exact, rtol=1e-14, atol=1e-14)
 
 
+LOW = [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", LOW, ids=str)
+@pytest.mark.parametrize("kind", [GemmaRMSNorm, LlamaRMSNorm])
+def test_one_kernel_rounds_no_more_than_the_architecture(
+    kind: type, device: torch.device
+) -> None:
+    """In bfloat16, as a GPU computes it, against the architecture's formula in float64."""
+    tree = tree_of(kind(WIDTH).to(torch.bfloat16)).to(device)
+    stock = tree[0]
+    fuse_norms(tree)
+    norm = tree[0]
+    assert isinstance(norm, FrozenRMSNorm)
+    x = torch.randn(64, WIDTH, device=device).to(torch.bfloat16)
+
+    class OneKernel(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return norm.in_one_kernel(x)
+
+    w = stock.weight.double() + (kind is GemmaRMSNorm)
+
+    class Exact(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * w
+
+    exact = through(Exact(), x.double())
+    for mine, theirs, wanted in zip(
+        through(OneKernel(), x), through(stock, x), exact, strict=True
+    ):
+        gap = float((mine.double() - wanted).norm() / wanted.norm())
+        # The architecture's own roundings, 2^-9 each; another order may be a little worse.
+        assert gap <= 1.2 * float((theirs.double() - wanted).norm() / wanted.norm())
+
+
 def test_the_gradient_is_the_derivative() -> None:
     tree = tree_of(LlamaRMSNorm(WIDTH)).double()
     fuse_norms(tree)

@@ -6,11 +6,15 @@ import inspect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class FrozenRMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * w, in the dtype of x, which is float32 or float64.
+    """y = x / sqrt(mean(x^2) + eps) * w, in the dtype of x.
+
+    In lower precision a GPU takes torch's own kernel, which rounds once where the architectures
+    round once or twice; a CPU takes the architecture's module.
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
@@ -18,6 +22,7 @@ class FrozenRMSNorm(nn.Module):
     def __init__(self, base: nn.Module, weight_D: Tensor, eps: float):
         super().__init__()
         self.base, self.eps = base, eps
+        self.is_stored = weight_D is base.weight  # and not made of it
         exact = weight_D.dtype == torch.float64
         self.register_buffer("weight_D", weight_D if exact else weight_D.float(), persistent=False)
 
@@ -27,8 +32,15 @@ class FrozenRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype not in (torch.float32, torch.float64):
-            return self.base(x)  # rounds where the architecture says
+            return self.in_one_kernel(x) if x.is_cuda else self.base(x)
         return _RMSNorm.apply(x, self.weight_D.to(x.dtype), self.eps)
+
+
+    def in_one_kernel(self, x: Tensor) -> Tensor:
+        """In one or, where the weight needs more precision than x has, three passes over memory."""
+        if self.is_stored:
+            return F.rms_norm(x, x.shape[-1:], self.base.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight_D, self.eps).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -66,7 +78,8 @@ def fuse_norms(tree: nn.Module) -> None:
         if len(inspect.signature(module.forward).parameters) != 1:
             continue  # a gated one, say
         # Gemma's stores w - 1.
-        for weight_D in (weight, 1 + weight):
+        exact = weight if weight.dtype == torch.float64 else weight.float()
+        for weight_D in (weight, 1 + exact):
             fast = FrozenRMSNorm(module, weight_D, float(eps))
             if _same(module, fast, weight):
                 tree.set_submodule(name, fast)
