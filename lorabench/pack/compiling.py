@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lorabench.config import first_line
 from lorabench.machine import matmul_flops
 
 if TYPE_CHECKING:
@@ -52,7 +53,23 @@ def pays(config: Config, plan: Plan, device: str) -> bool:
 
 
 def compiled(body: Any) -> Callable[..., Any]:
-    """The body as one graph; raises where it is none. Its shapes are fixed."""
+    """The body as one graph of fixed shapes.
+
+    Raises:
+        RuntimeError: when it is called, and cannot be compiled: no compiler is there, say.
+    """
     import torch
 
-    return torch.compile(body, fullgraph=True, dynamic=False)
+    graph = torch.compile(body, fullgraph=True, dynamic=False)
+
+    def call(**inputs: Any) -> Any:
+        try:
+            return graph(**inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            inner = getattr(error, "inner_exception", error)
+            raise RuntimeError(
+                f"torch.compile failed here ({type(inner).__name__}: {first_line(inner)}); set "
+                f"trainer.compile=never"
+            ) from error
+
+    return call
