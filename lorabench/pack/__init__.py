@@ -6,7 +6,9 @@ places    what PEFT trains of one run, and why some runs train alone
 storage   the dense blocks those tensors lie in
 rows      whose row is whose, and which of them anybody reads
 attention what a model calls where examples lie end to end
+softcap   soft-capped attention without T x T scores
 ways      how attention goes through them: one by one, or in buckets of similar lengths
+compiling which packs are compiled, and what that costs
 probe     which models compute the same so
 repeat    where a batch that runs share is computed once for all
 layers    the layers that serve all runs at once

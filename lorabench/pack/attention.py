@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lorabench.pack import softcap
 from lorabench.pack.ways import Buckets, Views, Way, few_calls, way_of
 
 NAME = "lorabench_end_to_end"
@@ -157,6 +158,9 @@ def attend(
     inner, whole = _inner(module, name), _now.mask_of(attention_mask)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if softcap.suits(module, inner, kwargs, q.shape[2]):
+            window = kwargs.get("sliding_window")
+            return softcap.attend(q, k, v, kwargs["scaling"], kwargs["softcap"], window)
         mask = None if whole is None else whole.of(q.shape[2], name)
         found: Tensor = inner(module, q, k, v, mask, **kwargs)[0]
         return found

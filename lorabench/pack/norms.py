@@ -39,8 +39,9 @@ class FrozenRMSNorm(nn.Module):
     def in_one_kernel(self, x: Tensor) -> Tensor:
         """In one or, where the weight needs more precision than x has, three passes over memory."""
         if self.is_stored:
-            return F.rms_norm(x, x.shape[-1:], self.base.weight.to(x.dtype), self.eps)
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight_D, self.eps).to(x.dtype)
+            return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        weight_D: Tensor = self.weight_D  # type: ignore[assignment]
+        return F.rms_norm(x.float(), x.shape[-1:], weight_D, self.eps).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

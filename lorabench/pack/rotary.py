@@ -90,7 +90,9 @@ def _rotating(kind: Any, now: Any) -> type[nn.Module] | None:
 
 def _is_llamas(module: Any) -> bool:
     names = (NAME, "rotate_half")
-    return all(_code(getattr(module, n, None)) == _code(getattr(_llama(), n)) for n in names)
+    return all(
+        code_of(getattr(module, n, None)) == code_of(getattr(_llama(), n)) for n in names
+    )
 
 
 def _llama() -> Any:
@@ -99,7 +101,7 @@ def _llama() -> Any:
     return modeling_llama
 
 
-def _code(function: Any) -> Any:
+def code_of(function: Any) -> Any:
     """What a function does, without its text and its place."""
     if not isinstance(function, FunctionType):
         return None
