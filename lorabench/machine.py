@@ -57,6 +57,8 @@ def configure_torch(config: Config) -> None:
     """Threads and determinism of this process."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if config.trainer.deterministic:  # transformers hands it on to FlashAttention's backward pass
+        os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
     import torch
 
     trainer = config.trainer

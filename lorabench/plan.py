@@ -70,6 +70,7 @@ class Plan(BaseModel):
 def check(config: Config) -> list[str]:
     """Errors found without loading anything: versions, device, where base, data and output are."""
     errors = versions.check(config) + machine.check_device(config.trainer.device)
+    errors += base_model.attention_errors(config)
     errors += base_model.check(config.model) + data.check(config.data)
     errors += data.check_template(config.data)
     output = Path(config.output_dir)

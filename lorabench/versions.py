@@ -26,6 +26,13 @@ OPTIONS = (
         "2.3.3",  # transformers.utils.is_flash_attn_2_available
         "model.attn_implementation=sdpa",
     ),
+    (
+        "model.attn_implementation",
+        "flash_attention_3",
+        "flash-attn-3",
+        "3.0.0b1",
+        "model.attn_implementation=sdpa",
+    ),
     ("data.source", "hub", "datasets", None, "data=jsonl"),
     ("tracker.kind", "wandb", "wandb", None, "tracker=none"),
 )

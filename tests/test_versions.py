@@ -16,6 +16,7 @@ from conftest import composed
 
 from lorabench import cli, plan, versions
 from lorabench.config import ConfigErrors
+from lorabench.model import kernels
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
@@ -70,13 +71,17 @@ def test_a_package_below_the_requirement_is_refused_with_the_least_version(
          "needs flash-attn>=2.3.3; flash-attn is not installed; pip install 'flash-attn>=2.3.3', "
          "or use model.attn_implementation=sdpa"),
         ("model.attn_implementation=flash_attention_2", "flash_attn", "2.3.2", "2.3.2 is instal"),
+        ("model.attn_implementation=flash_attention_3", "flash_attn_3", None,
+         "needs flash-attn-3>=3.0.0b1; flash-attn-3 is not installed"),
         ("tracker=wandb", "wandb", "0.15.0", "needs wandb>={least}; 0.15.0 is installed"),
         ("data=alpaca", "datasets", "2.0.0", "needs datasets>={least}; 2.0.0 is installed"),
     ],
 )  # fmt: skip
 def test_an_option_that_needs_a_newer_package_is_refused(
     override: str, package: str, have: str, holds: str, with_installed: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    monkeypatch.setattr(kernels, "_may_be_cuda", lambda device: True)
     with_installed(**{package: have})
     base = [] if override.startswith("tracker") else ["tracker=none"]
     (line,) = plan.check(composed(*base, override))

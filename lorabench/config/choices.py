@@ -22,7 +22,10 @@ HIGHER_IS_BETTER = {"exact_match", "answer", "answer_flexible", "accuracy", "gym
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": TASKS,
     "model.dtype": (*DTYPES, AUTO),
-    "model.attn_implementation": ("sdpa", "eager", "flash_attention_2"),
+    "model.attn_implementation": (
+        "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3",
+        "a kernel of the Hub as ORG/NAME@REVISION",
+    ),
     "target_modules.select": ("auto", "attention", "mlp", "all-linear", "custom"),
     "head.policy": ("exclude", "lora", "full"),
     "lora.bias": ("none", "lora_only", "all"),

@@ -65,7 +65,8 @@ def _task(found: Found, config: Config) -> None:
 def _targets(found: Found, config: Config) -> None:
     must, one_of = found.must, found.one_of
     one_of("model.dtype", config.model.dtype)
-    one_of("model.attn_implementation", config.model.attn_implementation)
+    if "/" not in config.model.attn_implementation:
+        one_of("model.attn_implementation", config.model.attn_implementation)
     one_of("head.policy", config.head.policy)
 
     targets = config.target_modules

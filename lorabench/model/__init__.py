@@ -7,6 +7,7 @@ needed, so that run ids and checks of a sweep cost no import.
 from lorabench.model.dtypes import dtype_notes, resolved, settled
 from lorabench.model.fits import check_tokens
 from lorabench.model.hub import hub_commit, must_be_reachable, unpinned
+from lorabench.model.kernels import errors as attention_errors
 from lorabench.model.loading import (
     NO_CODE,
     architecture,
@@ -38,6 +39,7 @@ __all__ = [
     "WEIGHT_PATTERNS",
     "ZOO",
     "architecture",
+    "attention_errors",
     "check",
     "check_tokens",
     "checksum",
