@@ -59,7 +59,8 @@ def test_in_another_pack_it_is_the_same_within_rounding(output: Path, tmp_path: 
     said = say("replay", run, "--verify", "--pack-size", 1, "--out", tmp_path / "one", "--json")
     assert said.code == 0, said.err
     found = json.loads(said.out)
-    assert found["answer"] == "within rounding" and found["inputs"] == []
+    # So few steps show no rounding on some machines.
+    assert found["answer"] in ("within rounding", "identical") and found["inputs"] == []
     assert found["shape"][0] == "runs in the pack: 4, now 1"
     if found["first_difference"] is not None:  # else rounding first shows in the adapter
         step, mine, theirs = found["first_difference"]

@@ -60,7 +60,7 @@ class RowHead:
         parent, _, self.name = path.rpartition(".")
         self.parent = tree.get_submodule(parent)
         self.last = choose_rows(self.body)
-        self.trained: Callable[[], list[Owned]] = self._parameters
+        self.trained: Callable[[], list[Owned]] | None = None  # None: the tree's own parameters
         self._in_training: Any = self.body
 
     def compile(self) -> None:
@@ -117,7 +117,7 @@ class RowHead:
 
     def summed_nll(self, hidden_ND: Tensor, laid: Laid) -> Tensor:
         """Negative log-likelihood of each run's targets, summed, (R,)."""
-        owned = self.trained()
+        owned = self._parameters() if self.trained is None else self.trained()
         found: Tensor = _SummedNll.apply(hidden_ND, self, laid, owned, *(p for p, _ in owned))
         return found
 
