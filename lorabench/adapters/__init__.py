@@ -13,6 +13,7 @@ from lorabench.adapters.inject import (
     as_plain_lora,
     attach,
     attach_skeleton,
+    raise_precision,
     check_bias,
     check_init,
     check_saved,

@@ -1,0 +1,322 @@
+"""What one training step of a pack takes, from running it on tensors that have no storage.
+
+The step is the real one: the pack's own code on fake tensors (torch._subclasses), which have
+shapes, dtypes and a device, and no numbers. What it allocates, keeps for the backward pass and
+frees is added up as it happens, so dropout, checkpointing, chunks of the head, low-precision copies
+and the device's attention kernels are counted without being modelled here.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lorabench import adapters
+from lorabench import model as base_model
+from lorabench.config import Config
+from lorabench.data import IGNORED
+from lorabench.pack.batch import Batch
+from lorabench.pack.solo import ModulePack
+from lorabench.pack.stacked import StackedPack
+
+PHASES = ("forward", "head", "backward", "update")
+# A call: name of the operator, shapes and dtypes of its tensors.
+Call = tuple[str, tuple[tuple[tuple[int, ...], torch.dtype], ...]]
+
+
+@dataclass
+class Trace:
+    """What one step took; bytes are those of storages alive at the same time, without the base's."""
+
+    peaks: dict[str, float]  # bytes, by phase
+    flops: float = 0.0  # of matrix products and attention
+    calls: Counter[Call] = field(default_factory=Counter)  # of kernels: views are not counted
+
+    @property
+    def peak(self) -> int:
+        """The most bytes at any time."""
+        return round(max(self.peaks.values()))
+
+    def deeper(self, other: Trace, times: int) -> Trace:
+        """Return the trace with as many more layers, `times` over, as the other has on top of this.
+
+        Each phase's peak is linear in the number of layers that are alike.
+        """
+        peaks = {p: b + times * (other.peaks[p] - b) for p, b in self.peaks.items()}
+        calls = Counter(self.calls)
+        for call, count in other.calls.items():
+            calls[call] += times * (count - self.calls[call])
+        return Trace(peaks, self.flops + times * (other.flops - self.flops), calls)
+
+
+class Accounting(TorchDispatchMode):
+    """Adds up live storages, FLOPs and calls of what runs below it, phase by phase.
+
+    Args:
+        there: tensors that were there before and are not counted.
+    """
+
+    def __init__(self, there: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.phase, self.live = "", 0
+        self.trace = Trace({})
+        self._known = WeakIdKeyDictionary(
+            (tensor.untyped_storage(), None) for tensor in there
+        )
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here: without the wrapper a call costs less
+
+    def enter(self, phase: str) -> None:
+        """Begin a phase; what is live is live in it."""
+        self.phase = phase
+        self.trace.peaks[phase] = max(self.trace.peaks.get(phase, 0.0), self.live)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "prim":  # a device is asked for
+            return func(*args, **kwargs)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0  # fake tensors have no numbers
+        found = func(*args, **kwargs)
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, Tensor):
+                self._see(leaf)
+        if self.phase and not func.is_view:
+            self._count(func, args, kwargs, found)
+        return found
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return
+        self._known[storage] = None
+        size = storage.nbytes()
+        self.live += size
+        if self.phase:
+            self.trace.peaks[self.phase] = max(self.trace.peaks[self.phase], self.live)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+    def _count(self, func: Any, args: Any, kwargs: Any, found: Any) -> None:
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            self.trace.flops += flop_registry[packet](*args, **kwargs, out_val=found)
+        tensors = [x for x in tree_leaves((args, kwargs, found)) if isinstance(x, Tensor)]
+        shapes = tuple((tuple(x.shape), x.dtype) for x in tensors)
+        self.trace.calls[str(packet), shapes] += 1
+
+
+class _Stacked(StackedPack):
+    """Weights have no values here: drawing them would take longer than the step."""
+
+    def _fill(self, base: Any) -> None:
+        pass
+
+
+class _Alone(ModulePack):
+    """PEFT puts the adapter on the skeleton: what it does to a base it cannot do to fake tensors."""
+
+    def __init__(self, base: Any, skeleton: Any, config: Config, modules: list[str], device: str, wrapped: Any):
+        self.skeleton, self.on_skeleton = skeleton, wrapped
+        super().__init__(base, config, modules, device)
+
+    def _attach(self, base: Any, modules: list[str]) -> Any:
+        own = set(modules) if self.configs[0].lora.init in adapters.CHANGES_BASE else set()
+        theirs, ours = dict(self.skeleton.named_parameters()), dict(base.named_parameters())
+        shared = {id(p): ours[n] for n, p in theirs.items() if n.rpartition(".")[0] not in own}
+        buffers = zip(self.skeleton.buffers(), base.buffers(), strict=True)
+        return _fake(self.on_skeleton, self.device, shared | {id(old): new for old, new in buffers})
+
+
+@contextmanager
+def _phases(pack: Any, account: Accounting) -> Iterator[None]:
+    """Tell the account when the body has run, and when its backward pass begins."""
+    body = pack.head.hidden
+
+    def hidden(laid: Any) -> Any:
+        found = body(laid)
+        account.enter("head")
+        if isinstance(found, Tensor) and found.requires_grad:
+            found.register_hook(lambda grad: account.enter("backward"))
+        return found
+
+    pack.head.hidden = hidden
+    try:
+        yield
+    finally:
+        del pack.head.hidden
+
+
+def trace(
+    skeleton: Any,
+    configs: list[Config],
+    ranks: list[dict[str, int]],
+    slabs: list[tuple[int, list[tuple[int, int]]]],
+    device: str,
+    alone: bool,
+) -> Trace:
+    """Trace the largest step of a pack.
+
+    A model whose layers are alike is traced with few of them, and what the others add is known
+    from one period more.
+
+    Args:
+        skeleton: the base on the meta device.
+        configs: of the runs.
+        ranks: of each run: every adapted module and its rank.
+        slabs: of each block of runs that share a batch: how many runs, and the examples of its
+            micro-batch: their tokens, and how many carry a loss.
+        alone: on PEFT's own modules.
+    """
+
+    def traced(tree: Any) -> Trace:
+        names = {name for name, _ in tree.named_modules()}
+        modules = [[name for name in of_run if name in names] for of_run in ranks]
+        return _trace(tree, configs, modules, slabs, device, alone)
+
+    found = _alike(skeleton, ranks)
+    if found is None:
+        return traced(skeleton)
+    few, period, times = found
+    less, more = traced(_cut(skeleton, few)), traced(_cut(skeleton, few + period))
+    return less.deeper(more, times)
+
+
+def _layers(tree: Any) -> tuple[str, nn.ModuleList] | None:
+    """Name and list of a model's layers, where it has one such list."""
+    depth = getattr(tree.config.get_text_config(), "num_hidden_layers", None)
+    found = [
+        (name, module)
+        for name, module in tree.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _alike(tree: Any, ranks: list[dict[str, int]]) -> tuple[int, int, int] | None:
+    """How many layers tell the rest, with how many more, and how often those come again.
+
+    None where no few layers do: all are traced.
+    """
+    found = _layers(tree)
+    if found is None:
+        return None
+    name, layers = found
+    text = tree.config.get_text_config()
+    each = [v for v in vars(text).values() if isinstance(v, list) and len(v) == len(layers)]
+    kinds = []
+    for i, layer in enumerate(layers):
+        prefix = f"{name}.{i}."
+        kinds.append((
+            [value[i] for value in each],
+            [(key, type(module).__name__) for key, module in layer.named_modules()],
+            [(key, p.shape, p.dtype) for key, p in layer.named_parameters()],
+            [
+                [(key[len(prefix):], r) for key, r in of_run.items() if key.startswith(prefix)]
+                for of_run in ranks
+            ],
+        ))  # fmt: skip
+    total = len(kinds)
+    for period in range(1, total // 3):
+        if kinds[period:] == kinds[:-period]:
+            few = total % period + 2 * period
+            return few, period, (total - few) // period
+    return None
+
+
+def _cut(tree: Any, depth: int) -> Any:
+    """The same model with its first layers only."""
+    own = base_model.share(tree)
+    found = _layers(own)
+    assert found is not None
+    text: Any = own.config.get_text_config()
+    for key, value in vars(text).items():
+        if isinstance(value, list) and len(value) == len(found[1]):
+            setattr(text, key, value[:depth])
+    text.num_hidden_layers = depth
+    del found[1][depth:]
+    return own
+
+
+def _trace(
+    skeleton: Any,
+    configs: list[Config],
+    modules: list[list[str]],
+    slabs: list[tuple[int, list[tuple[int, int]]]],
+    device: str,
+    alone: bool,
+) -> Trace:
+    known: dict[str, Any] = {}  # PEFT wraps on the meta device: it would read fake tensors
+    wrapped = [
+        adapters.attach_skeleton(skeleton, config, of_run, known)
+        for config, of_run in zip(configs, modules, strict=True)
+    ]
+    if alone:
+        double = configs[0].trainer.dtype == "float64"
+        adapters.raise_precision(wrapped[0], torch.float64 if double else torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        base = _fake(skeleton, device, {})
+        base.config.use_cache = False
+        base.requires_grad_(False)
+        with Accounting([*base.parameters(), *base.buffers()]) as account:
+            pack: Any = (
+                _Alone(base, skeleton, configs[0], modules[0], device, wrapped[0])
+                if alone
+                else _Stacked(base, skeleton, configs, modules, device, known)
+            )
+            laid = pack.lay(batch_of(slabs, classes=configs[0].task == "seq_cls"))
+            targets = [sum(n for _, n in batch) for runs, batch in slabs for _ in range(runs)]
+            with _phases(pack, account):
+                account.enter("forward")
+                pack.forward_backward(0, 0, laid, targets)
+            del laid
+            account.enter("update")
+            pack.update([1e-4] * pack.size)
+    return account.trace
+
+
+def _fake(module: Any, device: str, known: dict[int, Any]) -> Any:
+    """A copy of a module on the meta device, of fake tensors.
+
+    Args:
+        known: what takes the place of some of its tensors, by their ids.
+    """
+    memo = dict(known)
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if id(tensor) not in memo:
+            new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            if isinstance(tensor, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            memo[id(tensor)] = new
+    return copy.deepcopy(module, memo).eval()
+
+
+def batch_of(slabs: list[tuple[int, list[tuple[int, int]]]], classes: bool) -> Batch:
+    """A micro-batch of these lengths; the last tokens of each example carry the loss."""
+    input_ids, labels = [], []
+    for _, examples in slabs:
+        input_ids.append([np.ones(tokens, np.int64) for tokens, _ in examples])
+        of_slab = [np.full(tokens, IGNORED, np.int64) for tokens, _ in examples]
+        for label, (tokens, targets) in zip(of_slab, examples, strict=True):
+            label[tokens - targets :] = 1
+        labels.append(of_slab)
+    return Batch(input_ids, labels, tuple(runs for runs, _ in slabs), classes)
