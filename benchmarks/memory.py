@@ -63,7 +63,7 @@ def configs_of(kind: str, folder: Path, words: list[str], runs: list[list[str]])
     """The configs of a pack."""
     from lorabench import cli, config
 
-    own_words = {"bert": ["task=seq_cls"], "gemma2": ["model.attn_implementation=eager"]}
+    own_words = {"bert": ["task=seq_cls", "head=full", "data.metric=[nll,accuracy]"], "gemma2": ["model.attn_implementation=eager"]}
     common = [
         "model=local", "recipe=embedded", f"model.path={folder}", f"model.name={kind}",
         "model.dtype=float32", "target_modules=all-linear", "trainer.deterministic=false",
@@ -161,7 +161,7 @@ def main() -> None:
     cells = []
     for kind, (setting, words), runs in itertools.product(options.only, SETTINGS.items(), RUNS):
         if kind == "bert" and runs == "head":
-            continue  # a classifier's head is trained in full
+            continue  # a classifier's head is trained in full anyway
         found = {"setting": setting} | cell(kind, words, runs, lengths, options.device)
         cells.append(found)
         print(f"{kind:8} {runs:10} {setting:24} {found['estimated_bytes'] / 1e9:6.2f} GB "

@@ -15,15 +15,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import (
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lorabench import adapters
@@ -35,8 +39,27 @@ from lorabench.pack.solo import ModulePack
 from lorabench.pack.stacked import StackedPack
 
 PHASES = ("forward", "head", "backward", "update")
-# A call: name of the operator, shapes and dtypes of its tensors.
-Call = tuple[str, tuple[tuple[tuple[int, ...], torch.dtype], ...]]
+
+
+class Spec(NamedTuple):
+    """Stands for a tensor among the arguments of a call."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kernel and what it was called with, tensors by their Spec; equal calls take the same time."""
+
+    function: Any  # torch's operator
+    arguments: str  # of the whole call, by which it is known
+    in_update: bool  # part of the optimizer's step; else of a micro-batch
+    args: Any = field(compare=False)
+    kwargs: Any = field(compare=False)
+    flops: int = field(compare=False)  # of matrix products and attention
+    bytes: int = field(compare=False)  # read and written
 
 
 @dataclass
@@ -44,8 +67,12 @@ class Trace:
     """What one step took; bytes are those of storages alive at the same time, without the base's."""
 
     peaks: dict[str, float]  # bytes, by phase
-    flops: float = 0.0  # of matrix products and attention
-    calls: Counter[Call] = field(default_factory=Counter)  # of kernels: views are not counted
+    calls: Counter[Call] = field(default_factory=Counter)  # views are not counted
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations of matrix products and attention, of a micro-batch."""
+        return sum(count * call.flops for call, count in self.calls.items())
 
     @property
     def peak(self) -> int:
@@ -61,7 +88,7 @@ class Trace:
         calls = Counter(self.calls)
         for call, count in other.calls.items():
             calls[call] += times * (count - self.calls[call])
-        return Trace(peaks, self.flops + times * (other.flops - self.flops), calls)
+        return Trace(peaks, calls)
 
 
 class Accounting(TorchDispatchMode):
@@ -117,12 +144,42 @@ class Accounting(TorchDispatchMode):
         self.live -= size
 
     def _count(self, func: Any, args: Any, kwargs: Any, found: Any) -> None:
-        packet = func._overloadpacket
-        if packet in flop_registry:
-            self.trace.flops += flop_registry[packet](*args, **kwargs, out_val=found)
+        flops_of = FLOPS.get(func._overloadpacket)
+        flops = 0 if flops_of is None else flops_of(*args, **kwargs, out_val=found)
         tensors = [x for x in tree_leaves((args, kwargs, found)) if isinstance(x, Tensor)]
-        shapes = tuple((tuple(x.shape), x.dtype) for x in tensors)
-        self.trace.calls[str(packet), shapes] += 1
+        moved = sum(x.numel() * x.element_size() for x in tensors)
+        args, kwargs = tree_map_only(
+            Tensor, lambda x: Spec(tuple(x.shape), x.stride(), x.dtype), (args, kwargs)
+        )
+        in_update = self.phase == "update"
+        call = Call(func, repr((args, kwargs)), in_update, args, kwargs, flops, moved)
+        self.trace.calls[call] += 1
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+def _shapes(flops_of: Any) -> Any:
+    def of_tensors(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        args, kwargs = tree_map_only(Tensor, lambda x: x.shape, (args, kwargs))
+        return int(flops_of(*args, **kwargs))
+
+    return of_tensors
+
+
+# torch's own counts, and its CPU kernel's of attention, which it leaves out.
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+FLOPS = flop_registry | {
+    torch.ops.aten.baddbmm_: flop_registry[torch.ops.aten.baddbmm],
+    _CPU_ATTENTION: _shapes(_attention_flops),
+    _CPU_ATTENTION_BACKWARD: _shapes(_attention_backward_flops),
+}
 
 
 class _Stacked(StackedPack):
