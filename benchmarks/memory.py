@@ -159,23 +159,30 @@ def main() -> None:
     options = parser.parse_args()
     lengths = [options.tokens // 2, options.tokens // 4, options.tokens // 4]
     cells = []
-    for kind, (setting, words), runs in itertools.product(options.only, SETTINGS.items(), RUNS):
+    for (setting, words), runs, kind in itertools.product(SETTINGS.items(), RUNS, options.only):
         if kind == "bert" and runs == "head":
             continue  # a classifier's head is trained in full anyway
-        found = {"setting": setting} | cell(kind, words, runs, lengths, options.device)
+        found: dict[str, Any] = {"setting": setting}
+        found |= cell(kind, words, runs, lengths, options.device)
         cells.append(found)
         print(f"{kind:8} {runs:10} {setting:24} {found['estimated_bytes'] / 1e9:6.2f} GB "
               f"of {found['measured_bytes'] / 1e9:6.2f}: {found['ratio']:.3f}", flush=True)  # fmt: skip
+        save(cells, options)
+    ratios = [found["ratio"] for found in cells]
+    print(f"estimate / measured: {min(ratios):.3f} to {max(ratios):.3f}")
+
+
+def save(cells: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Write what there is so far."""
+    if options.out is None:
+        return
     result = {
         "versions": provenance.versions(), "cpu": provenance.cpu_name(),
         "command": " ".join(["python benchmarks/memory.py", *sys.argv[1:]]),
         "device": machine.describe(options.device), "tokens_of_a_run": options.tokens,
         "shapes": SHAPES, "cells": cells,
     }  # fmt: skip
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    ratios = [found["ratio"] for found in cells]
-    print(f"estimate / measured: {min(ratios):.3f} to {max(ratios):.3f}")
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
