@@ -22,12 +22,13 @@ from typing import Any
 import torch
 
 from lorabench import adapters, machine, provenance
-from lorabench import model as base_model
 from lorabench.pack import ModulePack, StackedPack, trace
 from lorabench.plan import Planner
 
-WIDE = {"hidden_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 16,
-        "max_position_embeddings": 4096}  # fmt: skip
+WIDE = {
+    "hidden_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 16,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": WIDE | {"vocab_size": 32_000, "intermediate_size": 2816, "num_key_value_heads": 16},
     "qwen3": WIDE | {"vocab_size": 32_000, "intermediate_size": 3072, "num_key_value_heads": 8,
@@ -63,7 +64,10 @@ def configs_of(kind: str, folder: Path, words: list[str], runs: list[list[str]])
     """The configs of a pack."""
     from lorabench import cli, config
 
-    own_words = {"bert": ["task=seq_cls", "head=full", "data.metric=[nll,accuracy]"], "gemma2": ["model.attn_implementation=eager"]}
+    own_words = {
+        "bert": ["task=seq_cls", "head=full", "data.metric=[nll,accuracy]"],
+        "gemma2": ["model.attn_implementation=eager"],
+    }
     common = [
         "model=local", "recipe=embedded", f"model.path={folder}", f"model.name={kind}",
         "model.dtype=float32", "target_modules=all-linear", "trainer.deterministic=false",
@@ -106,7 +110,12 @@ def cell(
 
 
 def measured(
-    skeleton: Any, configs: list[Any], modules: list[list[str]], slabs: Any, device: str, alone: bool
+    skeleton: Any,
+    configs: list[Any],
+    modules: list[list[str]],
+    slabs: Any,
+    device: str,
+    alone: bool,
 ) -> int:
     """Bytes above the base that a real step takes, by torch's own accounting."""
     torch.manual_seed(0)
@@ -122,8 +131,10 @@ def measured(
 
     targets = [sum(n for _, n in batch) for runs, batch in slabs for _ in range(runs)]
 
+    batch = trace.batch_of(slabs, classes=configs[0].task == "seq_cls")
+
     def step(pack: Any) -> None:
-        pack.forward_backward(0, 0, pack.lay(trace.batch_of(slabs, configs[0].task == "seq_cls")), targets)
+        pack.forward_backward(0, 0, pack.lay(batch), targets)
         pack.update([1e-4] * pack.size)
 
     if device == "cuda":
@@ -165,8 +176,12 @@ def main() -> None:
         found: dict[str, Any] = {"setting": setting}
         found |= cell(kind, words, runs, lengths, options.device)
         cells.append(found)
-        print(f"{kind:8} {runs:10} {setting:24} {found['estimated_bytes'] / 1e9:6.2f} GB "
-              f"of {found['measured_bytes'] / 1e9:6.2f}: {found['ratio']:.3f}", flush=True)  # fmt: skip
+        estimated, real = found["estimated_bytes"] / 1e9, found["measured_bytes"] / 1e9
+        print(
+            f"{kind:8} {runs:10} {setting:24} {estimated:6.2f} GB of {real:6.2f}: "
+            f"{found['ratio']:.3f}",
+            flush=True,
+        )
         save(cells, options)
     ratios = [found["ratio"] for found in cells]
     print(f"estimate / measured: {min(ratios):.3f} to {max(ratios):.3f}")

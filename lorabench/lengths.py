@@ -21,6 +21,7 @@ class Lengths(BaseModel):
     targets: int  # tokens that carry a loss, in the micro-batch with the most
     validation: int = 0  # tokens of one scoring of the validation split
     test: int = 0  # and of the test split
+    scored: int = 0  # tokens of the largest batch that is scored
 
 
 def lengths_of(config: Config, tokens: data.Tokens, padded: bool) -> Lengths:

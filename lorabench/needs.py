@@ -54,6 +54,24 @@ class Needs:
         trace = self._trace(jobs)
         return self.base_bytes(jobs[0]) + (self._rough(jobs) if trace is None else trace.peak)
 
+    def alone(self, jobs: Sequence[Job]) -> list[int]:
+        """Bytes that each of these runs takes by itself.
+
+        Of runs that differ in r alone two are traced: bytes are linear in r.
+        """
+        alike: dict[str, list[Job]] = {}
+        for job in jobs:
+            alike.setdefault(json.dumps(_shape_key(job) | {"r": None}), []).append(job)
+        found: dict[int, int] = {}
+        for group in alike.values():
+            low, high = (choose(group, key=lambda job: job.config.lora.r) for choose in (min, max))
+            first, last = low.config.lora.r, high.config.lora.r
+            least = self.memory([low])
+            each = (self.memory([high]) - least) / (last - first) if last > first else 0.0
+            for job in group:
+                found[id(job)] = least + round(each * (job.config.lora.r - first))
+        return [found[id(job)] for job in jobs]
+
     def base_bytes(self, job: Job) -> int:
         """Bytes that runs of a pack share whatever they train."""
         skeleton = self.planner.skeleton(job.config.model, len(job.plan.labels))
@@ -115,6 +133,16 @@ class Needs:
             left -= batch[-1][1]
         return batch
 
+    def _scored(self, jobs: Sequence[Job]) -> list[tuple[int, int]]:
+        """The largest batch that is scored, where it may take more than a step does."""
+        config = jobs[0].config
+        tokens = max(job.plan.lengths.scored if job.plan.lengths else 0 for job in jobs)
+        if tokens <= sum(n for n, _ in self._batch(jobs[0])):
+            return []  # a step keeps as much of every layer
+        examples = min(tokens, config.trainer.eval_batch_size)
+        each = min(config.data.max_length, -(-tokens // examples))
+        return [(each, 1 if config.task == "seq_cls" else max(1, each // 2))] * examples
+
     def _trace(self, jobs: Sequence[Job]) -> Trace | None:
         """The largest step of a pack of these runs; None where it cannot be traced."""
         from lorabench.pack.trace import trace
@@ -123,7 +151,8 @@ class Needs:
         firsts = [sum(sizes[:i]) for i in range(len(sizes))]
         slabs = [(n, self._batch(jobs[i])) for i, n in zip(firsts, sizes, strict=True)]
         alone = jobs[0].plan.alone is not None
-        key = json.dumps([[_shape_key(job) for job in jobs], slabs, alone])
+        scored = self._scored(jobs)
+        key = json.dumps([[_shape_key(job) for job in jobs], slabs, alone, scored])
         if key not in self._traces:
             classes = len(jobs[0].plan.labels)
             configs = [job.config for job in jobs]
@@ -131,7 +160,9 @@ class Needs:
             ranks = [self.planner.ranks(config, classes) for config in configs]
             device = machine.choose_device(configs[0].trainer.device)
             try:
-                self._traces[key] = trace(skeleton, configs, ranks, slabs, device, alone)
+                self._traces[key] = trace(
+                    skeleton, configs, ranks, slabs, device, alone, scored
+                )
             except Exception as error:
                 log.info("a step cannot be traced", exc_info=True)
                 self.rough[jobs[0].plan.model] = f"{type(error).__name__}: {first_line(error)}"
@@ -139,7 +170,7 @@ class Needs:
         return self._traces[key]
 
     def _rough(self, jobs: Sequence[Job]) -> int:
-        """Bytes of a step by a formula: for what cannot be traced, and what is far from the limit."""
+        """Bytes of a step by a formula, where none can be traced or all is far from the limit."""
         from lorabench.pack.head import CHUNK_BYTES
 
         config, plan = jobs[0].config, jobs[0].plan
@@ -175,14 +206,16 @@ def _data_key(job: Job) -> str:
     return json.dumps([asdict(job.config.data), batches, job.plan.padded, job.plan.labels])
 
 
-def _shape_key(job: Job) -> Any:
+def _shape_key(job: Job) -> dict[str, Any]:
     """What decides a run's tensors."""
     config, trainer = job.config, job.config.trainer
     lora = asdict(config.lora) | {"lora_dropout": config.lora.lora_dropout > 0}
-    for name in ("alpha_pattern", "loraplus_lr_ratio"):
+    for name in ("r", "alpha_pattern", "loraplus_lr_ratio", "lora_alpha", "alpha_ratio"):
         lora.pop(name)
-    return [
-        asdict(config.model), config.task, lora, config.head.policy, job.plan.lora_modules,
-        job.plan.saved_modules, len(job.plan.labels), trainer.dtype, trainer.device,
-        trainer.gradient_checkpointing,
-    ]  # fmt: skip
+    return {
+        "r": config.lora.r, "scale": job.plan.scale != 1, "lora": lora,
+        "model": asdict(config.model), "task": config.task, "head": config.head.policy,
+        "lora_modules": job.plan.lora_modules, "saved_modules": job.plan.saved_modules,
+        "classes": len(job.plan.labels), "dtype": trainer.dtype, "device": trainer.device,
+        "recomputed": trainer.gradient_checkpointing, "data": _data_key(job),
+    }  # fmt: skip

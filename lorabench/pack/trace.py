@@ -12,7 +12,7 @@ import copy
 import itertools
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -38,7 +38,8 @@ from lorabench.pack.batch import Batch
 from lorabench.pack.solo import ModulePack
 from lorabench.pack.stacked import StackedPack
 
-PHASES = ("forward", "head", "backward", "update")
+Examples = Sequence[tuple[int, int]]  # of each its tokens, and how many of them carry a loss
+Slab = tuple[int, Examples]  # runs that see a micro-batch, and its examples
 
 
 class Spec(NamedTuple):
@@ -51,7 +52,7 @@ class Spec(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """A kernel and what it was called with, tensors by their Spec; equal calls take the same time."""
+    """A kernel and what it was called with; equal calls take the same time."""
 
     function: Any  # torch's operator
     arguments: str  # of the whole call, by which it is known
@@ -64,7 +65,7 @@ class Call:
 
 @dataclass
 class Trace:
-    """What one step took; bytes are those of storages alive at the same time, without the base's."""
+    """What one step took; bytes are of storages alive at the same time, the base's left out."""
 
     peaks: dict[str, float]  # bytes, by phase
     calls: Counter[Call] = field(default_factory=Counter)  # views are not counted
@@ -102,9 +103,7 @@ class Accounting(TorchDispatchMode):
         super().__init__()
         self.phase, self.live = "", 0
         self.trace = Trace({})
-        self._known = WeakIdKeyDictionary(
-            (tensor.untyped_storage(), None) for tensor in there
-        )
+        self._known = WeakIdKeyDictionary((tensor.untyped_storage(), None) for tensor in there)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -125,7 +124,7 @@ class Accounting(TorchDispatchMode):
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
-        if self.phase and not func.is_view:
+        if self.phase not in ("", "score") and not func.is_view:
             self._count(func, args, kwargs, found)
         return found
 
@@ -160,7 +159,9 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
     return sdpa_flop_count(query, key, value)
 
 
-def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _attention_backward_flops(
+    grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
+) -> int:
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
@@ -190,9 +191,17 @@ class _Stacked(StackedPack):
 
 
 class _Alone(ModulePack):
-    """PEFT puts the adapter on the skeleton: what it does to a base it cannot do to fake tensors."""
+    """PEFT puts the adapter on the skeleton: fake tensors cannot be changed in their place."""
 
-    def __init__(self, base: Any, skeleton: Any, config: Config, modules: list[str], device: str, wrapped: Any):
+    def __init__(
+        self,
+        base: Any,
+        skeleton: Any,
+        config: Config,
+        modules: list[str],
+        device: str,
+        wrapped: Any,
+    ):
         self.skeleton, self.on_skeleton = skeleton, wrapped
         super().__init__(base, config, modules, device)
 
@@ -227,9 +236,10 @@ def trace(
     skeleton: Any,
     configs: list[Config],
     ranks: list[dict[str, int]],
-    slabs: list[tuple[int, list[tuple[int, int]]]],
+    slabs: Sequence[Slab],
     device: str,
     alone: bool,
+    scored: Examples = (),
 ) -> Trace:
     """Trace the largest step of a pack.
 
@@ -240,15 +250,15 @@ def trace(
         skeleton: the base on the meta device.
         configs: of the runs.
         ranks: of each run: every adapted module and its rank.
-        slabs: of each block of runs that share a batch: how many runs, and the examples of its
-            micro-batch: their tokens, and how many carry a loss.
+        slabs: one for each block of runs that share a batch.
         alone: on PEFT's own modules.
+        scored: the largest batch that all runs are scored on, unless it is smaller.
     """
 
     def traced(tree: Any) -> Trace:
         names = {name for name, _ in tree.named_modules()}
         modules = [[name for name in of_run if name in names] for of_run in ranks]
-        return _trace(tree, configs, modules, slabs, device, alone)
+        return _trace(tree, configs, modules, slabs, device, alone, scored)
 
     found = _alike(skeleton, ranks)
     if found is None:
@@ -318,9 +328,10 @@ def _trace(
     skeleton: Any,
     configs: list[Config],
     modules: list[list[str]],
-    slabs: list[tuple[int, list[tuple[int, int]]]],
+    slabs: Sequence[Slab],
     device: str,
     alone: bool,
+    scored: Examples,
 ) -> Trace:
     known: dict[str, Any] = {}  # PEFT wraps on the meta device: it would read fake tensors
     wrapped = [
@@ -340,7 +351,8 @@ def _trace(
                 if alone
                 else _Stacked(base, skeleton, configs, modules, device, known)
             )
-            laid = pack.lay(batch_of(slabs, classes=configs[0].task == "seq_cls"))
+            classes = configs[0].task == "seq_cls"
+            laid = pack.lay(batch_of(slabs, classes))
             targets = [sum(n for _, n in batch) for runs, batch in slabs for _ in range(runs)]
             with _phases(pack, account):
                 account.enter("forward")
@@ -348,6 +360,9 @@ def _trace(
             del laid
             account.enter("update")
             pack.update([1e-4] * pack.size)
+            if scored:
+                account.enter("score")
+                pack.score(batch_of([(pack.size, scored)], classes))
     return account.trace
 
 
@@ -367,7 +382,7 @@ def _fake(module: Any, device: str, known: dict[int, Any]) -> Any:
     return copy.deepcopy(module, memo).eval()
 
 
-def batch_of(slabs: list[tuple[int, list[tuple[int, int]]]], classes: bool) -> Batch:
+def batch_of(slabs: Sequence[Slab], classes: bool) -> Batch:
     """A micro-batch of these lengths; the last tokens of each example carry the loss."""
     input_ids, labels = [], []
     for _, examples in slabs:

@@ -15,8 +15,8 @@ from lorabench.show.examples import examples
 from lorabench.show.text import console, dump, quantity, size, whole
 
 if TYPE_CHECKING:
-    from lorabench.needs import Needs
     from lorabench.compare.outlook import Outlook
+    from lorabench.needs import Needs
     from lorabench.smoke import Attempt
     from lorabench.sweep import Job
 
@@ -49,8 +49,10 @@ def plan(
     estimates = _estimates(jobs, packs, needs)
     plans = [
         job.plan.model_dump()
-        | {"label": job.label, "memory_bytes": needs.memory([job]), "seconds": seconds}
-        for job, seconds in zip(jobs, _shares(jobs, packs, estimates), strict=True)
+        | {"label": job.label, "memory_bytes": memory, "seconds": seconds}
+        for job, memory, seconds in zip(
+            jobs, needs.alone(jobs), _shares(jobs, packs, estimates), strict=True
+        )
     ]
     notes = [*notes, *(_rough(model, why) for model, why in needs.rough.items())]
     if as_json:
@@ -293,8 +295,8 @@ def _estimates(jobs: list[Job], packs: list[list[int]], needs: Needs) -> list[Es
     found = []
     for members in packs:
         pack = [jobs[i] for i in members]
-        step, host = needs.step_seconds(pack[:1])
-        is_busy = len(pack) > 1 and step > 5 * host
+        step, host = needs.step_seconds(pack)
+        is_busy = (step - host) / len(pack) > 5 * host
         found.append(Estimate(needs.memory(pack), needs.seconds(pack), is_busy))
     return found
 

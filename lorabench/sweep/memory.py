@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lorabench import machine
@@ -69,20 +70,24 @@ def _fitting(job: Job, fits: Callable[[Job], bool]) -> Iterator[tuple[str, Job]]
         if words and not trainer.gradient_checkpointing and fits(own):
             yield words, own
             found = True
-        elif not found and (most := _largest(smaller, lambda n, own=own: fits(_micro(own, n)))):
+            continue
+        most = None if found else _largest(smaller, partial(_micro, own), fits)
+        if most:
             yield f"{words} trainer.micro_batch_size={most}".strip(), _micro(own, most)
             found = True
     shorter = list(range(LENGTHS, _longest(job), LENGTHS))
-    if most := _largest(shorter, lambda n: fits(_shorter(job, n))):
+    if most := _largest(shorter, partial(_shorter, job), fits):
         yield f"data.max_length={most}", _shorter(job, most)
 
 
-def _largest(values: list[int], fits: Callable[[int], bool]) -> int | None:
-    """The largest of rising values that fits, where all below it do."""
+def _largest(
+    values: list[int], make: Callable[[int], Job], fits: Callable[[Job], bool]
+) -> int | None:
+    """The largest of rising values with which a run fits, as it does with all below."""
     low, high = 0, len(values)  # values[:low] fit, values[high:] do not
     while low < high:
         middle = (low + high) // 2
-        low, high = (middle + 1, high) if fits(values[middle]) else (low, middle)
+        low, high = (middle + 1, high) if fits(make(values[middle])) else (low, middle)
     return values[low - 1] if low else None
 
 
@@ -152,8 +157,8 @@ def faster(
     if after >= before:
         return None
     return (
-        f"trainer.gradient_checkpointing=true makes packs of {max(map(len, then))} runs in place of "
-        f"{max(map(len, now))}: ~{after:.0f} s in place of ~{before:.0f} s"
+        f"trainer.gradient_checkpointing=true makes packs of {max(map(len, then))} runs in place "
+        f"of {max(map(len, now))}: ~{after:.0f} s in place of ~{before:.0f} s"
     )
 
 
