@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -147,9 +148,13 @@ class Needs:
         """The largest step of a pack of these runs; None where it cannot be traced."""
         from lorabench.pack.trace import trace
 
+        left = iter(jobs)
         sizes = data.blocks([job.config for job in jobs])
-        firsts = [sum(sizes[:i]) for i in range(len(sizes))]
-        slabs = [(n, self._batch(jobs[i])) for i, n in zip(firsts, sizes, strict=True)]
+        blocks = [list(itertools.islice(left, size)) for size in sizes]
+        # Packs that differ in the order of their blocks take the same.
+        blocks.sort(key=lambda block: json.dumps([_shape_key(job) for job in block]))
+        jobs = list(itertools.chain(*blocks))
+        slabs = [(len(block), self._batch(block[0])) for block in blocks]
         alone = jobs[0].plan.alone is not None
         scored = self._scored(jobs)
         key = json.dumps([[_shape_key(job) for job in jobs], slabs, alone, scored])

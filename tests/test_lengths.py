@@ -19,7 +19,7 @@ from processes import running, slowly, wait_for
 from stock import TINY, embedded_tokenizer, mixture, packed, tokens_of, train_pack
 from tiny import SMALL
 
-from lorabench import adapters, cli, data, machine, plan
+from lorabench import adapters, cli, data, plan
 from lorabench.data.ragged import Ragged
 from lorabench.lengths import lengths_of
 from lorabench.needs import Needs

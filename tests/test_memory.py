@@ -1,4 +1,4 @@
-"""What a plan says of memory and time, against torch's own accounts and clocks; and what it refuses.
+"""What a plan says of memory and time, against torch's own accounts; and what it refuses.
 
 Memory is measured by benchmarks/memory.py: every allocation that torch's CPU allocator reports to
 its profiler during a real step, or torch.cuda.max_memory_allocated. Nothing of lorabench counts.

@@ -12,7 +12,7 @@ import copy
 import itertools
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import (
     flop_registry,
@@ -92,35 +91,36 @@ class Trace:
         return Trace(peaks, calls)
 
 
-class Accounting(TorchDispatchMode):
-    """Adds up live storages, FLOPs and calls of what runs below it, phase by phase.
+class Accounting(FakeTensorMode):
+    """Runs what is called on fake tensors; adds up live storages and calls, phase by phase."""
 
-    Args:
-        there: tensors that were there before and are not counted.
-    """
-
-    def __init__(self, there: Iterable[Tensor]) -> None:
-        super().__init__()
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
         self.phase, self.live = "", 0
         self.trace = Trace({})
-        self._known = WeakIdKeyDictionary((tensor.untyped_storage(), None) for tensor in there)
+        self._known = WeakIdKeyDictionary()
+        self._inside = False  # a kernel that is made of others: its own allocations are unknown
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here: without the wrapper a call costs less
+    def leave_out(self) -> None:
+        """Take what is live until now for what was there before: it is not counted."""
+        self.live = 0
 
     def enter(self, phase: str) -> None:
         """Begin a phase; what is live is live in it."""
         self.phase = phase
         self.trace.peaks[phase] = max(self.trace.peaks.get(phase, 0.0), self.live)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._inside or func.namespace == "prim":  # prim: a device is asked for
+            return super().dispatch(func, types, args, kwargs)
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # a device is asked for
-            return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0  # fake tensors have no numbers
-        found = func(*args, **kwargs)
+        self._inside = True
+        try:
+            found = super().dispatch(func, types, args, kwargs)
+        finally:
+            self._inside = False
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
@@ -341,28 +341,28 @@ def _trace(
     if alone:
         double = configs[0].trainer.dtype == "float64"
         adapters.raise_precision(wrapped[0], torch.float64 if double else torch.float32)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with Accounting() as account:
         base = _fake(skeleton, device, {})
         base.config.use_cache = False
         base.requires_grad_(False)
-        with Accounting([*base.parameters(), *base.buffers()]) as account:
-            pack: Any = (
-                _Alone(base, skeleton, configs[0], modules[0], device, wrapped[0])
-                if alone
-                else _Stacked(base, skeleton, configs, modules, device, known)
-            )
-            classes = configs[0].task == "seq_cls"
-            laid = pack.lay(batch_of(slabs, classes))
-            targets = [sum(n for _, n in batch) for runs, batch in slabs for _ in range(runs)]
-            with _phases(pack, account):
-                account.enter("forward")
-                pack.forward_backward(0, 0, laid, targets)
-            del laid
-            account.enter("update")
-            pack.update([1e-4] * pack.size)
-            if scored:
-                account.enter("score")
-                pack.score(batch_of([(pack.size, scored)], classes))
+        account.leave_out()
+        pack: Any = (
+            _Alone(base, skeleton, configs[0], modules[0], device, wrapped[0])
+            if alone
+            else _Stacked(base, skeleton, configs, modules, device, known)
+        )
+        classes = configs[0].task == "seq_cls"
+        laid = pack.lay(batch_of(slabs, classes))
+        targets = [sum(n for _, n in batch) for runs, batch in slabs for _ in range(runs)]
+        with _phases(pack, account):
+            account.enter("forward")
+            pack.forward_backward(0, 0, laid, targets)
+        del laid
+        account.enter("update")
+        pack.update([1e-4] * pack.size)
+        if scored:
+            account.enter("score")
+            pack.score(batch_of([(pack.size, scored)], classes))
     return account.trace
 
 
