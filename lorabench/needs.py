@@ -164,6 +164,8 @@ class Needs:
             skeleton = self.planner.skeleton(configs[0].model, classes)
             ranks = [self.planner.ranks(config, classes) for config in configs]
             device = machine.choose_device(configs[0].trainer.device)
+            theirs = logging.getLogger("torch._subclasses.fake_tensor")
+            theirs.disabled = True  # a kernel that cannot be traced is told below, in one line
             try:
                 self._traces[key] = trace(
                     skeleton, configs, ranks, slabs, device, alone, scored
@@ -172,6 +174,8 @@ class Needs:
                 log.info("a step cannot be traced", exc_info=True)
                 self.rough[jobs[0].plan.model] = f"{type(error).__name__}: {first_line(error)}"
                 self._traces[key] = None
+            finally:
+                theirs.disabled = False
         return self._traces[key]
 
     def _rough(self, jobs: Sequence[Job]) -> int:

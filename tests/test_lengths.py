@@ -268,7 +268,7 @@ def test_the_plan_says_where_a_pack_cannot_pay(
 ) -> None:
     """On a device that is slow at arithmetic a run alone keeps it busy."""
     words = [*FAST, *mixed_lengths, "model=local", f"model.path={tiny_folder('llama')}", "seed=0,1"]
-    for calls, busy in ((0.1, True), (0.9, False)):  # seconds of a step that calls take
+    for calls, busy in ((0.05, True), (0.9, False)):  # seconds of a step that calls take
         monkeypatch.setattr(Needs, "step_seconds", lambda *_, calls=calls: (1.0, calls))
         said = say("plan", "-m", *words).out
         assert ("a run alone keeps this device busy" in said) == busy
