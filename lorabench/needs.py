@@ -15,7 +15,7 @@ from lorabench.config import first_line
 
 if TYPE_CHECKING:
     from lorabench.lengths import Lengths
-    from lorabench.pack.trace import Trace
+    from lorabench.pack.account import Trace
     from lorabench.plan import Planner
     from lorabench.rates import Rates
     from lorabench.sweep import Job
@@ -167,9 +167,7 @@ class Needs:
             theirs = logging.getLogger("torch._subclasses.fake_tensor")
             theirs.disabled = True  # a kernel that cannot be traced is told below, in one line
             try:
-                self._traces[key] = trace(
-                    skeleton, configs, ranks, slabs, device, alone, scored
-                )
+                self._traces[key] = trace(skeleton, configs, ranks, slabs, device, alone, scored)
             except Exception as error:
                 log.info("a step cannot be traced", exc_info=True)
                 self.rough[jobs[0].plan.model] = f"{type(error).__name__}: {first_line(error)}"

@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_map_only
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorabench.config import Config
+from lorabench.pack.account import Call, Spec, Trace
 from lorabench.pack.stacked import StackedPack
-from lorabench.pack.trace import Call, Spec, Trace, batch_of
+from lorabench.pack.trace import batch_of
 
 TRIED_FLOPS, TRIED_BYTES = 1e9, 1 << 26  # of a call that is tried; larger ones are reckoned
 

@@ -80,11 +80,11 @@ def test_memory_of_a_step_is_what_torch_allocates(
 def test_memory_of_a_wide_step_is_what_torch_allocates(
     kind: str, setting: str, runs: str, bench: Any
 ) -> None:
-    """Activations of 1 GB and more, but where one run recomputes them."""
+    """Activations of a pack take more than 1 GB, unless they are recomputed."""
     lengths = [512, 256, 256] if runs == "pack of 3" else [1024, 512, 512]
     found = bench.cell(kind, bench.SETTINGS[setting], runs, lengths, "cpu")
-    if setting != "gradient_checkpointing":
-        assert found["measured_bytes"] > 8e8
+    if runs == "pack of 3" and setting != "gradient_checkpointing":
+        assert found["measured_bytes"] > 1e9
     assert found["ratio"] == pytest.approx(1, abs=WITHIN), found
 
 
