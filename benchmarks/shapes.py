@@ -236,6 +236,8 @@ def bench_shapes(options: argparse.Namespace, result: dict[str, Any], save: Call
 def sizer(config: Any, device: str) -> int:
     """The pack size lorabench would choose for 16 such runs in the memory that is free now."""
     from lorabench import machine, plan, sweep
+    from lorabench.needs import Needs
 
-    jobs = [sweep.Job(own, str(i), plan.make(own)) for i, own in enumerate(variants(config, 16))]
-    return len(sweep.form_packs(jobs, 16, machine.free_memory(device))[0])
+    planner = plan.Planner()
+    jobs = [sweep.Job(c, str(i), planner.make(c)) for i, c in enumerate(variants(config, 16))]
+    return len(sweep.form_packs(jobs, 16, machine.free_memory(device), Needs(planner))[0])

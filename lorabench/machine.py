@@ -113,6 +113,17 @@ def free_memory(device: str) -> int:
     return available_memory() // 2
 
 
+def total_memory(device: str) -> int:
+    """Bytes of memory that a device has; of a host, no more than its control group may take."""
+    import psutil
+    import torch
+
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[1])
+    limits = [most for most, _ in _groups()]
+    return min([psutil.virtual_memory().total, *limits])
+
+
 def describe(device: str) -> str:
     """Return the device's name and its free memory, of how much, for people."""
     import psutil
@@ -131,7 +142,8 @@ def available_memory() -> int:
     """Bytes of the host's memory that this process may still take, its control group considered."""
     import psutil
 
-    return min([psutil.virtual_memory().available, *_left_in_groups()])
+    left = [max(0, most - taken) for most, taken in _groups()]
+    return min([psutil.virtual_memory().available, *left])
 
 
 def resident_memory() -> int:
@@ -141,8 +153,8 @@ def resident_memory() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _left_in_groups() -> list[int]:
-    """What each control group around this process leaves of its limit: containers, Slurm."""
+def _groups() -> list[tuple[int, int]]:
+    """Limit of each control group around this process, and what is taken: containers, Slurm."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -168,7 +180,7 @@ def _left_in_groups() -> list[int]:
                 taken = int((folder / used).read_text()) - free
             except (OSError, ValueError, IndexError):  # no limit ("max"), or not this machine's
                 continue
-            found.append(max(0, most - taken))
+            found.append((most, taken))
     return found
 
 

@@ -19,8 +19,6 @@ from lorabench.files import obstacle
 from lorabench.lengths import Lengths
 from lorabench.steps import Steps
 
-RUNTIME_BYTES = 450_000_000  # Python, torch and transformers themselves
-
 
 class HeadPlan(BaseModel):
     """The output layer and what the head policy does to it."""
@@ -48,14 +46,8 @@ class Plan(BaseModel):
     scale: float  # what multiplies an update: lora_alpha / r, or lora_alpha / sqrt(r)
     scales: dict[str, float]  # of modules where a pattern gives another
     head: HeadPlan
-    base_bytes: int  # the part of memory_bytes that all runs of a pack share
-    logits_bytes: int = 0  # the part of it for logits, of which a pack has no more than a chunk
-    memory_bytes: int  # estimate: base, adapter, optimizer, activations of the longest micro-batch
-    token_bytes: int = 0  # estimate: activations of one token
-    logit_bytes: int = 0  # estimate: float32 logits of one token, their softmax and its gradient
     disk_bytes: int  # estimate: what the run folder will hold
     checkpoint_bytes: int  # estimate: what it holds beside that while the run trains
-    train_flops: float  # estimate: 4 x parameters FLOPs per token, for all steps
     tracker: str
     warnings: list[str]
     defaults: dict[str, Any] = {}  # recipe, what it gives (applied), what is set otherwise; or {}
@@ -107,32 +99,6 @@ class Resolved(NamedTuple):
     left_out: list[str]  # what all-linear and the like do not adapt
     scales: dict[str, float]  # what multiplies each module's update, patterns included
     ranks: dict[str, int]
-
-
-def measured(plan: Plan, config: Config, lengths: Lengths) -> Plan:
-    """Return a plan that knows the lengths of the examples.
-
-    Until then it takes every example for as long as `data.max_length`.
-    """
-    trainer = config.trainer
-    bound = (trainer.micro_batch_size or trainer.batch_size) * config.data.max_length
-    logits = _logits_bytes(lengths.targets, plan.logit_bytes)
-    less = plan.logits_bytes - logits + (bound - lengths.longest) * plan.token_bytes
-    return plan.model_copy(
-        update={
-            "lengths": lengths,
-            "logits_bytes": logits,
-            "memory_bytes": plan.memory_bytes - less,
-            "train_flops": 4.0 * plan.total_parameters * lengths.rows,
-        }
-    )
-
-
-def _logits_bytes(tokens: int, logit_bytes: int) -> int:
-    """Logits, their softmax and its gradient; more than a chunk never exists, of all runs."""
-    from lorabench.pack.head import CHUNK_BYTES
-
-    return min(tokens * logit_bytes, 3 * CHUNK_BYTES)
 
 
 class Planner:
@@ -190,6 +156,11 @@ class Planner:
                 )
             self._plans[key] = made
         return self._plans[key]
+
+    def ranks(self, config: Config, classes: int = 0) -> dict[str, int]:
+        """Return the rank of every module that a run adapts, in the order of its plan."""
+        base = self.skeleton(config.model, classes)
+        return self._resolve(config, base, self.wrapped(config.model, classes)).ranks
 
     def _resolve(self, config: Config, base: Any, known: dict[str, Any]) -> Resolved:
         """Names, counts and reasons of a run, learnt once per distinct adapter."""
@@ -252,15 +223,6 @@ class Planner:
             started = start.notes(begins, wrapped)
         total = base_model.num_parameters(base)
         weight_bytes = 8 if config.trainer.dtype == "float64" else 4
-        text = base.config.get_text_config()
-        micro = config.trainer.micro_batch_size or config.trainer.batch_size
-        tokens = micro * config.data.max_length
-        activation = 2 if config.trainer.dtype == "bfloat16" else weight_bytes
-        layers = 1 if config.trainer.gradient_checkpointing else text.num_hidden_layers
-        token_bytes = text.hidden_size * layers * 34 * activation
-        base_bytes = RUNTIME_BYTES + sum(p.numel() * p.element_size() for p in base.parameters())
-        logit_bytes = 12 * (len(labels) or text.vocab_size)
-        logits = _logits_bytes(tokens, logit_bytes)
         narrow = remarks.narrow(base, resolved.ranks)
         warnings = [*recipe.warnings(config), *remarks.warnings(config, base)]
         warnings += [*narrow, *resolved.left_out, *started]
@@ -287,20 +249,10 @@ class Planner:
             scale=scale(config.lora),
             scales={n: x for n, x in resolved.scales.items() if x != scale(config.lora)},
             head=head,
-            base_bytes=base_bytes,
-            logits_bytes=logits,
-            memory_bytes=base_bytes + 4 * state_bytes + tokens * token_bytes + logits,
-            token_bytes=token_bytes,
-            logit_bytes=logit_bytes,
             disk_bytes=state_bytes + 300_000,
             # Weights, two moments and the best weights: the last one, the one before, and the one
             # being written.
             checkpoint_bytes=(12 if config.trainer.keep == "best" else 9) * state_bytes,
-            train_flops=4.0
-            * total
-            * config.trainer.num_steps
-            * config.trainer.batch_size
-            * config.data.max_length,
             tracker=tracker_address(config),
             warnings=warnings,
             labels=labels,

@@ -21,9 +21,10 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from test_presets import PUBLISHED
 
-from lorabench import cli, hub, nvidia, plan
+from lorabench import cli, hub, nvidia, plan, sweep
 from lorabench.cli import planning
 from lorabench.config import ConfigErrors, typed
+from lorabench.needs import Needs
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("first-sweep-on-your-model", "install", "offline-and-gated")
@@ -221,8 +222,9 @@ def test_the_memory_of_an_8b_model_is_what_the_plan_estimates(tmp_path: Path) ->
     planner = plan.Planner()
     for micro, again, shown in rows:
         memory = [f"trainer.micro_batch_size={micro}", f"trainer.gradient_checkpointing={again}"]
-        made = planner.make(composed(*words, *memory))
-        assert f"{made.memory_bytes / 1e9:.0f}" == shown
+        config = composed(*words, *memory)
+        job = sweep.Job(planner.resolved(config), "", planner.make(config))
+        assert f"{Needs(planner).memory([job]) / 1e9:.0f}" == shown
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))

@@ -19,9 +19,10 @@ from processes import running, slowly, wait_for
 from stock import TINY, embedded_tokenizer, mixture, packed, tokens_of, train_pack
 from tiny import SMALL
 
-from lorabench import adapters, cli, data, machine, plan
+from lorabench import adapters, cli, data, plan
 from lorabench.data.ragged import Ragged
 from lorabench.lengths import lengths_of
+from lorabench.needs import Needs
 from lorabench.pack import probe
 from lorabench.train import train
 
@@ -267,8 +268,8 @@ def test_the_plan_says_where_a_pack_cannot_pay(
 ) -> None:
     """On a device that is slow at arithmetic a run alone keeps it busy."""
     words = [*FAST, *mixed_lengths, "model=local", f"model.path={tiny_folder('llama')}", "seed=0,1"]
-    for flops, busy in ((1e6, True), (1e15, False)):
-        monkeypatch.setattr(machine, "matmul_flops", lambda flops=flops: flops)
+    for calls, busy in ((0.05, True), (0.9, False)):  # seconds of a step that calls take
+        monkeypatch.setattr(Needs, "step_seconds", lambda *_, calls=calls: (1.0, calls))
         said = say("plan", "-m", *words).out
         assert ("a run alone keeps this device busy" in said) == busy
 

@@ -67,7 +67,6 @@ def test_epochs_and_the_steps_they_make_are_one_run() -> None:
     assert (config.trainer.steps, config.trainer.epochs) == (11, None)  # ceil(1.5 * ceil(50 / 8))
     assert made.run_id == same.run_id != planned(*words, "trainer.steps=12")[1].run_id
     assert "trainer.epochs=1.5 makes 11 steps" in made.warnings
-    assert made.train_flops == same.train_flops
 
 
 def plan_jobs(*words: str) -> list[Any]:

@@ -80,7 +80,7 @@ def attach(base: PreTrainedModel, config: Config, modules: list[str]) -> PeftMod
         wrapped = get_peft_model(tree, settings, adapter_name=ADAPTER, low_cpu_mem_usage=False)
     _name_init(wrapped, asked)
     seed_weights(wrapped, config)
-    _raise_precision(wrapped, torch.float64 if config.trainer.dtype == "float64" else torch.float32)
+    raise_precision(wrapped, torch.float64 if config.trainer.dtype == "float64" else torch.float32)
     if config.task == "seq_cls" and head:
         copy_of_head: Any = wrapped.get_base_model().get_submodule(head[0])
         with torch.no_grad():
@@ -100,7 +100,7 @@ def _name_init(wrapped: PeftModel, init: Any) -> None:
 MIXED_PRECISION = (nn.LayerNorm, nn.Linear, Conv1D)
 
 
-def _raise_precision(wrapped: PeftModel, dtype: torch.dtype) -> None:
+def raise_precision(wrapped: PeftModel, dtype: torch.dtype) -> None:
     """Hold what trains in `dtype`: a bfloat16 parameter would lose most of its small updates."""
     for name, parameter in list(wrapped.named_parameters()):
         if not parameter.requires_grad or parameter.dtype == dtype:

@@ -67,6 +67,7 @@ def plan(arguments: list[str]) -> int:
     from lorabench import machine, show, sweep
     from lorabench.config import ConfigErrors
     from lorabench.data.sources import remote_paths
+    from lorabench.needs import Needs
     from lorabench.plan import Planner
 
     spreads = _spreads(options.pilot)  # a folder that tells nothing is refused at once
@@ -88,9 +89,14 @@ def plan(arguments: list[str]) -> int:
             raise
         unread = error.errors[0]
     device = machine.choose_device(jobs[0].config.trainer.device)
-    packs = sweep.form_packs(jobs, composed.pack_size, machine.free_memory(device))
-    sweep.to_compile(jobs, packs, device)  # refuses what cannot be
+    memory = machine.free_memory(device)
+    needs = Needs(planner)
+    needs.know(jobs)
     trained = {i for i, job in enumerate(jobs) if (found := job.record()) and found.has_trained()}
+    sweep.check_memory([job for i, job in enumerate(jobs) if i not in trained], needs)
+    packs = sweep.form_packs(jobs, composed.pack_size, memory, needs)
+    sweep.to_compile(jobs, packs, device, needs)  # refuses what cannot be
+    faster = sweep.faster(jobs, packs, composed.pack_size, memory, needs)
     sweep.check_room([[jobs[i] for i in members if i not in trained] for members in packs])
     told = None if unread else _outlook(jobs, shared, spreads)
     attempts: list[Any] = []
@@ -106,7 +112,9 @@ def plan(arguments: list[str]) -> int:
         print(f"{len(planned)} grid points, {len(planned) - len(jobs)} the same run as another")
     smoked = tried() if options.smoke else ()
     seen = _examples(jobs[0], shared, options.show) if options.show else None
-    show.plan(jobs, packs, options.json, smoked, notes, unread, told, options.settle, seen)
+    show.plan(
+        jobs, packs, needs, options.json, smoked, notes, unread, told, options.settle, seen, faster
+    )
     return 1 if any(attempt.error is not None for attempt in attempts) else 0
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lorabench import machine, record, sweep
 from lorabench.cli import presets
 from lorabench.config import ConfigErrors
+from lorabench.needs import Needs
 from lorabench.plan import Planner
 from lorabench.progress import Display
 from lorabench.sweep import Job, SweepFolder
@@ -53,6 +54,8 @@ class Session:
             worker.look_at_kept()
         self.left = [job for job in jobs if self.worker(job).asked.is_left(job)]
         notes = presets.note(job.config for job in jobs) + shared.check_data(self.left)
+        self.needs = Needs(command.planner)
+        self.needs.know(self.left)
         for worker in self.workers.values():
             self._add(worker, pack_size)
         self._greet()
@@ -71,17 +74,19 @@ class Session:
         known = worker.folder.read()
         packed = {run for pack in known.packs for run in pack.runs}
         fresh = [j for j in sweep.first_of_each(worker.asked.jobs) if j.plan.run_id not in packed]
+        to_train = sweep.first_of_each(
+            job for job in worker.asked.jobs if worker.asked.must_train(job)
+        )
+        sweep.check_memory(to_train, self.needs)
         packs: list[list[str]] = []
         compiled: set[str] = set()
         if fresh:
             device = machine.choose_device(fresh[0].config.trainer.device)
-            formed = sweep.form_packs(fresh, pack_size, machine.free_memory(device))
+            memory = machine.free_memory(device)
+            formed = sweep.form_packs(fresh, pack_size, memory, self.needs)
             packs = [[fresh[i].plan.run_id for i in members] for members in formed]
-            which = zip(packs, sweep.to_compile(fresh, formed, device), strict=True)
+            which = zip(packs, sweep.to_compile(fresh, formed, device, self.needs), strict=True)
             compiled = {run for runs, is_compiled in which if is_compiled for run in runs}
-        to_train = sweep.first_of_each(
-            job for job in worker.asked.jobs if worker.asked.must_train(job)
-        )
         shapes = [*(pack.runs for pack in known.current_packs()), *packs]
         sweep.check_room([[j for j in to_train if j.plan.run_id in runs] for runs in shapes])
         if stale := stale_checkpoints(to_train, known.current_packs()):

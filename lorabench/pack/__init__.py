@@ -16,6 +16,8 @@ norms     frozen norms with a backward written by hand
 rotary    rotary embeddings, likewise
 optimizer AdamW over stacked storage
 head      hidden states -> nll, on chosen rows, in chunks
+trace     a step on tensors without storage
+account   what it takes: bytes, FLOPs and calls
 batch     one micro-batch, and how it is laid out
 """
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorabench.config import first_line
-from lorabench.machine import matmul_flops
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from lorabench.config import Config
+    from lorabench.needs import Needs
     from lorabench.plan import Plan
+    from lorabench.sweep import Job
 
 
 class Cost(NamedTuple):
@@ -43,13 +44,13 @@ def why_not(config: Config, plan: Plan) -> str | None:
     return None
 
 
-def pays(config: Config, plan: Plan, device: str) -> bool:
-    """Whether compiling the pack of a run is reckoned to save time, by the table of costs."""
+def pays(jobs: Sequence[Job], device: str, needs: Needs) -> bool:
+    """Whether compiling a pack of these runs is reckoned to save time, by the table of costs."""
     cost = COSTS.get(device.partition(":")[0])
-    if cost is None or plan.lengths is None:
+    if cost is None or jobs[0].plan.lengths is None:
         return False
-    seconds = plan.train_flops / (matmul_flops() / 3)
-    return cost.saved * seconds > cost.seconds_a_call * CALLS_A_MODULE * len(plan.lora_modules)
+    modules = len({name for job in jobs for name in job.plan.lora_modules})
+    return cost.saved * needs.seconds(jobs) > cost.seconds_a_call * CALLS_A_MODULE * modules
 
 
 def compiled(body: Any) -> Callable[..., Any]:

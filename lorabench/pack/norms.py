@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 
 class FrozenRMSNorm(nn.Module):
@@ -78,18 +79,28 @@ def fuse_norms(tree: nn.Module) -> None:
             continue
         if len(inspect.signature(module.forward).parameters) != 1:
             continue  # a gated one, say
-        # Gemma's stores w - 1.
-        exact = weight if weight.dtype == torch.float64 else weight.float()
-        for weight_D in (weight, 1 + exact):
-            fast = FrozenRMSNorm(module, weight_D, float(eps))
-            if _same(module, fast, weight):
+        for added in (0, 1):  # Gemma's stores w - 1
+            if _same(module, weight, added, float(eps)):
+                fast = FrozenRMSNorm(module, _added(weight, added), float(eps))
                 tree.set_submodule(name, fast)
                 break
 
 
-def _same(module: nn.Module, fast: nn.Module, like: Tensor) -> bool:
-    """Whether both say the same of rows around one, far above and near eps."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(6, like.shape[0], generator=generator).to(like.device)
-    x *= torch.tensor([1, 1, 100, 100, 1e-3, 1e-3], device=like.device)[:, None]
-    return torch.allclose(module(x).double(), fast(x).double(), rtol=1e-5, atol=1e-6)
+def _added(weight: Tensor, added: int) -> Tensor:
+    """The factor: what is stored, or more, in at least float32, as the architectures add it."""
+    if not added:
+        return weight
+    return (weight if weight.dtype == torch.float64 else weight.float()) + added
+
+
+def _same(module: nn.Module, weight: Tensor, added: int, eps: float) -> bool:
+    """Whether FrozenRMSNorm computes the same for rows around one, far above and near eps."""
+    with unset_fake_temporarily():  # a traced base has shapes alone: any values tell
+        if isinstance(weight, FakeTensor):
+            weight = torch.linspace(0.5, 1.5, len(weight), dtype=weight.dtype)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(6, len(weight), generator=generator).to(weight.device)
+        x *= torch.tensor([1, 1, 100, 100, 1e-3, 1e-3], device=weight.device)[:, None]
+        expected = torch.func.functional_call(module, {"weight": weight}, x)
+        found = FrozenRMSNorm(module, _added(weight, added), eps)(x)
+        return torch.allclose(expected.double(), found.double(), rtol=1e-5, atol=1e-6)

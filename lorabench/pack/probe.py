@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from lorabench.pack.attention import INNER, EndToEnd
@@ -73,7 +74,8 @@ PROBE = (3, 11, 23)  # tokens; their sum is no other dimension of a model
 def suits(base: PreTrainedModel) -> bool:
     """Whether a loaded base computes the same where examples lie end to end; tried once a base."""
     if base not in _PROBED:
-        _PROBED[base] = why_padded(base) is None and _same(base)
+        traced = isinstance(next(base.parameters()), FakeTensor)  # has shapes, and no values
+        _PROBED[base] = why_padded(base) is None and (traced or _same(base))
     return _PROBED[base]
 
 

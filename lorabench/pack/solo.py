@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -67,7 +68,7 @@ class ModulePack:
 
     def __init__(self, base: PreTrainedModel, config: Config, modules: list[str], device: str):
         self.configs, self.device = [config], device
-        self.wrapped = adapters.attach(base, config, modules)
+        self.wrapped = self._attach(base, modules)
         self.initial: dict[str, Tensor] | None = None
         if config.lora.init in adapters.CHANGES_BASE:
             state = adapters.adapter_state(self.wrapped)
@@ -92,6 +93,9 @@ class ModulePack:
             eps=trainer.eps,
             fused=device != "mps",
         )
+
+    def _attach(self, base: PreTrainedModel, modules: list[str]) -> PeftModel:
+        return adapters.attach(base, self.configs[0], modules)
 
     @classmethod
     def of_saved(

@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rich.table import Table
 
@@ -16,6 +16,7 @@ from lorabench.show.text import console, dump, quantity, size, whole
 
 if TYPE_CHECKING:
     from lorabench.compare.outlook import Outlook
+    from lorabench.needs import Needs
     from lorabench.smoke import Attempt
     from lorabench.sweep import Job
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 def plan(
     jobs: list[Job],
     packs: list[list[int]],
+    needs: Needs,
     as_json: bool,
     attempts: Iterable[Attempt] = (),
     notes: Iterable[str] = (),
@@ -30,24 +32,33 @@ def plan(
     told: Outlook | None = None,
     difference: float | None = None,
     seen: dict[str, Any] | None = None,
+    faster: str | None = None,
 ) -> None:
     """Show what a command will do.
 
     Args:
+        needs: tells memory and time.
         attempts: of --smoke, one per pack, made while they are shown.
         notes: what is to be said about the data.
         unread: why the data could not be read.
         told: what the sweep will be able to tell.
         difference: that is to be found, in the unit of its metric.
         seen: examples as the model sees them, and lengths, of the first run.
+        faster: a setting with which all would take less time.
     """
-    peak = machine.matmul_flops()
+    estimates = _estimates(jobs, packs, needs)
     plans = [
-        job.plan.model_dump() | {"label": job.label, "seconds": _seconds(job, peak)} for job in jobs
+        job.plan.model_dump()
+        | {"label": job.label, "memory_bytes": memory, "seconds": seconds}
+        for job, memory, seconds in zip(
+            jobs, needs.alone(jobs), _shares(jobs, packs, estimates), strict=True
+        )
     ]
+    notes = [*notes, *(_rough(model, why) for model, why in needs.rough.items())]
     if as_json:
         named = [[jobs[i].plan.run_id for i in members] for members in packs]
         content = {"runs": plans, "packs": named, "seconds": sum(p["seconds"] for p in plans)}
+        content |= {"pack_memory_bytes": [one.memory_bytes for one in estimates], "faster": faster}
         content |= {"versions": versions.shown(), "notes": list(notes), "unread": unread}
         content["outlook"] = _outlook_content(told, difference, content["seconds"] / len(jobs))
         tried = [dataclasses.asdict(attempt) for attempt in attempts]
@@ -74,7 +85,7 @@ def plan(
             quantity(job.plan.trainable_parameters),
             _scale(job.plan),
             f"{head.policy}{', tied' if head.tied else ''}",
-            f"~{size(job.plan.memory_bytes)}",
+            f"~{size(planned['memory_bytes'])}",
             f"~{planned['seconds']:.0f}",
         )
     whole(out, table, ("seconds", "scale", "modules", "head", "memory"))
@@ -99,7 +110,9 @@ def plan(
         text = f"lengths   are bounds, the data could not be read: {unread}"
         out.print(text, style="yellow", soft_wrap=True)
     if len(jobs) > 1:
-        out.print(f"packs     runs that train together: {_packing(jobs, packs, peak)}")
+        out.print(f"packs     runs that train together: {_packing(packs, estimates)}")
+    if faster:
+        out.print(f"faster    {faster}", soft_wrap=True)
     for reason in dict.fromkeys(job.plan.alone for job in jobs if job.plan.alone):
         who = next(job.label for job in jobs if job.plan.alone == reason)
         out.print(f"alone     {who}: {reason}")
@@ -120,7 +133,7 @@ def plan(
     out.print(f"versions  {installed}")
     total_seconds = sum(p["seconds"] for p in plans)
     out.print(
-        f"time      ~{total_seconds:.0f} s for all runs, from a short measurement of this machine"
+        f"time      ~{total_seconds:.0f} s for all runs, from the kernels of a step, timed here"
     )
     if told is None and difference is not None:
         out.print("settle    nothing: one setting alone, or no test examples to compare on")
@@ -270,18 +283,47 @@ def _rows(jobs: list[Job]) -> str:
     return text if reason is None else f"{text}: {reason}"
 
 
-def _packing(jobs: list[Job], packs: list[list[int]], peak: float) -> str:
-    """Sizes of the packs, and whether a run alone keeps the device busy."""
+class Estimate(NamedTuple):
+    """What a pack takes."""
+
+    memory_bytes: int
+    seconds: float  # of all it does
+    is_busy: bool  # whether one of its runs alone would keep the device busy
+
+
+def _estimates(jobs: list[Job], packs: list[list[int]], needs: Needs) -> list[Estimate]:
+    found = []
+    for members in packs:
+        pack = [jobs[i] for i in members]
+        step, host = needs.step_seconds(pack)
+        is_busy = (step - host) / len(pack) > 5 * host
+        found.append(Estimate(needs.memory(pack), needs.seconds(pack), is_busy))
+    return found
+
+
+def _shares(jobs: list[Job], packs: list[list[int]], estimates: list[Estimate]) -> list[float]:
+    """Each run's part of the seconds of its pack."""
+    found = [0.0] * len(jobs)
+    for members, estimate in zip(packs, estimates, strict=True):
+        for i in members:
+            found[i] = estimate.seconds / len(members)
+    return found
+
+
+def _rough(model: str, why: str) -> str:
+    return f"memory and time of {model} are rough: its step cannot be traced ({why})"
+
+
+def _packing(packs: list[list[int]], estimates: list[Estimate]) -> str:
+    """Sizes and memory of the packs, and whether a run alone keeps the device busy."""
     sizes = ", ".join(str(len(members)) for members in packs)
-    packed = [jobs[i] for members in packs if len(members) > 1 for i in members]
-    busy = packed and all(
-        job.plan.train_flops / peak > 5 * job.config.trainer.num_steps * _overhead(job)
-        for job in packed
-    )
-    return sizes + (
+    most = max(one.memory_bytes for one in estimates)
+    text = f"{sizes}, ~{size(most)} {'each' if len(packs) > 1 else 'of memory'}"
+    larger = [one.is_busy for one, members in zip(estimates, packs, strict=True) if members[1:]]
+    return text + (
         " (a run alone keeps this device busy: a pack saves loading and takes more memory, and its "
         "steps are hardly faster)"
-        if busy
+        if larger and all(larger)
         else ""
     )
 
@@ -319,14 +361,3 @@ def _shorten(modules: list[str]) -> str:
         folded = f"{low}-{high}" if whole else ",".join(map(str, numbers))
         parts.append(key.replace("#", f"{{{folded}}}" if len(numbers) > 1 else str(low)))
     return ", ".join(parts)
-
-
-def _seconds(job: Job, peak: float) -> float:
-    """A rough time: training FLOPs at a third of the peak, plus a per-step overhead."""
-    steps = job.config.trainer.num_steps
-    return job.plan.train_flops / (peak / 3) + steps * _overhead(job) + 2.0
-
-
-def _overhead(job: Job) -> float:
-    """Seconds of a step that no arithmetic takes: calls."""
-    return 0.0003 * len(job.plan.lora_modules) + 0.003

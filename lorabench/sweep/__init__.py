@@ -18,6 +18,7 @@ from lorabench.sweep.folder import (
     pack_id,
 )
 from lorabench.sweep.jobs import Job, Mistakes, distinct, first_of_each, plan_jobs
+from lorabench.sweep.memory import check_memory, faster
 from lorabench.sweep.packs import form_packs, to_compile
 
 __all__ = [
@@ -29,9 +30,11 @@ __all__ = [
     "SettlingEntry",
     "SweepFile",
     "SweepFolder",
+    "check_memory",
     "check_room",
     "distinct",
     "entry_of",
+    "faster",
     "first_of_each",
     "form_packs",
     "pack_id",

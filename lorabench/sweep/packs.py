@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import TYPE_CHECKING
 
 from lorabench.config import ConfigErrors
 from lorabench.sweep.jobs import Job
+
+if TYPE_CHECKING:
+    from lorabench.needs import Needs
 
 # What each run of a pack has for itself; everything else must be the same.
 OWN_GROUPS = (
@@ -19,7 +23,9 @@ OWN_TRAINER = (
 )  # fmt: skip
 
 
-def to_compile(jobs: list[Job], packs: list[list[int]], device: str) -> list[bool]:
+def to_compile(
+    jobs: list[Job], packs: list[list[int]], device: str, needs: Needs
+) -> list[bool]:
     """Which packs are compiled, by `trainer.compile`.
 
     Raises:
@@ -31,31 +37,32 @@ def to_compile(jobs: list[Job], packs: list[list[int]], device: str) -> list[boo
     for members in packs:
         first = jobs[members[0]]
         wanted = first.config.trainer.compile
-        reason = compiling.why_not(first.config, first.plan)
+        reason = None if wanted == "never" else compiling.why_not(first.config, first.plan)
         if wanted == "always" and reason:
             errors.append(
                 f"trainer.compile: always must be a pack that compiles once; {first.label}: "
                 f"{reason}; use trainer.compile=auto or never"
             )
-        pays = wanted == "auto" and compiling.pays(first.config, first.plan, device)
-        found.append(reason is None and (wanted == "always" or pays))
+        compiles = wanted == "always"
+        if wanted == "auto" and reason is None:
+            compiles = compiling.pays([jobs[i] for i in members], device, needs)
+        found.append(compiles)
     if errors:
         raise ConfigErrors(errors)
     return found
 
 
-def form_packs(jobs: list[Job], limit: int, memory: int) -> list[list[int]]:
+def form_packs(jobs: list[Job], limit: int, memory: int, needs: Needs) -> list[list[int]]:
     """Indices of jobs that train together: what can share a base forward, as evenly as it fits.
 
     Args:
         limit: the most runs of a pack.
         memory: bytes a pack may take.
+        needs: tells what a pack takes.
 
     Raises:
         ConfigErrors: the limit is below 1.
     """
-    from lorabench.pack.head import CHUNK_BYTES
-
     if limit < 1:
         raise ConfigErrors(f"hydra.launcher.pack_size: must be at least 1; got {limit}")
     alike: dict[str, list[int]] = {}
@@ -77,18 +84,34 @@ def form_packs(jobs: list[Job], limit: int, memory: int) -> list[list[int]]:
                 [*jobs[i].plan.lora_modules, *jobs[i].plan.saved_modules],
             )
         )
-        plans = [jobs[i].plan for i in members]
-        free = memory - min(one.base_bytes for one in plans)
-        each = max(1, *(one.memory_bytes - one.base_bytes - one.logits_bytes for one in plans))
-        logits = max(one.logits_bytes for one in plans)
-        # All runs' logits, or the chunk of them that exists at a time.
-        most = max(free // (each + logits), (free - 3 * CHUNK_BYTES) // each)
-        fits = max(1, min(limit, most))
-        count = -(-len(members) // fits)
-        size, more = divmod(len(members), count)
-        start = 0
-        for n in range(count):
-            end = start + size + (n < more)
-            packs.append(members[start:end])
-            start = end
+        packs += _split(members, jobs, limit, memory, needs)
     return sorted(packs)
+
+
+def _split(
+    members: list[int], jobs: list[Job], limit: int, memory: int, needs: Needs
+) -> list[list[int]]:
+    """Members in as few packs as fit into memory, of the same size where possible."""
+
+    def fit(count: int) -> bool:
+        largest = max(_evenly(members, count), key=lambda pack: _weight(pack, jobs))
+        return len(largest) == 1 or needs.fits([jobs[i] for i in largest], memory)
+
+    count = fewest = -(-len(members) // limit)
+    while not fit(count):
+        fewest, count = count + 1, min(2 * count, len(members))
+    while fewest < count:  # between the last that did not fit and the first that did
+        middle = (fewest + count) // 2
+        fewest, count = (fewest, middle) if fit(middle) else (middle + 1, count)
+    return _evenly(members, count)
+
+
+def _weight(pack: list[int], jobs: list[Job]) -> tuple[int, int]:
+    """What makes one of several packs alike the largest: its runs, then their parameters."""
+    return len(pack), sum(jobs[i].plan.trainable_parameters for i in pack)
+
+
+def _evenly(members: list[int], count: int) -> list[list[int]]:
+    size, more = divmod(len(members), count)
+    ends = [size * (n + 1) + min(n + 1, more) for n in range(count)]
+    return [members[start:end] for start, end in zip([0, *ends], ends, strict=False)]

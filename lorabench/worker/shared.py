@@ -16,7 +16,7 @@ from lorabench import model as base_model
 from lorabench.base_scores import tokenizer_of
 from lorabench.config import ConfigErrors, parts
 from lorabench.lengths import Lengths, lengths_of
-from lorabench.plan import Planner, measured
+from lorabench.plan import Planner
 from lorabench.sweep import Job, Mistakes
 
 
@@ -142,19 +142,33 @@ class Shared:
         return list(dict.fromkeys(notes))
 
     def _measure(self, job: Job) -> None:
+        import numpy as np
+
         if job.plan.lengths is not None:
             return
         config, padded = job.config, job.plan.padded is not None
         trainer = config.trainer
         decides = [
             _data_key(job), config.seeds.data, config.data.group_by_length, trainer.num_steps,
-            trainer.batch_size, trainer.micro_batch_size, padded,
+            trainer.batch_size, trainer.micro_batch_size, trainer.eval_examples,
+            trainer.eval_batch_size, padded,
         ]  # fmt: skip
         key = json.dumps(decides)
         if key not in self._lengths:
-            tokens = self.dataset(job).tokens["train"]
-            self._lengths[key] = lengths_of(config, tokens, padded)
-        job.plan = measured(job.plan, config, self._lengths[key])
+            tokens = self.dataset(job).tokens
+            scored = {
+                split: tokens[split].input_ids.lengths[: trainer.eval_examples]
+                for split in ("validation", "test")
+            }
+            sums = {split: int(lengths.sum()) for split, lengths in scored.items()}
+            # Scored by length: the longest examples together.
+            sums["scored"] = max(
+                int(np.sort(lengths)[-trainer.eval_batch_size :].sum())
+                for lengths in scored.values()
+            )
+            found = lengths_of(config, tokens["train"], padded)
+            self._lengths[key] = found.model_copy(update=sums)
+        job.plan = job.plan.model_copy(update={"lengths": self._lengths[key]})
 
     def keep_only(self, jobs: Iterable[Job]) -> None:
         """Drop what none of these runs needs."""
