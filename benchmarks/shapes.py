@@ -236,7 +236,7 @@ def bench_shapes(options: argparse.Namespace, result: dict[str, Any], save: Call
 def sizer(config: Any, device: str) -> int:
     """The pack size lorabench would choose for 16 such runs in the memory that is free now."""
     from lorabench import machine, plan, sweep
-    from lorabench.needs import Needs
+    from lorabench.sweep.needs import Needs
 
     planner = plan.Planner()
     jobs = [sweep.Job(c, str(i), planner.make(c)) for i, c in enumerate(variants(config, 16))]

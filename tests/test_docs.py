@@ -24,7 +24,7 @@ from test_presets import PUBLISHED
 from lorabench import cli, hub, nvidia, plan, sweep
 from lorabench.cli import planning
 from lorabench.config import ConfigErrors, typed
-from lorabench.needs import Needs
+from lorabench.sweep.needs import Needs
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("first-sweep-on-your-model", "install", "offline-and-gated")

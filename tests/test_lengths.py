@@ -22,8 +22,8 @@ from tiny import SMALL
 from lorabench import adapters, cli, data, plan
 from lorabench.data.ragged import Ragged
 from lorabench.lengths import lengths_of
-from lorabench.needs import Needs
 from lorabench.pack import probe
+from lorabench.sweep.needs import Needs
 from lorabench.train import train
 
 FAST = [

@@ -17,10 +17,11 @@ import pytest
 import torch
 from conftest import say
 
-from lorabench import cli, data, machine, needs, sweep
-from lorabench.needs import Needs
+from lorabench import cli, data, machine, sweep
 from lorabench.pack import trace
 from lorabench.plan import Planner
+from lorabench.sweep import needs
+from lorabench.sweep.needs import Needs
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "memory.py"
 # The kernels' own scratch memory, which only a run can know, and rounding up by an allocator.

@@ -15,8 +15,8 @@ from peft.tuners.lora import LoraLayer
 from lorabench import adapters, cli, plan, sweep
 from lorabench import model as base_model
 from lorabench.config import ConfigErrors
-from lorabench.needs import Needs
 from lorabench.pack.trace import trace
+from lorabench.sweep.needs import Needs
 
 
 def wrapped_by_peft(folder: Path, **settings: object) -> tuple[set[str], int]:

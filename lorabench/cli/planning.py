@@ -67,8 +67,8 @@ def plan(arguments: list[str]) -> int:
     from lorabench import machine, show, sweep
     from lorabench.config import ConfigErrors
     from lorabench.data.sources import remote_paths
-    from lorabench.needs import Needs
     from lorabench.plan import Planner
+    from lorabench.sweep.needs import Needs
 
     spreads = _spreads(options.pilot)  # a folder that tells nothing is refused at once
     planner = Planner()

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from lorabench import machine, record, sweep
 from lorabench.cli import presets
 from lorabench.config import ConfigErrors
-from lorabench.needs import Needs
 from lorabench.plan import Planner
 from lorabench.progress import Display
 from lorabench.sweep import Job, SweepFolder
+from lorabench.sweep.needs import Needs
 
 if TYPE_CHECKING:
     from lorabench.worker import Outcome, Worker

@@ -8,7 +8,7 @@ rows      whose row is whose, and which of them anybody reads
 attention what a model calls where examples lie end to end
 softcap   soft-capped attention without T x T scores
 ways      how attention goes through them: one by one, or in buckets of similar lengths
-compiling which packs are compiled, and what that costs
+compiling a model's body as one graph
 probe     which models compute the same so
 repeat    where a batch that runs share is computed once for all
 layers    the layers that serve all runs at once

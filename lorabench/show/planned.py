@@ -16,9 +16,9 @@ from lorabench.show.text import console, dump, quantity, size, whole
 
 if TYPE_CHECKING:
     from lorabench.compare.outlook import Outlook
-    from lorabench.needs import Needs
     from lorabench.smoke import Attempt
     from lorabench.sweep import Job
+    from lorabench.sweep.needs import Needs
 
 
 def plan(

@@ -6,6 +6,7 @@ disk     whether there is room for what they leave
 folder   sweep.json, and how far each run is
 """
 
+from lorabench.sweep.compiling import to_compile
 from lorabench.sweep.disk import check_room
 from lorabench.sweep.folder import (
     LookEntry,
@@ -19,7 +20,7 @@ from lorabench.sweep.folder import (
 )
 from lorabench.sweep.jobs import Job, Mistakes, distinct, first_of_each, plan_jobs
 from lorabench.sweep.memory import check_memory, faster
-from lorabench.sweep.packs import form_packs, to_compile
+from lorabench.sweep.packs import form_packs
 
 __all__ = [
     "Job",

@@ -13,7 +13,7 @@ from lorabench.sweep.jobs import Job, Mistakes
 from lorabench.sweep.packs import form_packs
 
 if TYPE_CHECKING:
-    from lorabench.needs import Needs
+    from lorabench.sweep.needs import Needs
 
 LENGTHS = 32  # tokens between the values of data.max_length that are tried
 

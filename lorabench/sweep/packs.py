@@ -10,7 +10,7 @@ from lorabench.config import ConfigErrors
 from lorabench.sweep.jobs import Job
 
 if TYPE_CHECKING:
-    from lorabench.needs import Needs
+    from lorabench.sweep.needs import Needs
 
 # What each run of a pack has for itself; everything else must be the same.
 OWN_GROUPS = (
@@ -21,35 +21,6 @@ OWN_TRAINER = (
     "lr", "schedule", "warmup_steps", "min_lr_ratio", "weight_decay", "beta1", "beta2", "eps",
     "max_grad_norm",
 )  # fmt: skip
-
-
-def to_compile(
-    jobs: list[Job], packs: list[list[int]], device: str, needs: Needs
-) -> list[bool]:
-    """Which packs are compiled, by `trainer.compile`.
-
-    Raises:
-        ConfigErrors: `always`, and one of its runs cannot be.
-    """
-    from lorabench.pack import compiling
-
-    found, errors = [], []
-    for members in packs:
-        first = jobs[members[0]]
-        wanted = first.config.trainer.compile
-        reason = None if wanted == "never" else compiling.why_not(first.config, first.plan)
-        if wanted == "always" and reason:
-            errors.append(
-                f"trainer.compile: always must be a pack that compiles once; {first.label}: "
-                f"{reason}; use trainer.compile=auto or never"
-            )
-        compiles = wanted == "always"
-        if wanted == "auto" and reason is None:
-            compiles = compiling.pays([jobs[i] for i in members], device, needs)
-        found.append(compiles)
-    if errors:
-        raise ConfigErrors(errors)
-    return found
 
 
 def form_packs(jobs: list[Job], limit: int, memory: int, needs: Needs) -> list[list[int]]:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from lorabench.lengths import Lengths
     from lorabench.pack.account import Trace
     from lorabench.plan import Planner
-    from lorabench.rates import Rates
-    from lorabench.sweep import Job
+    from lorabench.sweep.jobs import Job
+    from lorabench.sweep.rates import Rates
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class Needs:
         return START_SECONDS + training * (1 + 0.4 * scored / lengths.rows)
 
     def _rates_of(self, job: Job) -> Rates:
-        from lorabench.rates import Rates
+        from lorabench.sweep.rates import Rates
 
         trainer = job.config.trainer
         key = machine.choose_device(trainer.device), trainer.num_threads
