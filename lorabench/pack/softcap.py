@@ -33,13 +33,14 @@ def suits(module: nn.Module, function: Any, options: dict[str, Any], tokens: int
     """
     if tokens < LONG or options.get("softcap") is None or options.get("dropout"):
         return False
-    return getattr(module, "is_causal", True) and code_of(function) == code_of(_gemma2())
+    return getattr(module, "is_causal", True) and _is_gemma2s(function)
 
 
-def _gemma2() -> Any:
+@torch.compiler.assume_constant_result
+def _is_gemma2s(function: Any) -> bool:
     from transformers.models.gemma2 import modeling_gemma2
 
-    return modeling_gemma2.eager_attention_forward
+    return bool(code_of(function) == code_of(modeling_gemma2.eager_attention_forward))
 
 
 def attend(
