@@ -24,7 +24,8 @@ from lorabench.pack import softcap
 from lorabench.pack.ways import Buckets, Views, Way, few_calls, way_of
 
 NAME = "lorabench_end_to_end"
-INNER = ("sdpa", "eager")  # what is called on the parts: functions that take any (B, H, T, E)
+# What is called on the parts: functions that take any (B, H, T, E).
+INNER = ("sdpa", "eager", "flex_attention")
 PLACES = ("position_ids", "cache_position")  # that attention may be handed and does not read
 
 
@@ -164,7 +165,6 @@ def attend(
     config = getattr(module, "config", None)
     name = _now.inner.get(id(config)) or next(iter(_now.inner.values()))
     inner, whole = _inner(module, name), _now.mask_of(attention_mask)
-
     window = kwargs.get("sliding_window")
     is_causal = whole is not None and whole.is_causal(window)
 
