@@ -35,7 +35,7 @@ CUDA = "trains on a CUDA device only; trainer.device=cpu is none; use model.attn
         (["flex_attention", "trainer.deterministic=false"], [CUDA]),
         ([PINNED], [CUDA, "computes in bfloat16", "pip install kernels", "allow_kernel_code=true",
                     f"nothing is known of {PINNED}; use"]),
-        ([PINNED, *FREE], [CUDA, "pip install kernels", "run with your rights; read it, then set "]),
+        ([PINNED, *FREE], [CUDA, "pip install kernels", "with your rights; read it, then set"]),
         ([PINNED, *FREE, "model.allow_kernel_code=true"], [CUDA, "pip install kernels"]),
         (["sdpa_paged"], ["must be one of sdpa, eager, flex_attention, flash_attention_2"]),
     ],
