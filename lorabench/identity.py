@@ -52,7 +52,7 @@ RESOLVED = {
 }  # fmt: skip
 # Keys of the same groups that change no result: labels, places, logs.
 NOT_DECIDING = {
-    "model": {"name"},
+    "model": {"name", "allow_kernel_code"},
     "data": {"name", "allow_left_out"},
     # Whether a pack is compiled lies with the pack, as its shape does.
     "trainer": {

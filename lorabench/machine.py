@@ -59,6 +59,8 @@ def configure_torch(config: Config) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if config.trainer.deterministic:  # transformers hands it on to FlashAttention's backward pass
         os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
+    else:  # of a run before in this process
+        os.environ.pop("FLASH_ATTENTION_DETERMINISTIC", None)
     import torch
 
     trainer = config.trainer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,10 @@ import pytest
 import torch
 import transformers as t
 from tiny import SMALL, tiny_config
+from torch.nn.attention import flex_attention as flex
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import masking_utils
+from transformers.integrations import flex_attention as integration
 
 from lorabench.pack import attention, probe, ways
 from lorabench.pack.ways import Buckets
@@ -104,6 +109,114 @@ def test_a_layer_may_neither_change_its_mask_nor_add_one() -> None:
             attention.attend(layer, query, query, query, mask[:, :, :1, :1])
         with pytest.raises(ValueError, match="hands blocks to its attention"):
             attention.attend(layer, query, query, query, None, blocks=torch.zeros(1, 5))
+
+
+# --- flex_attention --------------------------------------------------------------------------
+
+# torch says so where it is not compiled, and looks at gradients while it traces what it then runs.
+uncompiled = [
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
+
+
+@pytest.fixture
+def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flex_attention as torch writes it out, which has gradients on a CPU too."""
+    monkeypatch.setattr(
+        integration,
+        "compile_friendly_flex_attention",
+        lambda q, k, v, training=False, **settings: flex_attention(q, k, v, **settings),
+    )
+    monkeypatch.setattr(flex, "_validate_device", lambda *states: None)
+    monkeypatch.setattr(
+        masking_utils,
+        "create_block_mask",
+        lambda _compile=True, **settings: flex.create_block_mask(**settings),
+    )
+
+
+def states_and_gradients(model: Any, examples: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What a model says of examples, and of a padded batch if nobody lays them end to end."""
+    lengths = [len(ids) for ids in examples]
+    model.zero_grad()
+    if model.config._attn_implementation == "flex_attention":
+        positions = torch.cat([torch.arange(n, device=model.device) for n in lengths])[None]
+        batch = probe.inputs(torch.cat(examples)[None], positions)
+        with attention.EndToEnd([[(1, lengths)]], str(model.device)).on(model):
+            y = model.model(**batch).last_hidden_state[0]
+            (y * torch.linspace(-1, 2, y.shape[-1], device=y.device)).sum().backward()
+    else:
+        padded = torch.nn.utils.rnn.pad_sequence(examples, batch_first=True)
+        there = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        y = model.model(**probe.inputs(padded, None)).last_hidden_state[there.to(model.device)]
+        (y * torch.linspace(-1, 2, y.shape[-1], device=y.device)).sum().backward()
+    return [y.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def two_models(kind: str, device: str, **changes: Any) -> list[Any]:
+    """The same weights, once with the eager function and once with flex_attention."""
+    config = tiny_config(kind, 61)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    found = []
+    for name in ("eager", "flex_attention"):
+        torch.manual_seed(0)
+        model = t.AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=name)
+        for part, weight in model.named_parameters():
+            if part.endswith(("q_proj.weight", "k_proj.weight")):
+                weight.data *= 20  # as initialised, all scores are about zero
+        found.append(model.to(device).eval())
+    return found
+
+
+@pytest.mark.usefixtures("flex_on_cpu")
+@pytest.mark.parametrize(
+    ("kind", "lengths"),
+    [
+        pytest.param("gemma2", [[140, 33]], marks=uncompiled),
+        *(
+            pytest.param(kind, [[140, 33, 70], [3, 5, 11]], marks=[*uncompiled, pytest.mark.slow])
+            for kind in ("gemma2", "llama", "qwen3")
+        ),
+    ],
+)
+def test_flex_attention_end_to_end_is_eager_padded(kind: str, lengths: list[list[int]]) -> None:
+    """Windows and soft-capping included, in buckets and example by example."""
+    changes = {"attn_logit_softcapping": 2.0} if kind == "gemma2" else {}
+    stock, mine = two_models(kind, "cpu", **changes)
+    assert probe.why_padded(mine) is None and (len(lengths) == 1 or probe.suits(mine))
+    for batch in lengths:
+        examples = [(7 * torch.arange(n) ** 2 + n) % 61 for n in batch]
+        pairs = zip(
+            states_and_gradients(mine, examples), states_and_gradients(stock, examples), strict=True
+        )
+        for one, other in pairs:
+            # A few hundred float32 roundings (6e-8) behind one another.
+            assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["gemma2", "llama"])
+def test_flex_attention_on_a_gpu_keeps_no_scores(kind: str) -> None:
+    """The compiled kernels: gradients are eager's, and memory is not of T x T."""
+    size = {"head_dim": 32, "max_position_embeddings": 2048}
+    changes = {"attn_logit_softcapping": 2.0, "sliding_window": 500} if kind == "gemma2" else {}
+    stock, mine = two_models(kind, "cuda", **size, **changes)
+    lengths = [2048, 1024, 700]
+    examples = [(7 * torch.arange(n, device="cuda") ** 2 + n) % 61 for n in lengths]
+    states_and_gradients(mine, examples)  # compiled
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    found = states_and_gradients(mine, examples)
+    # Scores of the longest example alone, in one layer: 4 heads, float32.
+    assert torch.cuda.max_memory_allocated() - held < 4 * 2048 * 2048 * 4
+    for one, other in zip(found, states_and_gradients(stock, examples), strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()  # as on a CPU; TF32 is off
+
+
+# --- leaks -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("dtype", "leak"), [("float32", 1e-4), ("bfloat16", 0.03)])

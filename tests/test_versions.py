@@ -84,6 +84,7 @@ def test_an_option_that_needs_a_newer_package_is_refused(
     monkeypatch.setattr(kernels, "_may_be_cuda", lambda device: True)
     with_installed(**{package: have})
     base = [] if override.startswith("tracker") else ["tracker=none"]
+    base += ["trainer.dtype=bfloat16", "trainer.deterministic=false"]  # as flash attention needs
     (line,) = plan.check(composed(*base, override))
     assert holds.format(least=declared(package)) in line
     assert re.match(

@@ -23,6 +23,7 @@ NOT_A_SETTING = (
     "trainer.device",
     "trainer.num_threads",
     "trainer.compile",
+    "model.allow_kernel_code",
     "trainer.checkpoint_every",
     "trainer.checkpoint_minutes",
     "trainer.log_every",

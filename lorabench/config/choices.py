@@ -24,7 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": (*DTYPES, AUTO),
     "model.attn_implementation": (
         "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3",
-        "a kernel of the Hub as ORG/NAME@REVISION",
+        "a kernel of the Hub as ORG/NAME@COMMIT",
     ),
     "target_modules.select": ("auto", "attention", "mlp", "all-linear", "custom"),
     "head.policy": ("exclude", "lora", "full"),

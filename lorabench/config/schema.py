@@ -28,6 +28,7 @@ class ModelConfig:
         "float32"  # dtype of the frozen weights; auto: the checkpoint's, bfloat16 for float16
     )
     attn_implementation: str = "sdpa"  # attention kernel, as in transformers
+    allow_kernel_code: bool = False  # download and run the kernel of the Hub named there
 
 
 @dataclass

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lorabench import tasks, versions
 from lorabench.config import ConfigErrors, ModelConfig, and_more, first_line, model_name
 from lorabench.hub import hub_failure
-from lorabench.model import fits, foreign
+from lorabench.model import fits, foreign, kernels
 from lorabench.model.dtypes import resolved
 from lorabench.model.hub import must_be_reachable, pickled_on_hub
 from lorabench.model.place import adapter_beside, beside, local_folder, location
@@ -101,17 +101,19 @@ def skeleton(model: ModelConfig, classes: int = 0) -> PreTrainedModel:
 
     config = architecture(model, classes)
     loader = tasks.model_class(config, classes, model_name(model))
+    name = model.attn_implementation
     try:
         # Quiet: transformers advises on an encoder that `tasks.check` refuses below.
         with torch.device("meta"), _quiet_loading(True):
             built = loader.from_config(
                 config,
-                attn_implementation=model.attn_implementation,
+                # Others are for a GPU that may be elsewhere, or are fetched from the Hub and run.
+                attn_implementation=name if name in kernels.PLAIN else "eager",
                 dtype=dtype(resolved(model).dtype),
                 trust_remote_code=False,
             )
     except (ValueError, ImportError) as error:
-        if model.attn_implementation == "sdpa" and "scaled_dot_product_attention" in str(error):
+        if name == "sdpa" and "scaled_dot_product_attention" in str(error):
             kind = first_line(error).partition(" ")[0]
             raise ConfigErrors(
                 f"model.attn_implementation: must be one that {kind} of '{model.path}' has; got "
@@ -119,6 +121,10 @@ def skeleton(model: ModelConfig, classes: int = 0) -> PreTrainedModel:
             ) from error
         why = first_line(error)
         raise ConfigErrors(f"model.path: '{model.path}' cannot be built: {why}") from error
+    if name not in kernels.PLAIN:
+        if misfit := kernels.misfit(built, name):
+            raise ConfigErrors(misfit)
+        built.config._attn_implementation = name
     tasks.check(built, classes, model_name(model))
     if not classes and (wrong := fits.other_shapes(model, built.state_dict())):
         raise ConfigErrors(wrong)
@@ -134,11 +140,14 @@ def load(model: ModelConfig, device: str, classes: int = 0) -> PreTrainedModel:
     import torch
 
     config = architecture(model, classes)
+    kernels.must_be_here(model.attn_implementation)
     on_host = torch.device(device).type == "cpu"
     # Tensor by tensor to the device; the host never holds the model, not even to cast it.
     options: dict[str, Any] = {} if on_host else {"device_map": {"": device}}
     if classes:  # a checkpoint that is a classifier itself may have another number of them
         options["ignore_mismatched_sizes"] = True
+    if kernels.is_of_hub(model.attn_implementation):  # allowed by name: `kernels.errors`
+        options["allow_all_kernels"] = True
     with _quiet_loading(bool(classes)):
         base, loaded = _call(
             model,
@@ -249,6 +258,8 @@ def _call(model: ModelConfig, load: Callable[..., Any], **options: Any) -> Any:
     except ValueError as error:  # a file this transformers does not know
         why = first_line(error)
         raise ConfigErrors(f"model.path: '{model.path}' does not load: {why}") from error
+    except ImportError as error:  # a kernel whose package does not run here
+        raise ConfigErrors(f"{kernels.KEY}: {first_line(error)}") from error
 
 
 @contextmanager

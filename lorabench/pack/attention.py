@@ -24,7 +24,8 @@ from lorabench.pack import softcap
 from lorabench.pack.ways import Buckets, Views, Way, few_calls, way_of
 
 NAME = "lorabench_end_to_end"
-INNER = ("sdpa", "eager")  # what is called on the parts: functions that take any (B, H, T, E)
+# What is called on the parts: functions that take any (B, H, T, E).
+INNER = ("sdpa", "eager", "flex_attention")
 PLACES = ("position_ids", "cache_position")  # that attention may be handed and does not read
 
 
@@ -109,6 +110,14 @@ class _Mask:
         self._made: dict[int, Tensor | None] = {}
         self.stand_in = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
+    def is_causal(self, window: int | None) -> bool:
+        """Whether transformers says that the mask is nothing but causal, with this window.
+
+        It says so to sdpa, which then makes no mask; not if anything was added to the mask.
+        """
+        skip = self._kwargs.get("allow_is_causal_skip", False)
+        return bool(skip) and self._kwargs.get("local_size") == window
+
     def of(self, width: int, name: str) -> Tensor | None:
         """Return the mask of a bucket, (1, 1, T, T); None where the function needs none."""
         if width not in self._made:
@@ -156,10 +165,11 @@ def attend(
     config = getattr(module, "config", None)
     name = _now.inner.get(id(config)) or next(iter(_now.inner.values()))
     inner, whole = _inner(module, name), _now.mask_of(attention_mask)
+    window = kwargs.get("sliding_window")
+    is_causal = whole is not None and whole.is_causal(window)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if softcap.suits(module, inner, kwargs, q.shape[2]):
-            window = kwargs.get("sliding_window")
+        if is_causal and softcap.suits(module, inner, kwargs, q.shape[2]):
             return softcap.attend(q, k, v, kwargs["scaling"], kwargs["softcap"], window)
         mask = None if whole is None else whole.of(q.shape[2], name)
         found: Tensor = inner(module, q, k, v, mask, **kwargs)[0]

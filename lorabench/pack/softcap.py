@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorabench.pack.rotary import code_of
 
-LONG = 256  # tokens from which blocks are used: shorter scores are small, and eager is faster
+LONG = 512  # tokens from which blocks are used: below, eager is faster where heads are narrow
 BLOCK = 128  # queries; by themselves, so that no mate changes where a block ends
 SCORES = 1 << 24  # numbers of a block's scores at a time: examples are taken in turns
 
@@ -52,8 +52,12 @@ def attend(
         q: (B, H, T, E); k and v (B, G, T, E).
         window: keys that a query sees, its own included; None: all before it.
     Returns:
-        (B, T, H, E).
+        (B, T, H, E), in the dtype of a product of q and k.
     """
+    # As autocast would for each product; but a backward runs outside of it, in the dtypes saved.
+    if torch.is_autocast_enabled(q.device.type):
+        low = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(low) for x in (q, k, v))
     found: Tensor = _Blocks.apply(q, k, v, scaling, softcap, window)
     return found.transpose(1, 2)
 
