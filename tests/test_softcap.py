@@ -198,17 +198,16 @@ def test_a_model_holds_no_square_of_its_tokens(checkpointed: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces
 def test_it_is_part_of_a_compiled_graph() -> None:
-    tokens, model = 384, gemma2(384)
+    tokens, model = 600, gemma2(600)
     ids = torch.randint(0, 61, (tokens,), generator=torch.Generator().manual_seed(1)).numpy()
     laid = Laid(Batch.make([ids[None]], [ids[None]], [1]), True, "input", "cpu")
     compiled = torch.compile(model.model, fullgraph=True, backend="aot_eager", dynamic=False)
     found = []
     for body in (model.model, compiled):
         model.zero_grad()
-        with laid.attention(model), Largest(tokens) as seen:
+        with laid.attention(model):
             given = inputs(laid.input_ids, laid.position_ids)
             body(**given).last_hidden_state.square().sum().backward()
-        assert seen.squares == 0
         found.append([p.grad.clone() for p in model.model.parameters()])
     for mine, theirs in zip(*found, strict=True):
         assert gap(mine, theirs) < 1e-5
