@@ -67,8 +67,8 @@ def test_a_command_does_what_its_runs_share_once(
     read = ConfigRepository.load_config
 
     def counted_skeleton(*args: Any) -> Any:
-        calls["skeleton"].append(args)
-        return skeleton(*args)
+        calls["skeleton"].append(skeleton(*args))
+        return calls["skeleton"][-1]
 
     def counted_attach(*args: Any) -> Any:
         calls["attach"].append(args)
@@ -86,7 +86,8 @@ def test_a_command_does_what_its_runs_share_once(
     said = say("plan", "--json", *words)
     assert said.code == 0, said.err
     assert len(calls["skeleton"]) == 1
-    assert len(calls["attach"]) == 2
+    # Traced steps put adapters on copies of it with fewer layers.
+    assert len([args for args in calls["attach"] if args[0] is calls["skeleton"][0]]) == 2
     # Once for the sweep's own settings, once for all of its jobs.
     assert max(calls["read"].count(path) for path in calls["read"]) <= 2, calls["read"]
 

@@ -25,10 +25,21 @@ from lorabench.pack.batch import Laid
 from lorabench.pack.probe import body_of, inputs
 from lorabench.pack.rows import Rows, Spans, choose_rows
 
-CHUNK_BYTES = 1 << 28  # of float32 logits that exist at a time
+CHUNK_BYTES = 1 << 28  # of float32 logits that exist at a time, on a CPU
 
 # A trained parameter, and whose it is: one entry a run, or None where it is the only run's.
 Owned = tuple[Tensor, Tensor | None]
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """Of float32 logits that exist at a time: more where a GPU has room, for fewer calls.
+
+    By all of its memory, not by what is free: how a run is computed must not depend on the moment.
+    """
+    if device.type != "cuda":
+        return CHUNK_BYTES
+    total = torch.cuda.get_device_properties(device).total_memory
+    return max(CHUNK_BYTES, min(8 * CHUNK_BYTES, total // 32))
 
 
 class Result(nn.Module):
@@ -132,7 +143,7 @@ class RowHead:
         by_hidden = torch.empty_like(hidden_ND) if hidden_ND.requires_grad else None
         by_parameter: list[Tensor | None] = [None] * len(wanted)
         sums = []
-        for chunk in self._chunks(laid.chosen):
+        for chunk in self._chunks(laid.chosen, hidden_ND.device):
             with torch.enable_grad(), window(self.clock, chunk.start):
                 rows = self._rows_of(hidden_ND.detach(), laid, chunk)
                 rows.requires_grad_(by_hidden is not None)
@@ -157,16 +168,16 @@ class RowHead:
     def scored(self, hidden_ND: Tensor, laid: Laid) -> tuple[list[Tensor], list[Tensor]]:
         """nll and argmax of every row, (size, n) each of each block of runs."""
         nll, best = [], []
-        for chunk in self._chunks(laid.chosen):
+        for chunk in self._chunks(laid.chosen, hidden_ND.device):
             logits = self._logits_of(self._rows_of(hidden_ND, laid, chunk), laid, chunk)
             nll.append(cross_entropy(logits, [one[chunk] for one in laid.targets]))
             best.append([block.argmax(-1) for block in logits])
         found = [[torch.cat(one, 1) for one in zip(*parts, strict=True)] for parts in (nll, best)]
         return found[0], found[1]
 
-    def _chunks(self, rows: Rows) -> list[slice]:
+    def _chunks(self, rows: Rows, device: torch.device) -> list[slice]:
         """Parts of each run's rows."""
-        at_once = max(1, CHUNK_BYTES // (4 * self.size * self.vocabulary))
+        at_once = max(1, chunk_bytes(device) // (4 * self.size * self.vocabulary))
         return [slice(first, first + at_once) for first in range(0, max(rows.counts), at_once)]
 
     def _rows_of(self, hidden_ND: Tensor, laid: Laid, chunk: slice) -> Tensor:

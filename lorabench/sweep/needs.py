@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 RUNTIME_BYTES = 450_000_000  # Python, torch and transformers themselves
 START_SECONDS = 2.0  # loading, saving, checkpoints
 SAFE = 4  # times the rough estimate: no pack takes more
+SMALL = 8_000_000_000  # bytes below which, SAFE times, runs of a CPU's pack are not traced together
 
 
 class Needs:
@@ -52,26 +53,24 @@ class Needs:
 
     def memory(self, jobs: Sequence[Job]) -> int:
         """Bytes that a pack of these runs takes: base, runtime, and the largest step."""
+        if self._is_small(jobs):
+            base = self.base_bytes(jobs[0])
+            return base + sum(alone - base for alone in self.alone(jobs))
         trace = self._trace(jobs)
         return self.base_bytes(jobs[0]) + (self._rough(jobs) if trace is None else trace.peak)
 
     def alone(self, jobs: Sequence[Job]) -> list[int]:
-        """Bytes that each of these runs takes by itself.
+        """Bytes that each of these runs takes by itself."""
+        return [round(one) for one in _by_rank(jobs, lambda job: float(self.memory([job])))]
 
-        Of runs that differ in r alone two are traced: bytes are linear in r.
+    def _is_small(self, jobs: Sequence[Job]) -> bool:
+        """Whether several runs take so little on a CPU that they are reckoned from each alone.
+
+        A CPU gains little from packing, so their seconds add up; the whole would take as long to
+        trace as some steps of it.
         """
-        alike: dict[str, list[Job]] = {}
-        for job in jobs:
-            alike.setdefault(json.dumps(_shape_key(job) | {"r": None}), []).append(job)
-        found: dict[int, int] = {}
-        for group in alike.values():
-            low, high = (choose(group, key=lambda job: job.config.lora.r) for choose in (min, max))
-            first, last = low.config.lora.r, high.config.lora.r
-            least = self.memory([low])
-            each = (self.memory([high]) - least) / (last - first) if last > first else 0.0
-            for job in group:
-                found[id(job)] = least + round(each * (job.config.lora.r - first))
-        return [found[id(job)] for job in jobs]
+        device = machine.choose_device(jobs[0].config.trainer.device)
+        return len(jobs) > 1 and device == "cpu" and SAFE * self._rough(jobs) <= SMALL
 
     def base_bytes(self, job: Job) -> int:
         """Bytes that runs of a pack share whatever they train."""
@@ -82,6 +81,11 @@ class Needs:
     def step_seconds(self, jobs: Sequence[Job]) -> tuple[float, float]:
         """Seconds of a step of a pack of these runs, and those of them that calls take."""
         trainer = jobs[0].config.trainer
+        if self._is_small(jobs):
+            steps = _by_rank(jobs, lambda job: self.step_seconds([job])[0])
+            calls_of_one = self.step_seconds(jobs[:1])[1]
+            # About half of a step's calls serve all runs at once.
+            return sum(steps) - (len(jobs) - 1) * calls_of_one / 2, calls_of_one
         micro = trainer.micro_batch_size or trainer.batch_size
         times = trainer.batch_size // micro
         trace = self._trace(jobs)
@@ -178,7 +182,9 @@ class Needs:
 
     def _rough(self, jobs: Sequence[Job]) -> int:
         """Bytes of a step by a formula, where none can be traced or all is far from the limit."""
-        from lorabench.pack.head import CHUNK_BYTES
+        import torch
+
+        from lorabench.pack.head import chunk_bytes
 
         config, plan = jobs[0].config, jobs[0].plan
         skeleton = self.planner.skeleton(config.model, len(plan.labels))
@@ -186,7 +192,8 @@ class Needs:
         number = {"bfloat16": 2, "float64": 8}.get(config.trainer.dtype, 4)
         wide = max(1.0, getattr(text, "intermediate_size", 0) / (4 * text.hidden_size))
         layers = 1 + text.num_hidden_layers / (16 if config.trainer.gradient_checkpointing else 1)
-        squares = text.num_attention_heads if config.model.attn_implementation == "eager" else 0
+        is_eager = config.model.attn_implementation == "eager"
+        squares = getattr(text, "num_attention_heads", 0) if is_eager else 0
         total = logits = 0.0
         for job in jobs:
             batch = self._batch(job)
@@ -195,7 +202,24 @@ class Needs:
                 total += tokens * layers * a_layer * number
                 logits += 12 * targets * (len(plan.labels) or text.vocab_size)
             total += 5 * max(4, number) * job.plan.trainable_parameters
-        return math.ceil(total + min(logits, 3 * CHUNK_BYTES))
+        device = torch.device(machine.choose_device(config.trainer.device))
+        return math.ceil(total + min(logits, 3 * chunk_bytes(device)))
+
+
+def _by_rank(jobs: Sequence[Job], value: Callable[[Job], float]) -> list[float]:
+    """A value of each run; of those that differ in r alone from two, in which it is linear."""
+    alike: dict[str, list[Job]] = {}
+    for job in jobs:
+        alike.setdefault(json.dumps(_shape_key(job) | {"r": None}), []).append(job)
+    found: dict[int, float] = {}
+    for group in alike.values():
+        low, high = (choose(group, key=lambda job: job.config.lora.r) for choose in (min, max))
+        first, last = low.config.lora.r, high.config.lora.r
+        least = value(low)
+        each = (value(high) - least) / (last - first) if last > first else 0.0
+        for job in group:
+            found[id(job)] = least + each * (job.config.lora.r - first)
+    return [found[id(job)] for job in jobs]
 
 
 def _rows(job: Job) -> int:
