@@ -16,8 +16,6 @@ Results: benchmarks/results/<device>-compiling.json.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import sys
 import time
@@ -29,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import step as steps_of
 import torch
 from shapes import random_tokens
+from written import begun, options_of, write
 
 
 def measured(shape: str, kind: str, count: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -81,32 +80,18 @@ def measured(shape: str, kind: str, count: int, options: argparse.Namespace) -> 
 def main(arguments: list[str]) -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    options_of(parser)
     parser.add_argument("--shapes", default="qwen3-0.6b,gemma-2b", type=lambda t: t.split(","))
     parser.add_argument("--runs", default=12, type=int)
     parser.add_argument("--tokens", default=1024, type=int, help="of a run and step")
     parser.add_argument("--repeats", default=3, type=int)
-    parser.add_argument("--threads", default=os.cpu_count(), type=int)
-    parser.add_argument("--out", default=Path(__file__).parent / "results", type=Path)
     options = parser.parse_args(arguments)
 
-    from sweep import without_out
-
-    from lorabench import provenance, record
-    from lorabench.files import write_atomic
-
-    torch.set_num_threads(options.threads)
-    rows = {
+    result = begun("compiling", arguments, options)
+    rows = result["rows"] = {
         f"{shape} {kind} {options.runs}": measured(shape, kind, options.runs, options)
         for shape in options.shapes
         for kind in ("alike", "mixed")
-    }
-    result = {
-        "command": " ".join(["python benchmarks/compiling.py", *without_out(arguments)]),
-        "machine": provenance.of_process(options.device),
-        "started": record.now(),
-        "threads": options.threads,
-        "rows": rows,
     }
     for name, row in rows.items():
         print(
@@ -114,10 +99,7 @@ def main(arguments: list[str]) -> int:
             f"{row['modules']} modules ({row['seconds_a_call']:.3f} s each), {row['saved']:.0%} of "
             f"a step saved"
         )
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{options.device}-compiling.json"
-    write_atomic(path, json.dumps(result, indent=1) + "\n")
-    print(path)
+    print(write(result, "compiling", options))
     return 0
 
 

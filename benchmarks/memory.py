@@ -1,27 +1,29 @@
 """The memory that a plan counts for a pack, against what torch allocates while it trains.
 
-    python benchmarks/memory.py [--tokens 2048] [--only llama] [--device cpu] [--out FILE]
+    python benchmarks/memory.py [--tokens 2048] [--only llama] [--device cpu]
 
 Shapes of known architectures with few layers and random weights, large enough that activations
 take more than 1 GB. Measured: on a CPU every allocation and release that torch's allocator reports
 to its profiler (profile_memory), on CUDA torch.cuda.max_memory_allocated; above the base in both.
-Results: benchmarks/results/memory-cpu.json.
+Results: benchmarks/results/<device>-memory.json, rewritten after every cell.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
+sys.path.insert(0, str(Path(__file__).parent))
 
-from lorabench import adapters, machine, provenance
+import torch
+from written import begun, options_of, write
+
+from lorabench import adapters
 from lorabench.pack import ModulePack, StackedPack, trace
 from lorabench.plan import Planner
 
@@ -161,15 +163,17 @@ def measured(
     return peak
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: list[str]) -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tokens", type=int, default=2048, help="of a run's micro-batch")
     parser.add_argument("--only", choices=SHAPES, nargs="*", default=list(SHAPES))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options_of(parser)
+    options = parser.parse_args(arguments)
+    result = begun("memory", arguments, options) | {"shapes": SHAPES}
+    cells: list[dict[str, Any]] = []
+    result["cells"] = cells
     lengths = [options.tokens // 2, options.tokens // 4, options.tokens // 4]
-    cells = []
     for (setting, words), runs, kind in itertools.product(SETTINGS.items(), RUNS, options.only):
         if kind == "bert" and runs == "head":
             continue  # a classifier's head is trained in full anyway
@@ -182,23 +186,11 @@ def main() -> None:
             f"{found['ratio']:.3f}",
             flush=True,
         )
-        save(cells, options)
+        path = write(result, "memory", options)
     ratios = [found["ratio"] for found in cells]
     print(f"estimate / measured: {min(ratios):.3f} to {max(ratios):.3f}")
-
-
-def save(cells: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Write what there is so far."""
-    if options.out is None:
-        return
-    result = {
-        "versions": provenance.versions(), "cpu": provenance.cpu_name(),
-        "command": " ".join(["python benchmarks/memory.py", *sys.argv[1:]]),
-        "device": machine.describe(options.device), "tokens_of_a_run": options.tokens,
-        "shapes": SHAPES, "cells": cells,
-    }  # fmt: skip
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(path)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -31,8 +31,6 @@ import argparse
 import collections
 import contextlib
 import copy
-import json
-import os
 import statistics
 import sys
 import tempfile
@@ -49,6 +47,7 @@ from contenders import batches, stock_steps
 from shapes import SHAPES, random_tokens
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from written import begun, options_of, write
 
 # What a count does not depend on, and what would take minutes on a CPU.
 NARROW = {
@@ -322,35 +321,20 @@ def main(arguments: list[str]) -> int:
     """Run the benchmark."""
     numbers = lambda text: [int(n) for n in text.split(",")]  # noqa: E731
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    options_of(parser)
     parser.add_argument("--shapes", default="qwen3-0.6b,gemma-2b", type=lambda t: t.split(","))
     parser.add_argument("--runs", default="1,12", type=numbers, help="sizes of packs")
     parser.add_argument("--tokens", default=1024, type=int, help="of a run and step")
     parser.add_argument("--repeats", default=5, type=int)
-    parser.add_argument("--threads", default=os.cpu_count(), type=int)
-    parser.add_argument("--out", default=Path(__file__).parent / "results", type=Path)
     options = parser.parse_args(arguments)
 
-    from sweep import peak_matmul, without_out
+    from sweep import peak_matmul
 
-    from lorabench import provenance, record
-    from lorabench.files import write_atomic
-
-    torch.set_num_threads(options.threads)
-    peak = peak_matmul(options.device)
-    result = {
-        "command": " ".join(["python benchmarks/step.py", *without_out(arguments)]),
-        "machine": provenance.of_process(options.device),
-        "started": record.now(),
-        "threads": options.threads,
-        "peak_matmul_flops_per_second": peak,
-        "rows": bench(options, peak),
-    }
+    result = begun("step", arguments, options)
+    peak = result["peak_matmul_flops_per_second"] = peak_matmul(options.device)
+    result["rows"] = bench(options, peak)
     show(result["rows"])
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{options.device}-step.json"
-    write_atomic(path, json.dumps(result, indent=1) + "\n")
-    print(path)
+    print(write(result, "step", options))
     return 0
 
 

@@ -79,6 +79,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import lengths
 from agree import SAME_STEPS, agreement, all_agree, matmul_bound, rates, ratio
 from shapes import SHAPES, bench_shapes
+from written import begun, options_of, write
 
 AXES: dict[str, list[Any]] = {"head": ["exclude", "lora"], "lora.r": [16, 32, 64], "seed": [0, 1]}
 QUICK: dict[str, list[Any]] = {"head": ["exclude", "lora"], "lora.r": [16], "seed": [0]}
@@ -423,18 +424,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Return the options of a command line."""
     numbers = lambda text: [int(n) for n in text.split(",")]  # noqa: E731
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    options_of(parser)
     parser.add_argument("--lengths", action="store_true", help="examples of different lengths")
     parser.add_argument("--contenders", type=contender_names, help="these alone: a,stock,d12,...")
     parser.add_argument("--shapes", default=None, help=f"out of {','.join(SHAPES)}")
     parser.add_argument("--tokens", default="1024,4096,16384", type=numbers, help="a run and step")
     parser.add_argument("--packs", default="2,4,8,16", type=numbers, help="pack sizes by default")
     parser.add_argument("--repeats", default=3, type=int)
-    parser.add_argument("--threads", default=os.cpu_count(), type=int)
     parser.add_argument("--budget", default=450, type=float, help="seconds for shapes")
     parser.add_argument("--compile", default=True, action=argparse.BooleanOptionalAction)
     parser.add_argument("--quick", action="store_true", help="2 runs of a few steps")
-    parser.add_argument("--out", default=Path(__file__).parent / "results", type=Path)
     options = parser.parse_args(arguments)
     if options.contenders and (options.shapes or options.device == "cuda"):
         parser.error("--contenders are of the sweeps on the CPU, not of shapes")
@@ -448,29 +447,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def without_out(arguments: list[str]) -> list[str]:
-    """A command line without the folder of its result, which is of one machine."""
-    where = [i for i, word in enumerate(arguments) if word == "--out"]
-    return [word for i, word in enumerate(arguments) if i not in where and i - 1 not in where]
-
-
 def main(arguments: list[str]) -> int:
     """Run the benchmark; return 1 where first losses that are compared are not those of (a)."""
     options = parse(arguments)
     options.deadline = time.perf_counter() + options.budget
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-    import torch
-
-    from lorabench import provenance, record
-    from lorabench.files import write_atomic
-
-    torch.set_num_threads(options.threads)
-    result: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/sweep.py", *without_out(arguments)]),
-        "machine": provenance.of_process(options.device),
-        "started": record.now(),
-        "threads": options.threads,
+    result = begun("sweep", arguments, options) | {
         "allocator": os.environ["PYTORCH_ALLOC_CONF"] if options.shapes else ALLOCATOR,
         "peak_matmul_flops_per_second": peak_matmul(options.device),
     }
@@ -479,15 +462,12 @@ def main(arguments: list[str]) -> int:
         kind = "quick-lengths" if options.quick else "lengths"
     if options.shapes:
         kind = "shapes-lengths" if options.lengths else "shapes"
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{options.device}-{kind}.json"
-
-    def save() -> None:
-        write_atomic(path, json.dumps(result, indent=1) + "\n")
+    def save() -> Path:
+        return write(result, kind, options)
 
     (bench_shapes if options.shapes else bench_sweep)(options, result, save)
     show(result)
-    print(path)
+    print(save())
     return 0 if all_agree(result) else 1
 
 

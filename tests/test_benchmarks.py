@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import statistics
@@ -11,18 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from benches import benchmark
 from processes import start_call
-
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "sweep.py"
 
 
 @pytest.fixture(scope="module")
 def bench() -> Any:
-    spec = importlib.util.spec_from_file_location("bench_sweep", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("sweep")
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from benches import benchmark
 from conftest import say
 from sweeps import write_run
 
@@ -22,12 +21,7 @@ MOST = 0.05 + 3 * (0.05 * 0.95 / COMMANDS) ** 0.5
 
 @pytest.fixture(scope="module")
 def calibration() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("calibration", BENCHMARKS / "calibration.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["calibration"] = module
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("calibration")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ its profiler during a real step, or torch.cuda.max_memory_allocated. Nothing of 
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from benches import benchmark
 from conftest import say
 
 from lorabench import cli, data, machine, sweep
@@ -23,7 +23,6 @@ from lorabench.plan import Planner
 from lorabench.sweep import needs
 from lorabench.sweep.needs import Needs
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "memory.py"
 # The kernels' own scratch memory, which only a run can know, and rounding up by an allocator.
 WITHIN = 0.15
 # PEFT asks transformers by a name that 5.23 deprecates.
@@ -32,11 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 
 @pytest.fixture(scope="module")
 def bench() -> Any:
-    spec = importlib.util.spec_from_file_location("bench_memory", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("memory")
 
 
 # --- memory, against torch's own accounting ---------------------------------------------------
@@ -53,6 +48,15 @@ CASES = [
     ("gemma2", "plain", "pack of 3"),
     ("bert", "plain", "pack of 3"),
 ]
+WIDE = [
+    case
+    for case in itertools.product(
+        ("llama", "qwen3", "gemma", "gemma2", "bert"),
+        ("plain", "lora_dropout", "gradient_checkpointing"),
+        ("alone", "pack of 3", "head"),
+    )
+    if case[0] != "bert" or case[2] != "head"  # which a classifier trains in full anyway
+]
 
 
 @pytest.mark.parametrize(("kind", "setting", "runs"), CASES)
@@ -66,18 +70,7 @@ def test_memory_of_a_step_is_what_torch_allocates(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "setting", "runs"),
-    [
-        case
-        for case in itertools.product(
-            ("llama", "qwen3", "gemma", "gemma2", "bert"),
-            ("plain", "lora_dropout", "gradient_checkpointing"),
-            ("alone", "pack of 3", "head"),
-        )
-        if case[0] != "bert" or case[2] != "head"
-    ],
-)
+@pytest.mark.parametrize(("kind", "setting", "runs"), WIDE)
 def test_memory_of_a_wide_step_is_what_torch_allocates(
     kind: str, setting: str, runs: str, bench: Any
 ) -> None:
@@ -91,14 +84,10 @@ def test_memory_of_a_wide_step_is_what_torch_allocates(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("setting", ["plain", "lora_dropout", "gradient_checkpointing"])
-@pytest.mark.parametrize("runs", ["alone", "pack of 3", "head"])
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma", "gemma2", "bert"])
+@pytest.mark.parametrize(("kind", "setting", "runs"), WIDE)
 def test_memory_of_a_step_is_what_cuda_allocates(
     kind: str, setting: str, runs: str, bench: Any
 ) -> None:
-    if kind == "bert" and runs == "head":
-        pytest.skip("a classifier's head is trained in full anyway")
     found = bench.cell(kind, bench.SETTINGS[setting], runs, [2048, 1024, 1024], "cuda")
     assert found["ratio"] == pytest.approx(1, abs=WITHIN), found
 

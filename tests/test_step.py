@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from benches import benchmark
 from processes import start_call
-
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "step.py"
 
 
 @pytest.fixture(scope="module")
 def bench() -> Any:
-    spec = importlib.util.spec_from_file_location("bench_step", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("step")
 
 
 def test_a_layer_takes_few_calls_and_a_step_one_wait(bench: Any) -> None:

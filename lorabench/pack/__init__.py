@@ -4,6 +4,7 @@ solo      the pack of one on PEFT's own modules
 stacked   several runs, their adapters stacked
 places    what PEFT trains of one run, and why some runs train alone
 storage   the dense blocks those tensors lie in
+allocation which tensors lie in which block
 rows      whose row is whose, and which of them anybody reads
 attention what a model calls where examples lie end to end
 softcap   soft-capped attention without T x T scores

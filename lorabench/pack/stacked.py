@@ -23,6 +23,7 @@ from lorabench import adapters
 from lorabench import model as base_model
 from lorabench.config import Config
 from lorabench.pack import probe
+from lorabench.pack.allocation import allocate, stored_shape
 from lorabench.pack.batch import Batch, Laid
 from lorabench.pack.head import Owned, RowHead
 from lorabench.pack.layers import (
@@ -45,7 +46,6 @@ from lorabench.pack.solo import (
     make_head,
     without_generation_config,
 )
-from lorabench.pack.storage import Members, Stacked, Store
 from lorabench.pack.ways import few_calls
 
 
@@ -85,12 +85,12 @@ class StackedPack:
         self.clock = adapters.Clock([config.seeds.dropout for config in configs], device)
         self.alive = [True] * len(configs)
         self.tree = cast(Any, base_model.share(base))
-        self.dtype = torch.float64 if configs[0].trainer.dtype == "float64" else torch.float32
         self.end_to_end = probe.suits(base)
         self.spans = Spans(len(configs))
-        self._allocate()
+        layers = [adapters.lora_layers(wrapped) for wrapped in self.wrapped]
+        self.stacked, self.stores = allocate(self.places, layers, configs[0], device)
         self._fill(base)
-        self._install()
+        self._install(layers)
         fuse_norms(self.tree)
         fuse_rotary(self.tree)
         self.tree.train()  # base dropouts are zero; checkpointing asks for training mode
@@ -113,46 +113,6 @@ class StackedPack:
 
     # --- storage -------------------------------------------------------------------------
 
-    def _allocate(self) -> None:
-        """One stacked tensor a (kind, module), for the runs that train it."""
-        holders: dict[tuple[str, str], list[int]] = {}
-        shapes: dict[tuple[str, str], tuple[int, ...]] = {}
-        kinds = {(p.kind, p.module): (p.decays, p.group_b) for found in self.places for p in found}
-        layers = [adapters.lora_layers(wrapped) for wrapped in self.wrapped]
-        for run, found in enumerate(self.places):
-            for place in found:
-                key = (place.kind, place.module)
-                holders.setdefault(key, []).append(run)
-                shape = self._stored_shape(place)
-                known = shapes.get(key, shape)
-                shapes[key] = tuple(map(max, known, shape))  # ranks are padded to the largest
-        low = torch.bfloat16 if self.configs[0].trainer.dtype == "bfloat16" else None
-        members = {
-            tuple(runs): Members(runs, self.size, self.device) for runs in holders.values()
-        }
-        stores: dict[Any, Store] = {}
-        self.stacked: dict[tuple[str, str], Stacked] = {}
-        for (kind, module), runs in holders.items():
-            scales = None
-            if kind == "lora_B":
-                scales = [float(layers[run][module].scaling[adapters.ADAPTER]) for run in runs]
-            of = *kinds[kind, module], kind, module if kind == "copy" else "", tuple(runs)
-            if of not in stores:
-                decays, group_b, *_ = of
-                used = low if kind in ("lora_A", "lora_B", "copy") else None
-                stores[of] = Store(
-                    members[tuple(runs)], self.dtype, used, self.device, decays, group_b
-                )
-            self.stacked[kind, module] = stores[of].add(shapes[kind, module], scales)
-        self.stores = list(stores.values())
-        for store in self.stores:
-            store.allocate()
-
-    @staticmethod
-    def _stored_shape(place: Place) -> tuple[int, ...]:
-        # B is stored as (K, O): each run's part of a padded stack is then one contiguous block.
-        return place.shape[::-1] if place.kind == "lora_B" else place.shape
-
     def _trained_at_head(self) -> Callable[[], list[Owned]]:
         """What trains behind the body, and the runs whose it is."""
         inside = f"{body_of(self.tree)[0]}."
@@ -167,7 +127,7 @@ class StackedPack:
         """A run's own part of a stacked tensor, in PEFT's shape."""
         stacked = self.stacked[place.kind, place.module]
         mine = getattr(stacked, of).detach()[stacked.members.runs.index(run)]
-        mine = mine[tuple(slice(n) for n in self._stored_shape(place))]
+        mine = mine[tuple(slice(n) for n in stored_shape(place))]
         return mine.t() if place.kind == "lora_B" else mine
 
     @torch.no_grad()
@@ -192,10 +152,9 @@ class StackedPack:
 
     # --- the module tree -----------------------------------------------------------------
 
-    def _install(self) -> None:
+    def _install(self, layers: list[dict[str, Any]]) -> None:
         biases = {module for kind, module in self.stacked if kind == "bias"}
         replaced: dict[str, nn.Module] = {}
-        layers = [adapters.lora_layers(wrapped) for wrapped in self.wrapped]
         for kind, module in list(self.stacked):
             target = self.tree.get_submodule(module)
             bias = None
