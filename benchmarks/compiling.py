@@ -86,6 +86,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tokens", default=1024, type=int, help="of a run and step")
     parser.add_argument("--repeats", default=3, type=int)
     options = parser.parse_args(arguments)
+    options.lengths = False  # a compiled pack has batches of one shape
 
     result = begun("compiling", arguments, options)
     rows = result["rows"] = {

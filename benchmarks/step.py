@@ -3,6 +3,7 @@
     python benchmarks/step.py                       narrow shapes of two and four layers: the counts
     python benchmarks/step.py --device cuda         whole shapes
     python benchmarks/step.py --runs 1,12 --tokens 512 --shapes qwen3-0.6b
+    python benchmarks/step.py --lengths             examples of the lengths of an instruction set
 
 Rows: runs of a pack that share a batch and a rank ("alike"), with dropout, and of ranks 16, 32, 64
 with and without the head on two batches ("mixed"); all linear layers. `stock` is one run by a loop
@@ -17,12 +18,13 @@ Columns:
                      CUDA; on a CPU the calls that would (item, tolist, a tensor as a condition)
     optimizer        host milliseconds of the update with one learning rate, and with one a run
     saved            bytes that the forward keeps for the backward, above weights and inputs
-    real             share of the computed rows of the base's linear layers that are tokens
+    real             share of the rows that a query projection of the last layer is given in the
+                     steps timed that are tokens of examples; of packs
     of peak          4 FLOPs per parameter in linear layers and token, and those of the adapters, by
                      the step's time, as a share of what a large matrix product reaches
     ms a step        median
 
-Results: benchmarks/results/<device>-step.json.
+Results: benchmarks/results/<device>-step.json, with --lengths <device>-step-lengths.json.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import lengths
 import torch
 from contenders import batches, stock_steps
 from shapes import SHAPES, random_tokens
@@ -145,7 +148,8 @@ def base_of(shape: str, layers: int | None, options: argparse.Namespace) -> tupl
             f"trainer.device={options.device}", f"data.max_length={min(512, options.tokens)}",
         ])  # fmt: skip
         typed = config.typed(cfg)
-        typed.trainer.batch_size = max(1, options.tokens // typed.data.max_length)
+        each = lengths.MEAN if options.lengths else typed.data.max_length
+        typed.trainer.batch_size = max(1, options.tokens // each)
         machine.configure_torch(typed)
         torch.manual_seed(0)
         with torch.device(options.device):
@@ -179,13 +183,14 @@ def runs_of(config: Any, kind: str, count: int) -> list[Any]:
     return sorted(found, key=lambda one: (one.seeds.data, one.lora.r))
 
 
-def stepping(base: Any, configs: list[Any], skeleton: Any, kind: str, device: str) -> Any:
+def stepping(base: Any, configs: list[Any], skeleton: Any, kind: str, options: Any) -> Any:
     """A pack of these runs, or one run in a stock loop; and an iterator over its steps."""
+    device = options.device
     from lorabench import adapters
     from lorabench.pack import StackedPack
     from lorabench.train import train
 
-    tokens = random_tokens(configs[0], base.config.vocab_size, alike=True)
+    tokens = random_tokens(configs[0], base.config.vocab_size, alike=not options.lengths)
     modules = [adapters.resolve_modules(skeleton, config) for config in configs]
     if kind == "stock":
         model = adapters.attach(base, configs[0], modules[0])
@@ -198,7 +203,7 @@ def counted(shape: str, kind: str, count: int, layers: int, options: Any) -> dic
     """Operations, waits and kernels of a step of a model of so many layers."""
     base, config = base_of(shape, layers, options)
     skeleton = plan_of[shape, layers]
-    _, steps = stepping(base, runs_of(config, kind, count), skeleton, kind, options.device)
+    _, steps = stepping(base, runs_of(config, kind, count), skeleton, kind, options)
     for _ in range(2):
         next(steps)
     with Ops() as ops:
@@ -237,7 +242,7 @@ def measured(shape: str, kind: str, count: int, peak: float, options: Any) -> di
     layers = LAYERS[1] if options.device == "cpu" else None
     base, config = base_of(shape, layers, options)
     configs = runs_of(config, kind, count)
-    pack, steps = stepping(base, configs, plan_of[shape, layers], kind, options.device)
+    pack, steps = stepping(base, configs, plan_of[shape, layers], kind, options)
     held = {p.untyped_storage().data_ptr() for p in base.parameters()}
     next(steps)
     if pack is not None:
@@ -245,14 +250,22 @@ def measured(shape: str, kind: str, count: int, peak: float, options: Any) -> di
         held |= {s.shadow.untyped_storage().data_ptr() for s in pack.stores if s.shadow is not None}
     with saved_bytes(held) as saved:
         next(steps)
-    seconds = []
+    seconds, real, rows = [], 0, [0]
+    if pack is not None:
+        queries = [m for name, m in pack.tree.named_modules() if name.endswith("q_proj")]
+        queries[-1].register_forward_pre_hook(
+            lambda module, given: rows.append(given[0].numel() // given[0].shape[-1])
+        )
     for _ in range(options.repeats):
-        begun = time.perf_counter()
-        next(steps)
+        start = time.perf_counter()
+        step = next(steps)
         if options.device == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - start)
+        real += sum(step.tokens) if pack is not None else 0
     tokens = count * config.trainer.batch_size * config.data.max_length
+    if pack is not None:
+        tokens = real // options.repeats
     row: dict[str, Any] = {
         "milliseconds": 1e3 * statistics.median(seconds), "saved_bytes": saved(), "tokens": tokens,
     }  # fmt: skip
@@ -266,8 +279,9 @@ def measured(shape: str, kind: str, count: int, peak: float, options: Any) -> di
         alike, apart = [1e-3] * count, [1e-3 * (1 + i) for i in range(count)]
         row["optimizer_milliseconds"] = update_milliseconds(pack, alike, 3 * options.repeats)
         row["optimizer_milliseconds_rates"] = update_milliseconds(pack, apart, 3 * options.repeats)
-        row["real_share"] = 1.0 if pack.end_to_end else None
-    row["share_of_peak"] = flops / statistics.median(seconds) / peak
+        row["real_share"] = real / sum(rows)
+    if pack is not None or not options.lengths:  # else the stock loop's padding would count
+        row["share_of_peak"] = flops / statistics.median(seconds) / peak
     return row
 
 
@@ -324,6 +338,7 @@ def main(arguments: list[str]) -> int:
     options_of(parser)
     parser.add_argument("--shapes", default="qwen3-0.6b,gemma-2b", type=lambda t: t.split(","))
     parser.add_argument("--runs", default="1,12", type=numbers, help="sizes of packs")
+    parser.add_argument("--lengths", action="store_true", help="examples of different lengths")
     parser.add_argument("--tokens", default=1024, type=int, help="of a run and step")
     parser.add_argument("--repeats", default=5, type=int)
     options = parser.parse_args(arguments)
@@ -334,7 +349,7 @@ def main(arguments: list[str]) -> int:
     peak = result["peak_matmul_flops_per_second"] = peak_matmul(options.device)
     result["rows"] = bench(options, peak)
     show(result["rows"])
-    print(write(result, "step", options))
+    print(write(result, "step-lengths" if options.lengths else "step", options))
     return 0
 
 

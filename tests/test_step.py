@@ -19,7 +19,7 @@ def bench() -> Any:
 
 def test_a_layer_takes_few_calls_and_a_step_one_wait(bench: Any) -> None:
     """Whatever the number of runs: of twelve alike as of one."""
-    options = Namespace(device="cpu", tokens=32)
+    options = Namespace(device="cpu", tokens=32, lengths=False)
     few, many = (bench.counted("qwen3-0.6b", "alike", 12, layers, options) for layers in (1, 2))
     a_layer = sum(many["ops"].values()) - sum(few["ops"].values())
     assert 100 < a_layer <= 180  # 296 before the step was made of tensors
@@ -27,10 +27,11 @@ def test_a_layer_takes_few_calls_and_a_step_one_wait(bench: Any) -> None:
 
 
 def test_any_number_of_learning_rates_takes_the_same_calls(bench: Any) -> None:
-    options = Namespace(device="cpu", tokens=32)
+    options = Namespace(device="cpu", tokens=32, lengths=False)
     base, config = bench.base_of("qwen3-0.6b", 1, options)
     skeleton = bench.plan_of["qwen3-0.6b", 1]
-    pack, steps = bench.stepping(base, bench.runs_of(config, "mixed", 12), skeleton, "mixed", "cpu")
+    runs = bench.runs_of(config, "mixed", 12)
+    pack, steps = bench.stepping(base, runs, skeleton, "mixed", options)
     next(steps)
 
     def calls(rates: list[float]) -> dict[str, int]:
@@ -58,3 +59,4 @@ def test_from_the_command_line(bench: Any, tmp_path: Path) -> None:
     for name, row in rows.items():
         assert row["operations_a_layer"] > 0 and row["saved_bytes"] > 0, name
         assert row["waits"] == 1 and row["share_of_peak"] > 0, name
+        assert row.get("real_share", 1.0) == 1.0, "nothing is padded"
