@@ -79,7 +79,7 @@ def test_nll_and_gradients_are_the_models_own(
         laid = Laid(Batch.make([ids], [labels], [1]), end_to_end, "input", "cpu")
         with laid.attention(model):
             hidden = rows.hidden(laid)
-            summed = rows.summed_nll(hidden, laid)
+            summed = rows.loss(hidden, laid, [1])
             (0.5 * summed).sum().backward()
             with torch.no_grad():
                 (nll,), (best,) = rows.scored(hidden, laid)
@@ -129,7 +129,7 @@ def test_rows_nobody_reads_skip_the_last_feed_forward_block(name: str) -> None:
         seen.clear()
         laid = Laid(Batch.make([ids], [labels], [1]), end_to_end, "input", "cpu")
         with laid.attention(model):
-            nll = rows.summed_nll(rows.hidden(laid), laid)
+            nll = rows.loss(rows.hidden(laid), laid, [1])
             nll.sum().backward()
         read = int((target != -100).sum())
         assert seen == ([] if rows.last is None else [read * width]), "of 64 rows"

@@ -187,7 +187,7 @@ def test_a_model_holds_no_square_of_its_tokens(checkpointed: bool) -> None:
     with Largest(tokens) as seen:
         laid = Laid(Batch.make([ids.numpy()[None]], [labels[None]], [1]), True, "input", "cpu")
         with laid.attention(model):
-            nll = head.summed_nll(head.hidden(laid), laid)
+            nll = head.loss(head.hidden(laid), laid, [1])
             nll.sum().backward()
     assert seen.squares == 0
     assert nll.item() == pytest.approx(expected.item(), rel=1e-6)

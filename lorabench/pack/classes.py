@@ -14,7 +14,7 @@ from lorabench import tasks
 from lorabench.pack.batch import Laid
 from lorabench.pack.head import Result, cross_entropy
 from lorabench.pack.probe import inputs
-from lorabench.pack.rows import Spans
+from lorabench.pack.rows import Spans, on_device
 
 
 class ClassHead:
@@ -51,10 +51,11 @@ class ClassHead:
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return [block.of(logits) for block in laid.examples.blocks]
 
-    def summed_nll(self, hidden: Any, laid: Laid) -> Tensor:
-        """Negative log-likelihood of each run's labels, summed, (R,)."""
+    def loss(self, hidden: Any, laid: Laid, num_targets: list[int]) -> Tensor:
+        """Summed nll of each run's labels / num_targets, (R,)."""
         nll = cross_entropy(self.logits(hidden, laid), laid.targets)
-        return torch.cat([block.sum(1) for block in nll])
+        nll_R = torch.cat([block.sum(1) for block in nll])
+        return nll_R / on_device(num_targets, nll_R.device, nll_R.dtype)
 
     def scored(self, hidden: Any, laid: Laid) -> tuple[list[Tensor], list[Tensor]]:
         """nll and likeliest class of every example, (size, B) each of each block of runs."""

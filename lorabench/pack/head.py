@@ -23,7 +23,7 @@ from lorabench.adapters import Clock
 from lorabench.pack import compiling
 from lorabench.pack.batch import Laid
 from lorabench.pack.probe import body_of, inputs
-from lorabench.pack.rows import Rows, Spans, choose_rows
+from lorabench.pack.rows import Rows, Spans, choose_rows, on_device
 
 CHUNK_BYTES = 1 << 28  # of float32 logits that exist at a time, on a CPU
 
@@ -126,23 +126,25 @@ class RowHead:
         logits_NV = self._logits(hidden_ND, laid.chosen)
         return [block.of(logits_NV) for block in laid.chosen.blocks]
 
-    def summed_nll(self, hidden_ND: Tensor, laid: Laid) -> Tensor:
-        """Negative log-likelihood of each run's targets, summed, (R,)."""
+    def loss(self, hidden_ND: Tensor, laid: Laid, num_targets: list[int]) -> Tensor:
+        """Summed nll of each run's targets / num_targets, (R,)."""
         owned = self._parameters() if self.trained is None else self.trained()
-        found: Tensor = _SummedNll.apply(hidden_ND, self, laid, owned, *(p for p, _ in owned))
+        found: Tensor = _Loss.apply(
+            hidden_ND, self, laid, num_targets, owned, *(p for p, _ in owned)
+        )
         return found
 
     def gradients(
-        self, hidden_ND: Tensor, laid: Laid, wanted: list[Tensor]
+        self, hidden_ND: Tensor, laid: Laid, num_targets: list[int], wanted: list[Tensor]
     ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
-        """Summed nll of each run, (R,), and its gradients: by hidden states and by parameters.
+        """`loss`, (R,), and its gradients: by hidden states and by parameters.
 
         Args:
             wanted: parameters that only one run's nll depends on, or that have an entry a run.
         """
         by_hidden = torch.empty_like(hidden_ND) if hidden_ND.requires_grad else None
         by_parameter: list[Tensor | None] = [None] * len(wanted)
-        sums = []
+        losses = []
         for chunk in self._chunks(laid.chosen, hidden_ND.device):
             with torch.enable_grad(), window(self.clock, chunk.start):
                 rows = self._rows_of(hidden_ND.detach(), laid, chunk)
@@ -150,11 +152,14 @@ class RowHead:
                 logits = self._logits_of(rows, laid, chunk)
                 nll = cross_entropy(logits, [one[chunk] for one in laid.targets])
                 nll_R = torch.cat([block.sum(1) for block in nll])
+                # Divided before its gradient is made, as stock PEFT does: p - 1 of a likely target
+                # rounds by what it is scaled by.
+                loss_R = nll_R / on_device(num_targets, nll_R.device, nll_R.dtype)
                 inputs = [*([rows] if by_hidden is not None else []), *wanted]
                 found = list(
-                    torch.autograd.grad(nll_R.sum(), inputs, allow_unused=True) if inputs else []
+                    torch.autograd.grad(loss_R.sum(), inputs, allow_unused=True) if inputs else []
                 )
-            sums.append(nll_R.detach())
+            losses.append(loss_R.detach())
             del logits, nll
             if by_hidden is not None:
                 own, place = found.pop(0), laid.chosen.chunk(chunk)
@@ -163,7 +168,7 @@ class RowHead:
             for i, grad in enumerate(found):
                 known = by_parameter[i]
                 by_parameter[i] = grad if known is None or grad is None else known.add_(grad)
-        return torch.stack(sums).sum(0), by_hidden, by_parameter
+        return torch.stack(losses).sum(0), by_hidden, by_parameter
 
     def scored(self, hidden_ND: Tensor, laid: Laid) -> tuple[list[Tensor], list[Tensor]]:
         """nll and argmax of every row, (size, n) each of each block of runs."""
@@ -191,17 +196,24 @@ class RowHead:
         return [block.of(logits_NV) for block in rows.blocks]
 
 
-class _SummedNll(torch.autograd.Function):
-    """Its gradient is made in the forward, for a loss of one nat; the backward scales it."""
+class _Loss(torch.autograd.Function):
+    """Its gradient is made in the forward; the backward scales it."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, head: RowHead, laid: Laid, owned: list[Owned], *own: Tensor
+        ctx: Any,
+        hidden_ND: Tensor,
+        head: RowHead,
+        laid: Laid,
+        num_targets: list[int],
+        owned: list[Owned],
+        *own: Tensor,
     ) -> Tensor:
-        nll_R, by_hidden, by_parameter = head.gradients(hidden_ND, laid, [p for p, _ in owned])
+        wanted = [parameter for parameter, _ in owned]
+        loss_R, by_hidden, by_parameter = head.gradients(hidden_ND, laid, num_targets, wanted)
         ctx.save_for_backward(by_hidden, *by_parameter)
         ctx.rows, ctx.runs = laid.chosen, [runs for _, runs in owned]
-        return nll_R
+        return loss_R
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -215,7 +227,7 @@ class _SummedNll(torch.autograd.Function):
             if grad is not None:
                 g = g_R if runs is None else g_R.index_select(0, runs)
                 grad.mul_(g.view(-1, *[1] * (grad.dim() - 1)) if runs is not None else g.sum())
-        return by_hidden, None, None, None, *by_parameter
+        return by_hidden, None, None, None, None, *by_parameter
 
 
 @contextmanager

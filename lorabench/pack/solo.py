@@ -185,12 +185,11 @@ class ModulePack:
         try:
             with laid.attention(self.tree):
                 with autocast(self.configs[0], self.device):
-                    nll_1 = self.head.summed_nll(self.head.hidden(laid), laid)
-                    loss = nll_1.sum() / num_targets[0]
-                loss.backward()
+                    loss_1 = self.head.loss(self.head.hidden(laid), laid, num_targets)
+                loss_1.sum().backward()
         finally:
             self.clock.training = False
-        return loss.detach()[None]
+        return loss_1.detach()
 
     def update(self, lr: list[float]) -> Tensor:
         """Clip, take one AdamW step, clear the gradients; return the norm before clipping, (R,)."""

@@ -267,8 +267,7 @@ class StackedPack:
         try:
             with self._through(laid):
                 with autocast(self.configs[0], self.device):
-                    nll_R = self.head.summed_nll(self.head.hidden(laid), laid)
-                loss_R = nll_R / on_device(num_targets, self.device, nll_R.dtype)
+                    loss_R = self.head.loss(self.head.hidden(laid), laid, num_targets)
                 loss_R.sum().backward()
         finally:
             self.clock.training = False
