@@ -10,6 +10,7 @@ VERBS = {
     "runs": "list every run of a sweep and its status",
     "compare": "what a sweep has found, in sentences, and its table: one row per setting",
     "settle": "add seeds to a sweep until its questions are settled, at looks fixed before",
+    "sync": "send W&B runs that were written offline to the server",
     "generate": "what the base and every setting of a sweep answer to a prompt, side by side",
     "export": "a run's adapter, or base and adapter merged, checked against the run",
     "replay": "train a run again from its record alone; --verify says whether it is the same",
