@@ -22,6 +22,7 @@ from lorabench.cli.planning import plan
 from lorabench.cli.planning import split as split_plan
 from lorabench.cli.reading import runs
 from lorabench.cli.replaying import diff, replay
+from lorabench.cli.reporting import report, watch
 from lorabench.cli.serving import evaluate, work
 from lorabench.cli.settling import settle
 from lorabench.cli.training import train
@@ -52,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         "evaluate": evaluate,
         "runs": runs,
         "compare": compare,
+        "report": report,
+        "watch": watch,
         "settle": settle,
         "generate": generate,
         "export": export,
