@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorabench import masking
 from lorabench.cli.comparing import add_questions, asked_of, table_of
 from lorabench.cli.reading import records_of
 from lorabench.cli.telling import Parser, above_zero
@@ -41,7 +42,8 @@ def report(arguments: list[str]) -> int:
     out = _place(options.out, options.folders)
     content = _content(options, ["report", *arguments])
     num_bytes = page.write(content, out)
-    print(f"{out}: {size(num_bytes)}, {sum(content.statuses.values())} runs")
+    runs = sum(content.statuses.values())
+    print(masking.mask(f"{out}: {size(num_bytes)}, {runs} run{'' if runs == 1 else 's'}"))
     if options.png is not None:
         written = page.write_png(content.groups, options.png)
         print(f"{options.png}: {len(written)} figures")

@@ -175,9 +175,9 @@ def _filled(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(np.isfinite(scores), scores, mean)
 
 
-def shortened(text: str) -> str:
-    """A text that fits a cell, with what was left out of it."""
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text) - LONGEST:,} more)"
+def shortened(text: str, longest: int = LONGEST) -> str:
+    """A text that fits, with what was left out of it."""
+    return text if len(text) <= longest else f"{text[:longest]}… ({len(text) - longest:,} more)"
 
 
 def number(value: float) -> float | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorabench import masking
 from lorabench.provenance import stack
 from lorabench.report import changes, plots, tables, texts
 from lorabench.sweep import SweepFolder
@@ -81,7 +82,7 @@ def content_of(
         plots.groups_of(runs, table, answers),
         _examples(runs, table, answers, left_out),
         _facts(found),
-        _commands(folders, found, words),
+        masking.mask(_commands(folders, found, words)),
         now(),
         left_out,
     )

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorabench import masking
 from lorabench.compare.lints import is_linted
 from lorabench.files import write_atomic
+from lorabench.report.changes import shortened
 from lorabench.report.content import Content
 from lorabench.show.compared import how_judged, nothing_asked
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent / "assets"
 MOST_BYTES = 6_000_000  # of a page; what is beyond is left out, and named
+SENTENCE = 1000  # characters of a sentence
 MARKS = {"found": "●", "no worse": "◆", "trade-off": "■", "not settled": "○", "no verdict": "–"}
 TABS = (
     ("curves", "Learning curves", ("curves",)),
@@ -65,7 +68,15 @@ def html(content: Content, reload_seconds: int | None = None) -> str:
             tabs=[one for one in TABS if any(groups[name] for name in one[2])],
             has_examples=bool(examples),
             left_out=[*content.left_out, *left_out],
-            data=_script({"figures": figures, "examples": examples, "reload": reload_seconds}),
+            data=_script(
+                masking.mask(
+                    {
+                        "figures": figures,
+                        "examples": examples,
+                        "reload": reload_seconds,
+                    }
+                )
+            ),
             library=library,
             style=(HERE / "page.css").read_text(encoding="utf-8"),
             script=(HERE / "page.js").read_text(encoding="utf-8"),
@@ -77,10 +88,12 @@ def html(content: Content, reload_seconds: int | None = None) -> str:
 def _environment() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    return Environment(
+    found = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    found.filters["short"] = lambda text, longest=SENTENCE: shortened(text, longest)
+    return found
 
 
 def _sections(answers: Answers) -> list[tuple[str, list[tuple[str, str]]]]:
