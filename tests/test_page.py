@@ -95,11 +95,11 @@ def test_every_tab_opens(browser: Any, many: Path, viewport: dict[str, int], sch
     ground = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}[scheme]
     opened.open("curves")
-    fill = opened.page.evaluate("getComputedStyle(document.querySelector('.xtitle')).fill")
+    fill_of = "getComputedStyle(document.querySelector('.open .xtitle')).fill"
+    fill = opened.page.evaluate(fill_of)
     assert fill == {"light": "rgb(27, 31, 36)", "dark": "rgb(230, 233, 237)"}[scheme]
     opened.page.click("#theme")
-    changed = "before => getComputedStyle(document.querySelector('.xtitle')).fill != before"
-    opened.page.wait_for_function(changed, arg=fill, timeout=5000)
+    opened.page.wait_for_function(f"before => {fill_of} != before", arg=fill, timeout=5000)
     opened.close()
 
 

@@ -13,6 +13,7 @@ from lorabench.compare.lints import is_linted
 from lorabench.files import write_atomic
 from lorabench.report.changes import shortened
 from lorabench.report.content import Content
+from lorabench.report.plots import WIDTH
 from lorabench.show.compared import how_judged, nothing_asked
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def write_png(content_groups: Sequence[Any], folder: Path) -> list[Path]:
             path = folder / f"{name}.png"
             figure.update_layout(paper_bgcolor="white", plot_bgcolor="white")
             try:
-                figure.write_image(path, width=1000, height=figure.layout.height or 480, scale=2)
+                figure.write_image(path, width=WIDTH, height=figure.layout.height, scale=2)
             except Exception as error:  # no kaleido, no browser, a browser that does not start
                 raise ConfigErrors(
                     f"--png: needs kaleido and a Chrome or Chromium (`pip install "

@@ -32,6 +32,7 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross", "pentagon")
 VISIBLE = 8  # curves that are on at first
 LABEL = 60  # characters of a setting in a legend
+WIDTH = 1100  # pixels of a figure in a file or a notebook
 MOST_QUESTIONS = 40  # in the figure of intervals
 OUTCOMES = {
     "found": (COLOURS[0], "circle"),
@@ -195,7 +196,6 @@ def _intervals(answers: Answers) -> Group | None:
         autorange="reversed", automargin=True, zeroline=False,
     )  # fmt: skip
     figure.update_xaxes(title=f"test {safe(str(answers.metric))} gained", zeroline=False)
-    figure.update_layout(height=170 + 26 * len(shown))
     more = len(asked) - len(shown)
     return Group(
         "intervals",
@@ -204,7 +204,7 @@ def _intervals(answers: Answers) -> Group | None:
         "with the interval that its sentence names. An interval that reaches across the dotted "
         "line is not settled."
         + (f" {more} more questions are in the list above alone." if more else ""),
-        {"": _finished(figure)},
+        {"": _finished(figure, 110 + 26 * len(shown))},
     )
 
 
@@ -271,7 +271,7 @@ def _learning(curves: Sequence[Curve], labels: Sequence[str], leading: list[int]
         figure.update_xaxes(title="optimizer steps")
         unit = {"loss": " (nats per token)", "nll": " (nats)"}.get(metric.partition("/")[2], "")
         figure.update_yaxes(title=f"{safe(metric)}{unit}")
-        figure.update_layout(hovermode="x unified", height=480)
+        figure.update_layout(hovermode="x unified")
         found[metric] = _finished(figure)
     if not found:
         return None
@@ -370,7 +370,6 @@ def _pareto(
         )  # fmt: skip
     figure.update_xaxes(title=axis, type=scale, rangemode="tozero")
     figure.update_yaxes(title=f"test {arrow(metric)}")
-    figure.update_layout(height=480)
     return _finished(figure)
 
 
@@ -425,8 +424,7 @@ def _heat_maps(table: dict[str, Any], answers: Answers) -> Group | None:
         )  # fmt: skip
         figure.update_xaxes(type="category", title=safe(x.name))
         figure.update_yaxes(type="category", title=safe(y.name), automargin=True)
-        figure.update_layout(height=200 + 60 * len(y.levels))
-        found[f"{y.name} x {x.name}"] = _finished(figure)
+        found[f"{y.name} x {x.name}"] = _finished(figure, 140 + 60 * len(y.levels))
     return Group(
         "heat map",
         "Two factors",
@@ -460,7 +458,6 @@ def _changes(table: dict[str, Any]) -> Group | None:
     figure.add_hline(y=0, line={"width": 1, "dash": "dot", "color": COLOURS[7]})
     figure.update_xaxes(title=f"forgetting: {safe(rows[0]['forgetting']['metric'])} on retention")
     figure.update_yaxes(title=f"gain: {safe(rows[0]['gain']['metric'])} on test")
-    figure.update_layout(height=480)
     return Group(
         "gain and forgetting",
         "Gain and forgetting",
@@ -470,15 +467,28 @@ def _changes(table: dict[str, Any]) -> Group | None:
     )
 
 
-def _finished(figure: go.Figure) -> go.Figure:
-    """What all figures share. Colours of text and grid are the page's."""
+def _finished(figure: go.Figure, height: int = 420) -> go.Figure:
+    """What all figures share. Colours of text and grid are the page's.
+
+    Args:
+        height: without the legend, which lies below.
+    """
+    names = [one.name for one in figure.data if one.name and one.showlegend is not False]
+    rows = len(names) / max(1, WIDTH // (7 * max(map(len, names), default=1) + 56))
+    legend = 22 * math.ceil(rows) + 10 if len(names) > 1 else 0
     figure.update_layout(
         template="none",
         font={"size": 13},
-        margin={"l": 60, "r": 20, "t": 20, "b": 50},
-        legend={"orientation": "h", "y": -0.2, "yanchor": "top", "x": 0},
+        margin={"l": 60, "r": 20, "t": 20, "b": 60},
+        legend={
+            "orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0,
+            "maxheight": max(legend, 1),
+        },
+        showlegend=len(names) > 1,
         hoverlabel={"namelength": -1},
-    )
+        height=height + legend,
+        meta={"height": height},
+    )  # fmt: skip
     figure.update_xaxes(automargin=True, title_font_size=13)
     figure.update_yaxes(automargin=True, title_font_size=13)
     return figure

@@ -60,7 +60,7 @@ def settings_table(table: dict[str, Any], answers: Answers) -> Table:
     headers = [*(short_keys(columns) or ["setting"]), *changes]
     headers += ["rank"] * bool(answers.ranks)
     headers += [_headed(split, name) for split, name in scores]
-    headers += ["seeds", "trainable", "run s", "tokens/s", "peak memory"]
+    headers += ["seeds", "trainable", "train s", "tokens/s", "peak memory"]
     found = []
     for row in rows:
         cells = [_of_setting(row["setting"].get(key)) for key in columns] or [Cell("trained")]
@@ -104,7 +104,7 @@ def runs_table(found: Sequence[Checked], table: dict[str, Any], answers: Answers
     headers = [
         "run", *["sweep"] * several, *short_keys(columns), "seed", "status", "steps",
         *["what happened"] * troubled, *(_headed(split, name) for split, name in scores),
-        "run s", "peak memory", "merged", "gguf",
+        "train s", "peak memory", "merged", "gguf",
     ]  # fmt: skip
     rows = []
     for one, row in in_order(found, table):
@@ -165,7 +165,8 @@ def _of_setting(value: Any) -> Cell:
         return Cell("none", "")
     text = shortened(setting(value))
     group, number, name = order(value)
-    return Cell(text, number if group == 0 else name, "number" if group == 0 else "")
+    kind = "number" if group == 0 else "text" if len(text) > SHORT else ""
+    return Cell(text, number if group == 0 else name, kind)
 
 
 def _headed(split: str, name: str) -> str:

@@ -24,9 +24,23 @@
   const colours = () => {
     const style = getComputedStyle(root);
     const of = (name) => style.getPropertyValue(name).trim();
-    const axis = { gridcolor: of("--grid"), linecolor: of("--line"), tickcolor: of("--line") };
+    const line = of("--line");
+    const axis = { gridcolor: of("--grid"), linecolor: line, tickcolor: line, zerolinecolor: line };
     return {
-      axis, text: of("--text"), raised: of("--raised"), line: of("--line"),
+      axis, text: of("--text"), raised: of("--raised"), line,
+    };
+  };
+  // The legend lies below, and the figure grows with it.
+  const withLegend = (traces, layout, width) => {
+    const names = traces.filter((one) => one.name && one.showlegend !== false).map((one) => one.name);
+    if (names.length < 2) return { ...layout, showlegend: false };
+    const each = Math.max(...names.map((name) => name.length)) * 7 + 56;
+    const rows = Math.ceil(names.length / Math.max(1, Math.floor((width - 80) / each)));
+    const added = 22 * rows + 10;
+    return {
+      ...layout, height: layout.meta.height + added,
+      margin: { ...layout.margin, b: layout.margin.b + added },
+      legend: { ...layout.legend, maxheight: added, entrywidth: each - 44 },
     };
   };
   const themed = (layout) => {
@@ -48,7 +62,8 @@
     const figures = data.figures[place.dataset.group];
     const chosen = figures[Math.min(kept["figure " + place.dataset.group] || 0, figures.length - 1)];
     const { data: traces, layout } = chosen.figure;
-    Plotly.react(place, structuredClone(traces), themed(layout), settings);
+    const shown = withLegend(traces, themed(layout), place.clientWidth);
+    Plotly.react(place, structuredClone(traces), shown, settings);
     place.dataset.drawn = "1";
   };
   const drawOpen = (again) => $$("[role=tabpanel].open .figure").forEach((place) => {
