@@ -183,3 +183,22 @@ def test_a_hostile_sweep_has_a_page_that_works(
             assert len(opened.page.query_selector_all("#changed tbody tr")) == 40
         assert opened.page.evaluate("window.hacked") is None
         opened.close()
+
+
+def test_a_watched_page_reloads_itself(browser: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    write_many(folder, settings=20, seeds=2)
+    assert say("report", folder).code == 0
+    path = folder / "report.html"
+    path.write_text(path.read_text().replace('"reload":null', '"reload":1'))
+    opened = Opened(browser, path, NARROW, "light")
+    opened.open("runs")
+    opened.page.evaluate("scrollTo(0, 300)")
+    path.write_text(path.read_text().replace("40 finished", "41 finished"))
+    opened.page.wait_for_function(
+        "() => document.body.innerText.includes('41 finished')", timeout=5000
+    )
+    opened.page.wait_for_function("() => scrollY === 300", timeout=5000)
+    shown = opened.page.query_selector("[role=tabpanel].open")
+    assert shown is not None and shown.get_attribute("id") == "runs"
+    opened.close()

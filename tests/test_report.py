@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -275,3 +282,84 @@ def test_secrets_are_masked(output: Path, monkeypatch: pytest.MonkeyPatch) -> No
     said = say("report", output / "default", "--out", output / "hunter2hunter2.html")
     assert said.code == 0 and "hunter2hunter2" not in said.out
     assert "hunter2hunter2" not in (output / "hunter2hunter2.html").read_text()
+
+
+# --- watch -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def watching(folder: Path) -> Iterator[Any]:
+    command = [sys.executable, "-m", "lorabench", "watch", str(folder), "--seconds", "0.5"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def going(folder: Path) -> record.Record:
+    """A sweep of a finished run and one that goes on."""
+    for seed in range(2):
+        run = write_run(folder, "lora", 16, seed, {"nll": np.arange(5.0)})
+        write_rows(run, [{"step": 1, "train/loss": 1.0}])
+    entry = record.read(run)
+    assert entry is not None
+    going_on = entry.model_copy(
+        update={"status": "interrupted", "evaluations": [], "steps_done": 1}
+    )
+    going_on.write(run)
+    return entry
+
+
+def test_watch_writes_whole_pages_until_all_runs_have_ended(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    entry = going(folder)
+    page_file = folder / "report.html"
+    with watching(folder) as process:
+        assert process.stdout.readline() == f"{page_file}: 1 finished, 1 interrupted\n"
+        assert Parsed(page_file.read_text()).data["reload"] == 1
+        run = folder / entry.run_id
+        write_rows(run, [{"step": step, "train/loss": 1.0} for step in (1, 2, 3)])
+        deadline = time.monotonic() + 20
+        while "3 of 4" not in (text := page_file.read_text()):
+            assert text.endswith("</html>"), "no reader sees half a page"
+            assert time.monotonic() < deadline
+        entry.write(run)
+        assert process.wait(20) == 0
+        assert process.stdout.read() == f"{page_file}: 2 finished\n"
+        assert Parsed(page_file.read_text()).data["reload"] is None
+
+
+def test_watch_ends_with_ctrl_c(tmp_path: Path) -> None:
+    going(tmp_path / "s")
+    with watching(tmp_path / "s") as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert "Traceback" not in process.stderr.read()
+        page_file = tmp_path / "s" / "report.html"
+        assert Parsed(page_file.read_text()).data["reload"] is None, "the last page stays"
+
+
+def test_watch_refuses_what_is_no_sweep(tmp_path: Path) -> None:
+    said = say("watch", tmp_path / "none")
+    assert said.code == 2 and "does not exist" in said.err
+
+
+@pytest.mark.slow
+def test_figures_as_files(tmp_path: Path) -> None:
+    """Needs a browser, as kaleido does."""
+    if not any(map(shutil.which, ("chromium", "google-chrome"))):
+        pytest.skip("no Chromium is installed: no PNG files are written")
+    write_sweep(tmp_path / "s", {("exclude", 16): 1.0, ("lora", 16): 0.6}, seeds=3)
+    command = [sys.executable, "-m", "lorabench", "report", str(tmp_path / "s")]
+    done = subprocess.run(
+        [*command, "--png", str(tmp_path / "png")], capture_output=True, text=True, check=True
+    )
+    files = sorted(path.name for path in (tmp_path / "png").iterdir())
+    assert files == ["intervals.png", "parameters-nll.png", "time-nll.png"]
+    assert done.stdout.splitlines()[-1] == f"{tmp_path / 'png'}: 3 figures"
+    for path in (tmp_path / "png").iterdir():
+        content = path.read_bytes()
+        assert content.startswith(b"\x89PNG") and struct.unpack(">I", content[16:20]) == (2200,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from lorabench.compare.lints import is_linted
 from lorabench.files import write_atomic
 from lorabench.report.changes import shortened
 from lorabench.report.content import Content
-from lorabench.report.plots import WIDTH
+from lorabench.report.plots import WIDTH, Group
 from lorabench.show.compared import how_judged, nothing_asked
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ TABS = (
     ("trade-offs", "Trade-offs", ("parameters", "time", "heat map", "gain and forgetting")),
 )
 NONE_YET = "No run has finished yet: the runs that train, and what failed, are in their tab."
+WORD = re.compile(r"[\w.+]+")
 STATUSES = ("finished", "running", "trained", "planned", "interrupted", "stopped", "failed")
 
 
@@ -158,27 +160,32 @@ def _finite(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def write_png(content_groups: Sequence[Any], folder: Path) -> list[Path]:
-    """Write every figure as a PNG file for a paper.
+def write_png(groups: Sequence[Group], folder: Path) -> list[Path]:
+    """Write every figure as a PNG file for a paper, and return the files.
 
     Raises:
         ConfigErrors: kaleido or a browser is missing.
     """
+    from plotly import io
+
     from lorabench.config import ConfigErrors, first_line
 
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for group in content_groups:
-        for what, figure in group.figures.items():
-            name = "-".join(f"{group.name} {what}".replace("/", " ").split())
-            path = folder / f"{name}.png"
-            figure.update_layout(paper_bgcolor="white", plot_bgcolor="white")
-            try:
-                figure.write_image(path, width=WIDTH, height=figure.layout.height, scale=2)
-            except Exception as error:  # no kaleido, no browser, a browser that does not start
-                raise ConfigErrors(
-                    f"--png: needs kaleido and a Chrome or Chromium (`pip install "
-                    f"'lorabench[png]'`); {first_line(error)}"
-                ) from error
-            written.append(path)
-    return written
+    figures = {
+        folder / f"{'-'.join(WORD.findall(f'{group.name} {what}'))[:100]}.png": figure
+        for group in groups
+        for what, figure in group.figures.items()
+    }
+    for figure in figures.values():
+        figure.update_layout(paper_bgcolor="white", plot_bgcolor="white")
+    heights = [figure.layout.height for figure in figures.values()]
+    try:
+        io.write_images(
+            list(figures.values()), list(figures), width=WIDTH, height=heights, scale=2
+        )  # fmt: skip
+    except Exception as error:  # no kaleido, no browser, a browser that does not start
+        raise ConfigErrors(
+            f"--png: must have kaleido and a Chrome or Chromium that starts; got: "
+            f"{first_line(error)}; `pip install 'lorabench[png]'` installs kaleido"
+        ) from error
+    return list(figures)
