@@ -13,6 +13,7 @@ from collections.abc import Callable
 from lorabench import masking
 from lorabench.cli.beginning import init
 from lorabench.cli.comparing import compare
+from lorabench.cli.completing import completion
 from lorabench.cli.composing import compose, register
 from lorabench.cli.exporting import export
 from lorabench.cli.fetching import fetch
@@ -61,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         "replay": replay,
         "diff": diff,
     }
+    handlers["completion"] = lambda words: completion(words, handlers)
     as_json = "--json" in arguments
     with masking.applied(arguments[1:]):
         return guarded(
@@ -91,7 +93,7 @@ def _refuse(verb: str) -> Callable[[list[str]], int]:
 
 
 def _overview() -> argparse.ArgumentParser:
-    verbs = "\n".join(f"  {name:9}{text}" for name, text in VERBS.items())
+    verbs = "\n".join(f"  {name:11}{text}" for name, text in VERBS.items())
     return argparse.ArgumentParser(
         prog="lorabench",
         usage="lorabench VERB ...",

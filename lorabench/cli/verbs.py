@@ -16,7 +16,9 @@ VERBS = {
     "export": "a run's adapter, or base and adapter merged, checked against the run",
     "replay": "train a run again from its record alone; --verify says whether it is the same",
     "diff": "what differs between two runs: config, data, stack, losses, results",
+    "completion": "what a shell needs to complete verbs, options and keys: bash, zsh or fish",
 }
+COMPOSING = ("train", "plan", "fetch")  # verbs whose words are composed by Hydra
 EXAMPLES = """\
 examples:
   lorabench init train.jsonl                        conf/data and conf/experiment for a file
