@@ -31,6 +31,8 @@ SCRIPTS = {
     "zsh": ZSH + BASH,
     "fish": "complete -c lorabench -a '(lorabench completion --line (commandline -cp))'\n",
 }
+# Options of Hydra that serve here; its help does not name them.
+HYDRAS = ("-m", "--multirun", "--cfg", "--package", "--resolve", "--info", "--config-dir", "--help")
 
 
 def completion(arguments: list[str], handlers: Mapping[str, Callable[[list[str]], int]]) -> int:
@@ -70,7 +72,8 @@ def candidates(line: str, handlers: Mapping[str, Callable[[list[str]], int]]) ->
         return []
     found = []
     if word.startswith("-"):
-        found = [one for one in _options(handlers[verb]) if one.startswith(word)]
+        options = HYDRAS if verb == "train" else _options(handlers[verb])
+        found = [one for one in options if one.startswith(word)]
     elif verb in COMPOSING:
         found = _of_hydra([one for one in words[1:] if "=" in one or one == "-m"], word)
     return [one for one in found if one != word]
