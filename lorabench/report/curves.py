@@ -101,8 +101,8 @@ def _curve(setting: int, metric: str, runs: list[dict[int, float]]) -> Curve | N
         squares = np.nansum((values - mean) ** 2, 0)
         deviation = np.sqrt(squares / np.maximum(count - 1, 1))
         low, high = (mean - deviation).astype(np.float32), (mean + deviation).astype(np.float32)
-    steps, mean = steps.astype(np.float32), mean.astype(np.float32)
-    return Curve(setting, metric, steps, mean, low, high, len(runs), per)
+    x, y = steps.astype(np.float32), mean.astype(np.float32)
+    return Curve(setting, metric, x, y, low, high, len(runs), per)
 
 
 def _mean(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:

@@ -256,12 +256,13 @@ def _learning(curves: Sequence[Curve], labels: Sequence[str], leading: list[int]
             on: Any = True if place in leading else "legendonly"
             group = {"legendgroup": str(place), "visible": on}
             if one.low is not None and one.high is not None:
-                edges = {"x": one.steps, "mode": "lines", "line": {"width": 0}}
-                hidden = {"hoverinfo": "skip", "showlegend": False}
-                figure.add_scatter(y=one.high, **edges, **hidden, **group)
-                figure.add_scatter(
-                    y=one.low, fill="tonexty", fillcolor=_faint(colour), **edges, **hidden, **group
-                )
+                edge = {
+                    "x": one.steps, "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip",
+                    "showlegend": False,
+                }  # fmt: skip
+                figure.add_scatter(y=one.high, **edge, **group)
+                filled = {"fill": "tonexty", "fillcolor": _faint(colour)}
+                figure.add_scatter(y=one.low, **filled, **edge, **group)
             marked = "lines+markers" if len(one.steps) < 12 else "lines"
             figure.add_scatter(
                 x=one.steps, y=one.mean, mode=marked, name=safe(labels[place]),
@@ -276,16 +277,16 @@ def _learning(curves: Sequence[Curve], labels: Sequence[str], leading: list[int]
     if not found:
         return None
     per = max(one.steps_a_point for one in curves)
-    hidden = len(labels) - len(leading)
+    off = len(labels) - len(leading)
     return Group(
         "curves",
         "Learning curves",
         "Mean over the seeds of a setting; the band is one standard deviation over seeds."
         + (f" Up to {per} logged steps are averaged into a point." if per > 1 else "")
         + (
-            f" {hidden} settings are off at first: the {len(leading)} best on validation are on; "
+            f" {off} settings are off at first: the {len(leading)} best on validation are on; "
             "a click in the legend shows or hides one, a double click shows it alone."
-            if hidden > 0
+            if off > 0
             else " A click in the legend hides a setting, a double click shows it alone."
         ),
         found,
