@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas
 import pytest
-from conftest import say
+from conftest import GRID, SMOKE, say
 from pages import LONG, records_in, write_hostile, write_many, write_rows
 from sweeps import write_run, write_sweep
 
@@ -363,3 +363,26 @@ def test_figures_as_files(tmp_path: Path) -> None:
     for path in (tmp_path / "png").iterdir():
         content = path.read_bytes()
         assert content.startswith(b"\x89PNG") and struct.unpack(">I", content[16:20]) == (2200,)
+
+
+@pytest.mark.slow
+def test_a_sweep_is_watched_from_its_plan_to_its_end(tmp_path: Path) -> None:
+    """Planned, running and finished runs in pages that another process writes."""
+    folder = tmp_path / "default"
+    command = [
+        sys.executable, "-m", "lorabench", "train", "-m", *SMOKE, *GRID, f"output_dir={tmp_path}",
+        "hydra.launcher.pack_size=1", "trainer.steps=20",
+    ]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as training:
+        while not (folder / "sweep.json").exists():
+            assert training.poll() is None
+            time.sleep(0.05)
+        with watching(folder) as process:
+            said = process.stdout.read()
+            assert process.wait() == 0, process.stderr.read()
+        assert training.wait() == 0
+    counts = [line.partition(": ")[2] for line in said.splitlines()]
+    assert "planned" in counts[0] and counts[-1] == "4 finished"
+    assert any("running" in one for one in counts)
+    found = Parsed((folder / "report.html").read_text())
+    assert found.data["reload"] is None and len(found.data["figures"]["curves"]) >= 1
