@@ -24,8 +24,8 @@ class Cost(NamedTuple):
 # of others, whose products are many small ones. What is not here was not measured yet: `auto`
 # compiles nothing there.
 COSTS: dict[tuple[str, Literal["alike", "mixed"]], Cost] = {
-    ("cpu", "alike"): Cost(0.076, 0.17),
-    ("cpu", "mixed"): Cost(0.22, 0.0),
+    ("cpu", "alike"): Cost(0.077, 0.09),
+    ("cpu", "mixed"): Cost(0.189, 0.05),
 }
 CALLS_A_MODULE = 20  # of operators in the graph, for a module with an adapter and what is around it
 
