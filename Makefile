@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 MINIMUM := .venv-minimum
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep plan compare test test-slow test-faults test-minimum lint docs bench experiments real calibration scan base clean
+.PHONY: help setup sweep plan compare report test test-slow test-faults test-minimum lint docs bench experiments real calibration scan base clean
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,15 +18,19 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $(READY)
 
-sweep: $(READY) ## does LoRA on lm_head help? 30 runs on the embedded base, then verdicts and table
+sweep: $(READY) ## does LoRA on lm_head help? 30 runs on the embedded base, verdicts, table and a page
 	$(BIN)/lorabench train -m experiment=lm_head
 	$(BIN)/lorabench compare outputs/lm_head
+	$(BIN)/lorabench report outputs/lm_head
 
 plan: $(READY) ## what `make sweep` will do; trains nothing
 	$(BIN)/lorabench plan -m experiment=lm_head
 
 compare: $(READY) ## verdicts and table of `make sweep` again
 	$(BIN)/lorabench compare outputs/lm_head
+
+report: $(READY) ## the page of `make sweep` again
+	$(BIN)/lorabench report outputs/lm_head
 
 test: $(READY) ## the fast tests, minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -6,9 +6,9 @@
 Packs of runs that share a batch and a rank, and of ranks 16, 32, 64 on two batches (step.py); all
 linear layers; every example of one length. Steps with and without are interleaved, five of each.
 
-The table in lorabench/sweep/compiling.py has, of a device, the seconds to compile by calls of
-operators in the graph (the largest of the rows here), and the share of a step that is saved (the
-smallest, and 0 where none is).
+The table in lorabench/sweep/compiling.py has, of a device and each kind of pack, the seconds to
+compile by calls of operators in the graph (the largest of the rows here), and the share of a step
+that is saved (the smallest, and 0 where none is).
 
 Results: benchmarks/results/<device>-compiling.json.
 """

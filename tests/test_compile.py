@@ -6,6 +6,7 @@ import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from stock import TINY, packed, tokens_of, train_pack
 
 from lorabench.pack import compiling
 from lorabench.sweep import SweepFolder
+from lorabench.sweep import compiling as costs
 from lorabench.train import train
 
 # torch's own, while it traces and compiles.
@@ -135,3 +137,47 @@ def test_a_compiled_pack_is_written_down_resumed_and_replayed(alike: Path, tmp_p
     run = next((tmp_path / "default").glob("*/record.json")).parent
     said = say("replay", run, "--verify", "--out", tmp_path / "again")
     assert said.code == 0 and "identical" in said.out, said
+
+
+def test_the_table_of_costs_is_what_was_measured() -> None:
+    """Of the committed results: the largest seconds of a call, the smallest share that is saved."""
+    results = Path(__file__).parents[1] / "benchmarks" / "results" / "cpu-compiling.json"
+    rows = json.loads(results.read_text())["rows"]
+    for kind in ("alike", "mixed"):
+        mine = [row for name, row in rows.items() if name.split()[1] == kind]
+        assert len(mine) == 2
+        cost = costs.COSTS["cpu", kind]
+        slowest = max(row["seconds_a_call"] for row in mine)
+        assert cost.seconds_a_call == pytest.approx(slowest, rel=0.02)
+        saved = max(0.0, min(row["saved"] for row in mine))
+        assert cost.saved == pytest.approx(saved, abs=0.01)
+        assert max(row["calls"] / row["modules"] for row in mine) < 1.2 * costs.CALLS_A_MODULE
+
+
+@pytest.mark.parametrize(
+    ("seconds", "ranks", "device", "expected"),
+    [
+        (1800, (16, 16), "cpu", True),
+        (60, (16, 16), "cpu", False),  # compiling 28 modules takes longer than it saves
+        (1800, (16, 32), "cpu", False),  # another graph, with more and smaller products
+        (7200, (16, 32), "cpu", True),
+        (3600, (16, 16), "cuda", False),  # not measured
+    ],
+)
+def test_auto_compiles_where_the_table_says_that_it_pays(
+    seconds: float, ranks: tuple[int, int], device: str, expected: bool
+) -> None:
+    modules = [f"layers.{i}.q_proj" for i in range(28)]
+    jobs: Any = [
+        SimpleNamespace(
+            label="",
+            config=composed("trainer.compile=auto", f"lora.r={r}"),
+            plan=SimpleNamespace(
+                alone=None, lora_modules=modules,
+                lengths=SimpleNamespace(is_one_shape=lambda config: True),
+            ),
+        )
+        for r in ranks
+    ]  # fmt: skip
+    needs: Any = SimpleNamespace(seconds=lambda jobs: seconds)
+    assert costs.to_compile(jobs, [[0, 1]], device, needs) == [expected]

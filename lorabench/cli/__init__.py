@@ -13,6 +13,7 @@ from collections.abc import Callable
 from lorabench import masking
 from lorabench.cli.beginning import init
 from lorabench.cli.comparing import compare
+from lorabench.cli.completing import completion
 from lorabench.cli.composing import compose, register
 from lorabench.cli.exporting import export
 from lorabench.cli.fetching import fetch
@@ -22,6 +23,7 @@ from lorabench.cli.planning import plan
 from lorabench.cli.planning import split as split_plan
 from lorabench.cli.reading import runs
 from lorabench.cli.replaying import diff, replay
+from lorabench.cli.reporting import report, watch
 from lorabench.cli.serving import evaluate, work
 from lorabench.cli.settling import settle
 from lorabench.cli.syncing import sync
@@ -53,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         "evaluate": evaluate,
         "runs": runs,
         "compare": compare,
+        "report": report,
+        "watch": watch,
         "settle": settle,
         "sync": sync,
         "generate": generate,
@@ -60,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         "replay": replay,
         "diff": diff,
     }
+    handlers["completion"] = lambda words: completion(words, handlers)
     as_json = "--json" in arguments
     with masking.applied(arguments[1:]):
         return guarded(
@@ -90,7 +95,7 @@ def _refuse(verb: str) -> Callable[[list[str]], int]:
 
 
 def _overview() -> argparse.ArgumentParser:
-    verbs = "\n".join(f"  {name:9}{text}" for name, text in VERBS.items())
+    verbs = "\n".join(f"  {name:11}{text}" for name, text in VERBS.items())
     return argparse.ArgumentParser(
         prog="lorabench",
         usage="lorabench VERB ...",

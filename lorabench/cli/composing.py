@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorabench.cli import presets
@@ -97,6 +98,20 @@ def compose(arguments: list[str], planner: Planner | None = None, expand: bool =
             del whole["hydra"]
         label = " ".join(settings.overrides.task) or "defaults"
         return Composed([whole], [label], settings, False)
+    finally:
+        GlobalHydra.instance().clear()
+
+
+@contextlib.contextmanager
+def loader() -> Iterator[Any]:
+    """Hydra's config loader, as commands without options have it."""
+    from hydra._internal.hydra import Hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    register()
+    GlobalHydra.instance().clear()
+    try:
+        yield Hydra.create_main_hydra2("train", _search_path(None, None)).config_loader
     finally:
         GlobalHydra.instance().clear()
 

@@ -23,11 +23,14 @@ def _folder_parser(verb: str) -> argparse.ArgumentParser:
     return parser
 
 
-def records_of(folder: Path, hash_of: Callable[[Path], str] | None = None) -> list[Checked]:
+def records_of(
+    folder: Path, hash_of: Callable[[Path], str] | None = None, quietly: bool = False
+) -> list[Checked]:
     """Runs of a folder; what is damaged is told on stderr.
 
     Args:
         hash_of: reads every file of every run; None: only those whose size or time is another.
+        quietly: say nothing of what is damaged.
     """
     from lorabench import intact
     from lorabench.config import ConfigErrors
@@ -40,9 +43,10 @@ def records_of(folder: Path, hash_of: Callable[[Path], str] | None = None) -> li
     found = intact.checked(folder, hash_of)
     read = {one.folder.name for one in found}
     lines = [intact.described_damage(*one) for one in found if one.damaged]
-    tell([*lines[:MOST_LINES], *_and_more(lines[MOST_LINES:], folder)])
+    if not quietly:
+        tell([*lines[:MOST_LINES], *_and_more(lines[MOST_LINES:], folder)])
     bad = [p.parent.name for p in sorted(folder.glob("*/record.json")) if p.parent.name not in read]
-    if bad:
+    if bad and not quietly:
         tell(
             [
                 f"left out, record.json is damaged or of a newer version: {', '.join(bad)}; "

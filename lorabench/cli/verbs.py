@@ -9,13 +9,17 @@ VERBS = {
     "evaluate": "score the saved adapters of a sweep again; trains nothing",
     "runs": "list every run of a sweep and its status",
     "compare": "what a sweep has found, in sentences, and its table: one row per setting",
+    "report": "one page of a sweep that opens anywhere: verdicts, curves, examples, runs",
+    "watch": "the same page, written again every ten seconds while the sweep runs",
     "settle": "add seeds to a sweep until its questions are settled, at looks fixed before",
     "sync": "send W&B runs that were written offline to the server",
     "generate": "what the base and every setting of a sweep answer to a prompt, side by side",
     "export": "a run's adapter, or base and adapter merged, checked against the run",
     "replay": "train a run again from its record alone; --verify says whether it is the same",
     "diff": "what differs between two runs: config, data, stack, losses, results",
+    "completion": "what a shell needs to complete verbs, options and keys: bash, zsh or fish",
 }
+COMPOSING = ("train", "plan", "fetch")  # verbs whose words are composed by Hydra
 EXAMPLES = """\
 examples:
   lorabench init train.jsonl                        conf/data and conf/experiment for a file
@@ -24,6 +28,7 @@ examples:
   lorabench compare outputs/default                 what they say, and their table
   lorabench replay outputs/default/ID --verify      one of them again: the same bits?
   lorabench evaluate outputs/default 'data.metric=[nll,nll_per_token]'   scored again
+  lorabench report outputs/default                  one page: verdicts, curves, examples
   lorabench plan -m experiment=lm_head              what a sweep will do
   lorabench plan --smoke -m experiment=lm_head      and a few steps of each pack, reloaded
   lorabench generate outputs/default --prompt 'TEXT' base and settings, side by side

@@ -96,15 +96,19 @@ def _sentences(out: Console, answers: Answers) -> None:
     for text in answers.left_out:
         out.print(f"not compared, {text}", style="yellow", soft_wrap=True)
     if answers.verdicts:
-        looked = any(one.look for one in answers.verdicts)
-        out.print(
-            f"{_counted(answers)}, {_number(len(answers.verdicts), 'question')} on test "
-            f"{answers.metric}{_and_retention(answers)}, paired by seed and example; at most one "
-            f"command in twenty has a false verdict among its sentences"
-            f"{', all looks together' if looked else ''}",
-            style="dim", soft_wrap=True,
-        )  # fmt: skip
+        out.print(how_judged(answers), style="dim", soft_wrap=True)
         out.print()
+
+
+def how_judged(answers: Answers) -> str:
+    """What the verdicts rest on, and how often they may be false."""
+    looked = any(one.look for one in answers.verdicts)
+    return (
+        f"{_counted(answers)}, {_number(len(answers.verdicts), 'question')} on test "
+        f"{answers.metric}{_and_retention(answers)}, paired by seed and example; at most one "
+        f"command in twenty has a false verdict among its sentences"
+        f"{', all looks together' if looked else ''}"
+    )
 
 
 def _and_retention(answers: Answers) -> str:

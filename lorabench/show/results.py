@@ -34,14 +34,7 @@ def runs(found: Sequence[Checked], as_json: bool, statuses: Collection[str] = ()
     from lorabench import compare
 
     table = compare.table([one.entry for one in found])
-    ordered = sorted(
-        zip(found, table["runs"], strict=True),
-        key=lambda one: (
-            [order(one[1]["setting"][key]) for key in table["varied"]],
-            one[0].entry.config["seed"],
-            sorted(one[0].entry.seeds.items()),
-        ),
-    )
+    ordered = in_order(found, table)
     shown = [one for one in ordered if not statuses or one[0].entry.status in statuses]
     if as_json:
         dump(
@@ -98,6 +91,20 @@ def runs(found: Sequence[Checked], as_json: bool, statuses: Collection[str] = ()
             record.error or record.stopped_early or "",
         )
     whole(console(), out, ("seconds",))
+
+
+def in_order(
+    found: Sequence[Checked], table: dict[str, Any]
+) -> list[tuple[Checked, dict[str, Any]]]:
+    """Return runs with their rows in `compare.table`, by setting and seed."""
+    return sorted(
+        zip(found, table["runs"], strict=True),
+        key=lambda one: (
+            [order(one[1]["setting"][key]) for key in table["varied"]],
+            one[0].entry.config["seed"],
+            sorted(one[0].entry.seeds.items()),
+        ),
+    )
 
 
 def columns_of(table: dict[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lorabench.config import Config, ConfigErrors
 from lorabench.plan import Plan
@@ -20,10 +20,14 @@ class Cost(NamedTuple):
     saved: float  # of a step's time
 
 
-# From benchmarks/results/<device>-compiling.json. A kind that is not here was not measured on a
-# quiet machine yet: `auto` compiles nothing there.
-COSTS: dict[str, Cost] = {}
-CALLS_A_MODULE = 12  # of operators in the graph, for a module with an adapter and what is around it
+# From benchmarks/results/<device>-compiling.json: of packs whose runs share rank and batches, and
+# of others, whose products are many small ones. What is not here was not measured yet: `auto`
+# compiles nothing there.
+COSTS: dict[tuple[str, Literal["alike", "mixed"]], Cost] = {
+    ("cpu", "alike"): Cost(0.077, 0.09),
+    ("cpu", "mixed"): Cost(0.189, 0.05),
+}
+CALLS_A_MODULE = 20  # of operators in the graph, for a module with an adapter and what is around it
 
 
 def why_not(config: Config, plan: Plan) -> str | None:
@@ -41,7 +45,8 @@ def why_not(config: Config, plan: Plan) -> str | None:
 
 def pays(jobs: Sequence[Job], device: str, needs: Needs) -> bool:
     """Whether compiling a pack of these runs is reckoned to save time, by the table of costs."""
-    cost = COSTS.get(device.partition(":")[0])
+    parts = {(job.config.lora.r, job.config.seeds.data) for job in jobs}
+    cost = COSTS.get((device.partition(":")[0], "alike" if len(parts) == 1 else "mixed"))
     if cost is None or jobs[0].plan.lengths is None:
         return False
     modules = len({name for job in jobs for name in job.plan.lora_modules})

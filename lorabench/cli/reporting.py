@@ -1,0 +1,115 @@
+"""The verbs that write a page of a sweep: report and watch."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorabench import masking
+from lorabench.cli.comparing import add_questions, asked_of, table_of
+from lorabench.cli.reading import records_of
+from lorabench.cli.telling import Parser, above_zero
+from lorabench.cli.verbs import VERBS
+
+if TYPE_CHECKING:
+    from lorabench.report.content import Content
+
+SECONDS = 10.0  # between two pages of `watch`
+OVER = ("finished", "stopped", "failed")  # statuses of runs that nobody trains any more
+
+
+def report(arguments: list[str]) -> int:
+    """lorabench report DIR [DIR ...] [--out FILE] [--png DIR] and the options of compare"""
+    parser = Parser(prog="lorabench report", description=VERBS["report"])
+    parser.add_argument(
+        "folders", type=Path, nargs="+", metavar="folder",
+        help="folder of a sweep, such as outputs/lm_head; several are compared as one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: report.html in the (first) folder"
+    )
+    parser.add_argument(
+        "--png", type=Path, metavar="DIR", help="also write every figure as a PNG file"
+    )
+    add_questions(parser)
+    options = parser.parse_args(arguments)
+    from lorabench.report import page
+    from lorabench.show.text import size
+
+    out = _place(options.out, options.folders)
+    content = _content(options, ["report", *arguments])
+    num_bytes = page.write(content, out)
+    runs = sum(content.statuses.values())
+    print(masking.mask(f"{out}: {size(num_bytes)}, {runs} run{'' if runs == 1 else 's'}"))
+    if options.png is not None:
+        written = page.write_png(content.groups, options.png)
+        print(f"{options.png}: {len(written)} figures")
+    return 0
+
+
+def watch(arguments: list[str]) -> int:
+    """lorabench watch DIR [--out FILE] [--seconds N] and the options of compare"""
+    parser = Parser(
+        prog="lorabench watch",
+        description=VERBS["watch"],
+        epilog="ends when every run has ended, or with Ctrl-C; the last page reloads no more",
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a sweep")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: DIR/report.html")
+    parser.add_argument(
+        "--seconds", type=above_zero, default=SECONDS, metavar="N",
+        help="between two pages; more where a page takes longer; default: 10",
+    )  # fmt: skip
+    add_questions(parser)
+    options = parser.parse_args(arguments)
+    options.folders = [options.folder]
+    from lorabench.report import page
+
+    out, words = _place(options.out, options.folders), ["report", str(options.folder)]
+    told: dict[str, int] | None = None
+    try:
+        while True:
+            begun = time.monotonic()
+            content = _content(options, words, quietly=told is not None)
+            is_over = all(name in OVER for name in content.statuses)
+            page.write(content, out, None if is_over else max(1, round(options.seconds)))
+            if content.statuses != told:
+                counts = ", ".join(f"{n} {name}" for name, n in content.statuses.items())
+                print(f"{out}: {counts}", flush=True)
+                told = content.statuses
+            if is_over:
+                return 0
+            spent = time.monotonic() - begun
+            time.sleep(max(options.seconds - spent, spent))  # a training may need this machine
+    except KeyboardInterrupt:
+        page.write(_content(options, words, quietly=True), out)
+        return 130
+
+
+def _place(out: Path | None, folders: Sequence[Path]) -> Path:
+    """Where the page goes.
+
+    Raises:
+        ConfigErrors: no file can be written there.
+    """
+    from lorabench.config import ConfigErrors
+
+    place = folders[0] / "report.html" if out is None else out
+    if place.is_dir():
+        raise ConfigErrors(f"--out: must be a file; '{place}' is a folder")
+    if out is not None and not place.parent.is_dir():
+        raise ConfigErrors(f"--out: must lie in a folder that exists; '{place.parent}' does not")
+    return place
+
+
+def _content(options: argparse.Namespace, words: Sequence[str], quietly: bool = False) -> Content:
+    """What the page shows of these folders now."""
+    from lorabench.report.content import content_of
+
+    folders = list({folder.resolve(): folder for folder in options.folders}.values())
+    found: list[Any] = [one for folder in folders for one in records_of(folder, quietly=quietly)]
+    answers = asked_of(options, folders, found, quietly=quietly).answers(found)
+    return content_of(folders, found, table_of(folders, found, answers), answers, words)

@@ -1,0 +1,262 @@
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const root = document.documentElement;
+  root.classList.add("js");
+  const $ = (selector, inside = document) => inside.querySelector(selector);
+  const $$ = (selector, inside = document) => [...inside.querySelectorAll(selector)];
+
+  // What the reader has chosen, kept over a reload; a page in a mail may have no storage.
+  const key = "lorabench " + location.pathname;
+  let kept = {};
+  try { kept = JSON.parse(sessionStorage.getItem(key)) || {}; } catch { /* none */ }
+  const keep = (name, value) => {
+    kept[name] = value;
+    try { sessionStorage.setItem(key, JSON.stringify(kept)); } catch { /* none */ }
+  };
+
+  // --- light and dark ---
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const isDark = () => (root.dataset.theme || (dark.matches ? "dark" : "light")) === "dark";
+  if (kept.theme) root.dataset.theme = kept.theme;
+
+  // --- figures ---
+  const colours = () => {
+    const style = getComputedStyle(root);
+    const of = (name) => style.getPropertyValue(name).trim();
+    const line = of("--line");
+    const axis = { gridcolor: of("--grid"), linecolor: line, tickcolor: line, zerolinecolor: line };
+    return {
+      axis, text: of("--text"), raised: of("--raised"), line,
+    };
+  };
+  // The legend lies below, and the figure grows with it.
+  const withLegend = (traces, layout, width) => {
+    const names = traces.filter((one) => one.name && one.showlegend !== false).map((one) => one.name);
+    if (names.length < 2) return { ...layout, showlegend: false };
+    const each = Math.max(...names.map((name) => name.length)) * 7 + 56;
+    const rows = Math.ceil(names.length / Math.max(1, Math.floor((width - 80) / each)));
+    const added = 22 * rows + 10;
+    return {
+      ...layout, height: layout.meta.height + added,
+      margin: { ...layout.margin, b: layout.margin.b + added },
+      legend: { ...layout.legend, maxheight: added, entrywidth: each - 44 },
+    };
+  };
+  const themed = (layout) => {
+    const { axis, text, raised, line } = colours();
+    const found = {
+      ...layout, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      font: { ...layout.font, color: text, family: "system-ui, sans-serif" },
+      hoverlabel: { ...layout.hoverlabel, bgcolor: raised, bordercolor: line, font: { color: text } },
+      autosize: true,
+    };
+    for (const name of ["xaxis", "yaxis"]) found[name] = { ...layout[name], ...axis };
+    if (innerWidth < 600) found.legend = { ...layout.legend, font: { size: 11 } };
+    return found;
+  };
+  const settings = { displaylogo: false, showSendToCloud: false, responsive: true,
+    modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+  const draw = (place) => {
+    if (!window.Plotly) return;
+    const figures = data.figures[place.dataset.group];
+    const chosen = figures[Math.min(kept["figure " + place.dataset.group] || 0, figures.length - 1)];
+    const { data: traces, layout } = chosen.figure;
+    const shown = withLegend(traces, themed(layout), place.clientWidth);
+    Plotly.react(place, structuredClone(traces), shown, settings);
+    place.dataset.drawn = "1";
+  };
+  const drawOpen = (again) => $$("[role=tabpanel].open .figure").forEach((place) => {
+    if (again || !place.dataset.drawn) draw(place);
+  });
+  $$("select[data-of]").forEach((select) => {
+    const figures = data.figures[select.dataset.of];
+    figures.forEach(({ name }, i) => select.append(new Option(name, i)));
+    select.value = Math.min(kept["figure " + select.dataset.of] || 0, figures.length - 1);
+    select.parentElement.hidden = figures.length < 2;
+    select.addEventListener("change", () => {
+      keep("figure " + select.dataset.of, Number(select.value));
+      draw($(`.figure[data-group="${select.dataset.of}"]`));
+    });
+  });
+  const rethemed = () => {
+    $$(".figure").forEach((place) => delete place.dataset.drawn);
+    drawOpen();
+  };
+  $("#theme").addEventListener("click", () => {
+    root.dataset.theme = isDark() ? "light" : "dark";
+    keep("theme", root.dataset.theme);
+    rethemed();
+  });
+  dark.addEventListener("change", rethemed);
+
+  // --- tabs ---
+  const tabs = $$("[role=tab]");
+  const open = (name, isNew = true) => {
+    const tab = tabs.find((one) => one.getAttribute("aria-controls") === name) || tabs[0];
+    tabs.forEach((one) => {
+      const is = one === tab;
+      one.setAttribute("aria-selected", is);
+      one.tabIndex = is ? 0 : -1;
+      document.getElementById(one.getAttribute("aria-controls")).classList.toggle("open", is);
+    });
+    tab.scrollIntoView({ block: "nearest", inline: "nearest" });
+    if (isNew) {
+      keep("tab", tab.getAttribute("aria-controls"));
+      try { history.replaceState(null, "", "#" + kept.tab); } catch { /* a page in a frame */ }
+    }
+    drawOpen();
+  };
+  tabs.forEach((tab, i) => {
+    tab.addEventListener("click", () => open(tab.getAttribute("aria-controls")));
+    tab.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!step) return;
+      const next = tabs[(i + step + tabs.length) % tabs.length];
+      open(next.getAttribute("aria-controls"));
+      next.focus();
+    });
+  });
+
+  // --- tables that sort ---
+  const compare = (a, b) => {
+    const [x, y] = [Number(a), Number(b)];
+    if (!Number.isNaN(x) && !Number.isNaN(y)) return x - y;
+    return String(a).localeCompare(String(b));
+  };
+  const sort = (table, column, direction) => {
+    const body = table.tBodies[0];
+    const value = (row) => row.cells[column].dataset.sort;
+    const rows = [...body.rows].map((row, i) => [row, i]);
+    rows.sort(([a, i], [b, k]) => {
+      const [x, y] = [value(a), value(b)];
+      if (x === undefined || y === undefined) return (x === undefined) - (y === undefined) || i - k;
+      return direction * compare(x, y) || i - k;
+    });
+    body.append(...rows.map(([row]) => row));
+    $$("thead th", table).forEach((head, i) => {
+      if (i === column) head.setAttribute("aria-sort", direction > 0 ? "ascending" : "descending");
+      else head.removeAttribute("aria-sort");
+    });
+  };
+  $$("table.sortable").forEach((table, place) => {
+    $$("thead th", table).forEach((head, column) => {
+      $("button", head).addEventListener("click", () => {
+        const direction = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+        sort(table, column, direction);
+        keep("sort " + place, [column, direction]);
+      });
+    });
+    const before = kept["sort " + place];
+    if (before && before[0] < table.tHead.rows[0].cells.length) sort(table, ...before);
+  });
+
+  // --- examples ---
+  const found = data.examples;
+  if (found && found.settings) {
+    const [first, second, which, needle] = ["first", "second", "which", "needle"]
+      .map((id) => document.getElementById(id));
+    found.settings.forEach((label, i) => {
+      first.append(new Option(label, i));
+      second.append(new Option(label, i));
+    });
+    const kinds = found.isRight
+      ? [["gained", "wrong to right"], ["lost", "right to wrong"], ["changed", "all that changed"], ["all", "all"]]
+      : [["gained", "better"], ["lost", "worse"], ["changed", "all that changed"], ["all", "all"]];
+    kinds.forEach(([value, text]) => which.append(new Option(text, value)));
+    const chosen = kept.examples || {};
+    first.value = chosen.first < found.settings.length ? chosen.first : found.first;
+    second.value = chosen.second < found.settings.length ? chosen.second : found.second;
+    which.value = chosen.which || "gained";
+    needle.value = chosen.needle || "";
+    let count = 50;
+    const cell = (text, kind, small) => {
+      const made = document.createElement("td");
+      made.textContent = text;
+      if (kind) made.className = kind;
+      if (small) made.append(Object.assign(document.createElement("small"), { textContent: small }));
+      return made;
+    };
+    const written = (setting, i) => {
+      const place = found.written[setting][i];
+      return place < 0 ? "" : found.texts[place];
+    };
+    const scored = (setting, i) => {
+      const value = found.scores[setting][i];
+      if (value === null) return [null, "not scored", ""];
+      if (!found.isRight) return [value, value.toPrecision(4), ""];
+      const seeds = found.seeds[setting];
+      const text = seeds > 1 ? `right in ${Math.round(value * seeds)} of ${seeds} seeds` : value >= 0.5 ? "right" : "wrong";
+      return [value, text, value >= 0.5 ? "right" : "wrong"];
+    };
+    const show = () => {
+      const [a, b] = [Number(first.value), Number(second.value)];
+      const sign = found.higher ? 1 : -1;
+      const half = (x) => x >= 0.5;
+      const word = needle.value.toLowerCase();
+      const rows = [];
+      const sums = { gained: 0, lost: 0 };
+      found.examples.forEach(([id, prompt, completion], i) => {
+        const [x, y] = [found.scores[a][i], found.scores[b][i]];
+        if (x === null || y === null) return;
+        const gained = found.isRight ? !half(x) && half(y) : sign * (y - x) > 0;
+        const lost = found.isRight ? half(x) && !half(y) : sign * (y - x) < 0;
+        sums.gained += gained;
+        sums.lost += lost;
+        const kind = which.value;
+        const wanted = kind === "all" || (kind === "gained" && gained) || (kind === "lost" && lost)
+          || (kind === "changed" && (gained || lost));
+        const texts = [id, prompt, completion, written(a, i), written(b, i)].join("\n").toLowerCase();
+        if (wanted && texts.includes(word)) rows.push([Math.abs(y - x), i]);
+      });
+      rows.sort((one, other) => other[0] - one[0] || one[1] - other[1]);
+      const names = found.isRight ? ["from wrong to right", "from right to wrong"] : ["better", "worse"];
+      document.getElementById("counted").textContent =
+        `${sums.gained} of ${found.examples.length} test examples went ${names[0]} and ${sums.lost} ${names[1]} `
+        + `by ${found.metric}`
+        + (found.isRight ? ", right being right in at least half of the seeds" : "")
+        + (found.by ? `. What was written (${found.by}) is that of one seed.` : ".");
+      const table = document.getElementById("changed");
+      const head = document.createElement("tr");
+      ["prompt", "reference", found.settings[a], found.settings[b]].forEach((name) =>
+        head.append(Object.assign(document.createElement("th"), { textContent: name, scope: "col" })));
+      table.tHead.replaceChildren(head);
+      table.tBodies[0].replaceChildren(...rows.slice(0, count).map(([, i]) => {
+        const [id, prompt, completion] = found.examples[i];
+        const row = document.createElement("tr");
+        row.append(cell(prompt || id), cell(completion));
+        for (const setting of [a, b]) {
+          const [, text, kind] = scored(setting, i);
+          row.append(cell(written(setting, i) || text, kind, written(setting, i) ? text : ""));
+        }
+        return row;
+      }));
+      if (!rows.length) {
+        const row = document.createElement("tr");
+        const none = cell("no such example");
+        none.colSpan = 4;
+        row.append(none);
+        table.tBodies[0].append(row);
+      }
+      document.getElementById("more").hidden = rows.length <= count;
+      keep("examples", { first: a, second: b, which: which.value, needle: needle.value });
+    };
+    [first, second, which].forEach((one) => one.addEventListener("change", () => { count = 50; show(); }));
+    needle.addEventListener("input", () => { count = 50; show(); });
+    document.getElementById("more").addEventListener("click", () => { count += 200; show(); });
+    show();
+  }
+
+  const named = location.hash.slice(1);
+  open(named || kept.tab || "verdicts", false);
+  addEventListener("hashchange", () => open(location.hash.slice(1)));
+
+  // --- a page that is written again while a sweep runs ---
+  if (data.reload) {
+    if (kept.place) scrollTo(0, kept.place);
+    setInterval(() => {
+      keep("place", scrollY);
+      location.reload();
+    }, 1000 * data.reload);
+  }
+})();

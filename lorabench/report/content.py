@@ -1,0 +1,210 @@
+"""Everything a page shows, from the runs of one or more sweep folders."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorabench import masking
+from lorabench.provenance import stack
+from lorabench.report import changes, plots, tables, texts
+from lorabench.sweep import SweepFolder
+
+if TYPE_CHECKING:
+    from lorabench.compare import Answers
+    from lorabench.intact import Checked
+
+MOST_COMMANDS = 20
+MOST_SHOWN = 12  # values of one fact
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a page is made of.
+
+    Args:
+        name: of the sweeps.
+        statuses: how many runs have each.
+        answers: verdicts on the runs.
+        table: `compare.table` of the runs, with lints and bases.
+        settings, runs: tables.
+        groups: figures.
+        examples: what the view of examples is made from; empty: there is none.
+        facts: what the runs have in common and where they differ, (what, values).
+        commands: (what it does, command).
+        left_out: what the page does not show, one text each.
+        made: when, UTC.
+    """
+
+    name: str
+    statuses: dict[str, int]
+    answers: Answers
+    table: dict[str, Any]
+    settings: tables.Table
+    runs: tables.Table
+    groups: list[plots.Group]
+    examples: dict[str, Any]
+    facts: list[tuple[str, list[str]]]
+    commands: list[tuple[str, str]]
+    made: str
+    left_out: list[str] = field(default_factory=list)
+
+
+def content_of(
+    folders: Sequence[Path],
+    found: Sequence[Checked],
+    table: dict[str, Any],
+    answers: Answers,
+    words: Sequence[str],
+) -> Content:
+    """Gather what the page of these sweeps shows.
+
+    Args:
+        table: `compare.table` of the runs, with lints and bases.
+        words: the command that asks for the page.
+    """
+    from lorabench.record import now
+
+    runs = [(one.folder, one.entry) for one in found]
+    left_out: list[str] = []
+    return Content(
+        ", ".join(dict.fromkeys(folder.resolve().name for folder in folders)),
+        dict(Counter(one.entry.status for one in found)),
+        answers,
+        table,
+        tables.settings_table(table, answers),
+        tables.runs_table(found, table, answers),
+        plots.groups_of(runs, table, answers),
+        _examples(runs, table, answers, left_out),
+        _facts(found),
+        masking.mask(_commands(folders, found, words)),
+        now(),
+        left_out,
+    )
+
+
+def _examples(
+    runs: Sequence[tuple[Path, Any]], table: dict[str, Any], answers: Answers, left_out: list[str]
+) -> dict[str, Any]:
+    """The view of examples, as the page's script reads it."""
+    rows = table["rows"]
+    found = changes.changes_of(runs, [row["runs"] for row in rows], answers.metric)
+    if found is None:
+        return {}
+    finished = [one for _, one in runs if one.status == "finished"]
+    known, why = texts.texts_of(finished, set(found.examples))
+    if why:
+        left_out.append(why)
+    if found.left_out:
+        left_out.append(
+            f"{found.left_out} of {found.num_examples} test examples are not in the view of "
+            f"examples, which holds those that settings differ on most"
+        )
+    labels = [plots.label_of(row["setting"], table) for row in rows]
+    first, second = _pair(rows, answers)
+    return {
+        "metric": found.metric,
+        "isRight": found.is_right,
+        "higher": found.higher_is_better,
+        "settings": labels,
+        "seeds": found.seeds,
+        "scores": [[changes.number(value) for value in own] for own in found.scores],
+        "written": found.written.tolist(),
+        "texts": found.texts,
+        "by": found.written_by,
+        "examples": [[id, *known.get(id, ("", ""))] for id in found.examples],
+        "first": first,
+        "second": second,
+    }
+
+
+def _pair(rows: Sequence[dict[str, Any]], answers: Answers) -> tuple[int, int]:
+    """Settings that are shown first: those of the first question that was found."""
+    places = {run: i for i, row in enumerate(rows) for run in row["runs"]}
+    for one in answers.verdicts:
+        if one.outcome == "found" and not one.question.averaged:
+            pair = [places.get(answers.runs[i][0]) for i in one.question.pairs[0]]
+            if None not in pair:
+                first, second = pair
+                worse_first = one.better == one.question.levels[1]
+                return (first, second) if worse_first else (second, first)  # type: ignore[return-value]
+    return 0, min(1, len(rows) - 1)
+
+
+def _facts(found: Sequence[Checked]) -> list[tuple[str, list[str]]]:
+    """What the runs were made with, each value once."""
+    collected: dict[str, Counter[str]] = {}
+
+    def add(what: str, value: Any) -> None:
+        if value not in (None, "", {}, []):
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            collected.setdefault(what, Counter())[changes.shortened(text)] += 1
+
+    for one in found:
+        entry = one.entry
+        made = entry.provenance
+        if entry.status == "planned" or not made:
+            continue
+        add("base", f"{entry.plan.get('model', '')} {made.get('hub') or ''}".strip())
+        add("revision of the base", made.get("revision"))
+        for name in ("base", "train", "train_tokens"):
+            add(f"hash of {'the base' if name == 'base' else name}", entry.hashes.get(name))
+        git = made.get("git") or {}
+        dirty = " with changes that are not committed" if git.get("dirty") else ""
+        add("commit of lorabench", f"{git['commit']}{dirty}" if git.get("commit") else None)
+        add("arithmetic version", str(entry.arithmetic_version))
+        add("python", made.get("python"))
+        for name, version in (made.get("packages") or {}).items():
+            add(name, version)
+        for name in ("os", "cpu", "cpu_count", "device", "gpu", "cuda", "driver", "threads"):
+            add(name, made.get(name))
+        add("determinism", made.get("determinism"))
+    total = sum(1 for one in found if one.entry.provenance)
+    return [
+        (
+            what,
+            [
+                value if count == total else f"{value} ({count} of {total} runs)"
+                for value, count in values.most_common(MOST_SHOWN)
+            ]
+            + ([f"and {len(values) - MOST_SHOWN} more"] if len(values) > MOST_SHOWN else []),
+        )
+        for what, values in collected.items()
+    ]
+
+
+def _commands(
+    folders: Sequence[Path], found: Sequence[Checked], words: Sequence[str]
+) -> list[tuple[str, str]]:
+    """What made the sweep, and what repeats or continues it."""
+    lines = []
+    for folder in folders:
+        asked = SweepFolder(folder).read().commands
+        lines += [
+            (
+                f"asked for {len(one.runs)} runs on {one.started}",
+                shlex.join(["lorabench", *one.words]),
+            )
+            for one in asked[-MOST_COMMANDS:]
+        ]
+    first = next((one for one in found if one.entry.status == "finished"), None)
+    if first is not None:
+        lines.append(
+            (
+                "trains a run again from its record and says whether it is the same",
+                shlex.join(["lorabench", "replay", str(first.folder), "--verify"]),
+            )
+        )
+    names = [str(folder) for folder in folders]
+    if len({json.dumps(stack(one.entry.provenance), default=str) for one in found}) > 1 and first:
+        lines.append(("says what differs between two runs", "lorabench diff RUN RUN"))
+    lines += [
+        ("the sentences and the table", shlex.join(["lorabench", "compare", *names])),
+        ("this page", shlex.join(["lorabench", *words])),
+    ]
+    return lines

@@ -1,0 +1,44 @@
+"""The texts of scored examples, where the data that they come from are at hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+
+from lorabench.record import Record
+from lorabench.report.changes import shortened
+
+
+def texts_of(
+    records: Sequence[Record], ids: Collection[str]
+) -> tuple[dict[str, tuple[str, str]], str | None]:
+    """Read prompts and completions of test examples again, from files and caches alone.
+
+    An id is a hash of both, so that a text is never shown beside an example that it is not of.
+
+    Returns:
+        Prompt and completion by id; and why some are missing, if they are.
+    """
+    if not records or not ids:
+        return {}, None
+    # Nothing is downloaded for a page.
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        os.environ.setdefault(name, "1")
+    from omegaconf import OmegaConf
+
+    from lorabench import config, data
+
+    try:
+        typed = config.typed(OmegaConf.create(records[-1].config))
+        examples = data.load(typed.data).test
+    except Exception as error:  # whatever became of the data, the page is made
+        return {}, f"the texts of the examples cannot be read again ({config.first_line(error)})"
+    wanted = set(ids)
+    found = {
+        one.id: (shortened(one.prompt), shortened(one.completion))
+        for one in examples
+        if one.id in wanted
+    }
+    missing = len(wanted) - len(found)
+    why = f"{missing} of {len(wanted)} examples are no longer in the data" if missing else None
+    return found, why

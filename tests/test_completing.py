@@ -1,0 +1,86 @@
+"""Completion: by the files of conf/, by --help, and by bash itself."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import say
+
+from lorabench import cli
+from lorabench.cli import conf_folder
+
+
+def completed(line: str) -> list[str]:
+    said = say("completion", "--line", line)
+    assert said.code == 0, said.err
+    return said.out.split()
+
+
+def test_verbs() -> None:
+    assert completed("lorabench ") == [*cli.VERBS]
+    assert completed("lorabench re") == ["report", "replay"]
+    assert completed("lorabench nothing ") == []
+
+
+def test_names_of_a_group_are_its_files() -> None:
+    files = sorted(path.stem for path in (Path(conf_folder()) / "head").glob("*.yaml"))
+    assert completed("lorabench train head=") == [f"head={name}" for name in files]
+    assert completed("lorabench plan -m lora.r=16,32 head=exclude,l") == ["head=exclude,lora"]
+
+
+def test_keys_are_those_of_the_config() -> None:
+    printed = say("train", "--cfg", "job", "--package", "lora").out
+    keys = re.findall(r"^(\w+):", printed, re.MULTILINE)
+    assert completed("lorabench train lora.") == sorted(f"lora.{key}=" for key in keys)
+
+
+@pytest.mark.parametrize("verb", [one for one in cli.VERBS if one != "train"])
+def test_options_are_those_of_the_help(verb: str) -> None:
+    usage = re.sub(r"\s+", " ", say(verb, "--help").out)
+    found = completed(f"lorabench {verb} --")
+    assert all(option in usage for option in found)
+    assert {*re.findall(r"\[(--[\w-]+)", usage)} <= {*found}
+
+
+def test_bash_completes() -> None:
+    """In bash itself, which replaces only what follows the last equals sign."""
+    script = """
+    eval "$(lorabench completion bash)"
+    COMP_LINE='lorabench train -m head=exclude,l'; COMP_POINT=${#COMP_LINE}
+    _lorabench; printf '%s\\n' "${COMPREPLY[@]}"
+    COMP_LINE='lorabench com and more'; COMP_POINT=13
+    _lorabench; printf '%s\\n' "${COMPREPLY[@]}"
+    complete -p lorabench
+    """
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, env=os.environ | {"PATH": path}
+    )
+    assert done.stdout.splitlines() == [
+        "exclude,lora", "compare", "completion",
+        "complete -o default -o nospace -F _lorabench lorabench",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_scripts_parse(shell: str) -> None:
+    script = say("completion", shell).out
+    if shell != "fish":  # zsh reads what bash does, by bashcompinit
+        checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+        assert checked.returncode == 0, checked.stderr
+    assert "lorabench completion --line" in script
+
+
+@pytest.mark.slow
+def test_a_completion_takes_less_than_two_seconds() -> None:
+    """Hydra composes the config for each: 0.8 s on a quiet core."""
+    begun = time.perf_counter()
+    command = [sys.executable, "-m", "lorabench", "completion", "--line", "lorabench train lora."]
+    subprocess.run(command, check=True, capture_output=True)
+    assert time.perf_counter() - begun < 2
