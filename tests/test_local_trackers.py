@@ -96,7 +96,7 @@ def tracked(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Path]]:
     pytest.importorskip(request.param)
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp("tracked")
     said = say("train", *TINY, *FEW, f"tracker={request.param}", f"output_dir={folder}")
     assert said.code == 0, said.err
     assert request.param not in said.out + said.err  # it prints nothing

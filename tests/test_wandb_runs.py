@@ -147,7 +147,7 @@ def test_the_record_is_among_the_files(sweep):
     for run_id, file in offline_files(sweep).items():
         copy = file.parent / "files" / "record.json"
         assert copy.read_bytes() == (sweep / run_id / "record.json").read_bytes()
-        saved = [item["path"] for one in of_kind(inspect(file), "files") for item in one["items"]]
+        saved = [item["path"] for one in of_kind(inspect(file), "files") for item in one["files"]]
         assert "record.json" in saved
 
 

@@ -91,7 +91,10 @@ class Answer(BaseHTTPRequestHandler):
 
     do_GET = do_PUT = do_POST
 
-    def query(self, query: str, variables: dict[str, Any], **_: Any) -> dict[str, Any]:
+    def query(
+        self, query: str, variables: dict[str, Any] | None = None, **_: Any
+    ) -> dict[str, Any]:
+        variables = variables or {}
         project = {"id": "p", "name": "lorabench", "entity": {"id": "e", "name": "me"}}
         if "upsertBucket" in query:
             name = variables["name"]

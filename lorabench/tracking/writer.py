@@ -59,7 +59,7 @@ class TensorBoard:
     """A run as event files in FOLDER/tensorboard/NAME; values are float32 there."""
 
     def __init__(self, run: dict[str, Any], folder: Path):
-        from tensorboard.plugins.hparams import summary
+        from tensorboard.plugins.hparams import summary_v2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         place = folder / "tensorboard"
@@ -68,7 +68,7 @@ class TensorBoard:
         name = re.sub(r"[^\w.=,+-]+", "_", run["name"])[:100]
         self.writer = EventFileWriter(str(place / f"{name}_{run['start']}"), flush_secs=10)
         plain = {k: v for k, v in run["config"].items() if isinstance(v, str | int | float)}
-        self._add(summary.hparams_pb(plain, trial_id=run["start"]), 0)
+        self._add(summary_v2.hparams_pb(plain, trial_id=run["start"]), 0)
 
     def log(self, values: dict[str, float], step: int) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -161,14 +161,17 @@ class Writer:
                 continue
             if message is None:
                 break
-            if run_id := message.get("start"):
-                self.attempt(run_id, partial(self.start, message))
-            elif (run_id := message["end"]) in self.runs:
-                if self.attempt(run_id, partial(self.runs[run_id].end, message["summary"])):
-                    del self.runs[run_id]
-                    self.answer(run_id, None)
+            if "start" in message:
+                self.attempt(message["start"], partial(self.start, message))
+            elif message["end"] in self.runs:
+                self.end(message["end"], message["summary"])
         for run_id, run in [*self.runs.items()]:
             self.attempt(run_id, partial(run.end, {}))
+
+    def end(self, run_id: str, summary: dict[str, Any]) -> None:
+        if self.attempt(run_id, partial(self.runs[run_id].end, summary)):
+            del self.runs[run_id]
+            self.answer(run_id, None)
 
     def start(self, message: dict[str, Any]) -> None:
         self.runs[message["start"]] = Followed(self.kind, message, self.folder)
