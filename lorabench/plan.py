@@ -333,8 +333,14 @@ def tracker_address(config: Config) -> str:
     tracker = config.tracker
     if tracker.kind == "none" or tracker.mode == "disabled":
         return "none"
+    sweep = Path(config.output_dir) / config.sweep
+    if tracker.kind == "trackio":
+        place = os.environ.get("TRACKIO_DIR", sweep / "trackio")
+        return f"trackio database in {place}, project {tracker.project}"
+    if tracker.kind == "tensorboard":
+        return f"tensorboard event files in {sweep / 'tensorboard'}"
     if tracker.mode == "offline":
-        return f"wandb offline files in {Path(config.output_dir) / config.sweep / 'wandb'}"
+        return f"wandb offline files in {sweep / 'wandb'}"
     url = os.environ.get("WANDB_BASE_URL", "the wandb client's default server")
     return (
         f"wandb at {url}, project {tracker.entity + '/' if tracker.entity else ''}{tracker.project}"

@@ -35,6 +35,8 @@ OPTIONS = (
     ),
     ("data.source", "hub", "datasets", None, "data=jsonl"),
     ("tracker.kind", "wandb", "wandb", None, "tracker=none"),
+    ("tracker.kind", "trackio", "trackio", "0.43", "tracker=none"),
+    ("tracker.kind", "tensorboard", "tensorboard", "2.19", "tracker=none"),
 )
 EXPERTS = Requirement("peft>=0.20")  # earlier ones train their adapters and cannot load them again
 

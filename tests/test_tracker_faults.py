@@ -14,22 +14,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 from processes import Process, slowly, start_call, wait_for
-from test_tracking import metrics, start, sync_command
+from test_tracking import live, metrics, start, sync_command
 from wandb_server import Server
 
 from lorabench import cli, tracking
+from lorabench.tracking import limits
 
 RUNS = [
     "train", "-m", "seed=0,1", "trainer=smoke", "trainer.steps=12", "trainer.num_threads=1",
     "target_modules=attention", "data.num_train=64", "data.num_validation=4", "data.num_test=4",
 ]  # fmt: skip
 INIT, FINISH, CLIENT, REWRITE = 3.0, 5.0, 2.0, 10.0  # seconds, in place of the product's
+ADAPTER = 1.0
 LONGEST = FINISH + 3 * CLIENT + REWRITE  # what finish_all states
 
 
@@ -60,15 +62,17 @@ def tracked(
     address: str,
     key: str | None = "f" * 40,
     mode: str = "online",
+    words: Sequence[str] = (),
     **constants: float,
 ) -> Iterator[Process]:
     """The command with a tracker, and with the exit that a real process has.
 
     Args:
-        constants: of lorabench.tracking, with other values.
+        words: added to the command.
+        constants: of lorabench.tracking.limits, with other values.
     """
     short = {"INIT_SECONDS": INIT, "FINISH_SECONDS": FINISH, "CLIENT_SECONDS": CLIENT}
-    short["REWRITE_SECONDS"] = REWRITE
+    short |= {"REWRITE_SECONDS": REWRITE, "ADAPTER_SECONDS": ADAPTER}
 
     def before() -> None:
         atexit._clear()  # pytest's own
@@ -80,11 +84,11 @@ def tracked(
         if key is not None:
             os.environ["WANDB_API_KEY"] = key
         for name, value in (short | constants).items():
-            setattr(tracking, name, value)
+            setattr(limits, name, value)
         slowly(0.2)
 
     def command() -> int:
-        code = cli.main([*RUNS, f"tracker.mode={mode}", f"output_dir={folder}"])
+        code = cli.main([*RUNS, *words, f"tracker.mode={mode}", f"output_dir={folder}"])
         atexit._run_exitfuncs()
         return code
 
@@ -256,7 +260,7 @@ def test_a_signal_does_not_wait_for_a_server_that_hangs(tmp_path, server, moment
         wait_for(written)
         assert time.monotonic() - begun < 4  # the records wait for no tracker
         assert process.wait(60) == 128 + signal.SIGTERM
-        assert time.monotonic() - begun < tracking.INTERRUPTED_SECONDS + 3 * CLIENT + REWRITE
+        assert time.monotonic() - begun < limits.INTERRUPTED_SECONDS + 3 * CLIENT + REWRITE
     upload(sync_command(process.said), healthy, tmp_path)
     for run_id in [path.parent.name for path in sweep.glob("*/record.json")]:
         assert healthy.rows(run_id) == metrics(sweep, run_id)
@@ -276,7 +280,7 @@ def test_a_process_whose_tracker_is_stopped_exits_by_itself(tmp_path):
     process.send_signal(signal.SIGTERM)
     begun = time.monotonic()
     assert process.wait(timeout=120) == 128 + signal.SIGTERM, output.read_text()
-    bound = tracking.INTERRUPTED_SECONDS + tracking.REWRITE_SECONDS + 3 * tracking.CLIENT_SECONDS
+    bound = limits.INTERRUPTED_SECONDS + limits.REWRITE_SECONDS + 3 * limits.CLIENT_SECONDS
     assert time.monotonic() - begun < bound + 2  # and a checkpoint
     assert not service.is_running()
     assert len(sync_command(output.read_text())[3:]) == 2
@@ -285,14 +289,14 @@ def test_a_process_whose_tracker_is_stopped_exits_by_itself(tmp_path):
 @pytest.mark.faults
 def test_rows_never_wait_for_a_stopped_service(tmp_path, monkeypatch, capsys):
     """More rows than its socket takes: the client blocks in `log`, the loop does not."""
-    monkeypatch.setattr(tracking, "INTERRUPTED_SECONDS", 0.2)
+    monkeypatch.setattr(limits, "INTERRUPTED_SECONDS", 0.2)
     (tmp_path / "abc").mkdir()
     row = {f"train/{number}": number / 3 for number in range(200)}
     from wandb.sdk import wandb_setup
 
     with tracking.of_command():
         tracker = start(tmp_path, pytest.fail)
-        wait_for(lambda: tracking.CLIENT.live)
+        wait_for(lambda: live(tmp_path))
         popen = wandb_setup.singleton()._connection._proc._process
         service = service_of(os.getpid())
         service.send_signal(signal.SIGSTOP)

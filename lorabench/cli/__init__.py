@@ -26,6 +26,7 @@ from lorabench.cli.replaying import diff, replay
 from lorabench.cli.reporting import report, watch
 from lorabench.cli.serving import evaluate, work
 from lorabench.cli.settling import settle
+from lorabench.cli.syncing import sync
 from lorabench.cli.training import train
 from lorabench.cli.verbs import EXAMPLES, EXIT_CODES, VERBS
 from lorabench.cli.words import conf_folder, with_line_breaks
@@ -57,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         "report": report,
         "watch": watch,
         "settle": settle,
+        "sync": sync,
         "generate": generate,
         "export": export,
         "replay": replay,

@@ -12,6 +12,7 @@ VERBS = {
     "report": "one page of a sweep that opens anywhere: verdicts, curves, examples, runs",
     "watch": "the same page, written again every ten seconds while the sweep runs",
     "settle": "add seeds to a sweep until its questions are settled, at looks fixed before",
+    "sync": "send W&B runs that were written offline to the server",
     "generate": "what the base and every setting of a sweep answer to a prompt, side by side",
     "export": "a run's adapter, or base and adapter merged, checked against the run",
     "replay": "train a run again from its record alone; --verify says whether it is the same",

@@ -43,7 +43,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.schedule": ("constant", "linear", "cosine"),
     "trainer.compile": ("auto", "never", "always"),
     "trainer.dtype": (*DTYPES, AUTO),
-    "tracker.kind": ("wandb", "none"),
+    "tracker.kind": ("wandb", "trackio", "tensorboard", "none"),
     "tracker.mode": ("offline", "online", "disabled"),
 }
 

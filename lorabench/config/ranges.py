@@ -179,6 +179,13 @@ def _rest(found: Found, config: Config) -> None:
         config.worker.stale_seconds,
     )
     one_of("tracker.mode", tracker.mode)
+    must(
+        tracker.mode != "online" or tracker.kind in ("wandb", "none"),
+        "tracker.mode",
+        f"offline or disabled with tracker={tracker.kind}, which writes files of this machine",
+        tracker.mode,
+        "use tracker=wandb",
+    )
     for key in ("init", "data", "dropout"):
         must(
             getattr(config.seeds, key) >= 0,

@@ -212,10 +212,11 @@ class TrackerConfig:
     """A mirror of the run folder. A tracker that fails or hangs neither fails nor changes a run."""
 
     kind: str = "wandb"  # none: no tracker
-    mode: str = "offline"  # W&B's mode
-    project: str = "lorabench"  # W&B's project
+    mode: str = "offline"  # W&B's mode; disabled: no tracker
+    project: str = "lorabench"  # W&B's or trackio's project
     entity: str | None = None  # W&B's entity; None: the default of your account
     tags: list[str] = field(default_factory=list)  # in addition to those of model and head
+    log_adapter: bool = True  # W&B, online: each run's adapter becomes an artifact
 
 
 @dataclass

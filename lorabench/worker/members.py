@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from lorabench import checkpoint, data, files, masking, provenance, record, tracking
+from lorabench import checkpoint, data, files, identity, masking, provenance, record, tracking
 from lorabench.config import ConfigErrors, first_line, flatten
 from lorabench.files import sync, write_atomic
 from lorabench.lease import Lease, Lost
@@ -215,18 +215,33 @@ def logs_of(folders: Sequence[Path]) -> Iterator[None]:
             handler.close()
 
 
+def setting_id(entry: record.Record) -> str:
+    """Return six hex digits that the seeds of a setting share, and no other runs."""
+    from lorabench.compare import tables
+
+    chosen = [tables.setting(entry.config), entry.hashes["base"], entry.hashes["train"]]
+    return identity.short_hash(chosen)[:6]
+
+
 def start_tracker(member: Member, display: Display) -> None:
-    config = member.job.config
-    member.tracker = tracking.start(
-        dataclasses.replace(config.tracker, tags=masking.mask(config.tracker.tags)),
-        run_id=member.entry.run_id,
+    config, entry = member.job.config, member.entry
+    if not tracking.is_on(config.tracker):
+        return
+    content = tracking.columns(config, setting_id(entry)) | entry.config
+    content |= {"plan": entry.plan, "hashes": entry.hashes}
+    mirrored = tracking.Mirrored(
+        settings=dataclasses.replace(config.tracker, tags=masking.mask(config.tracker.tags)),
+        run_id=entry.run_id,
         sweep=config.sweep,
         name=member.job.label,
         tags=[member.job.plan.model, f"head={config.head.policy}"],
-        config=masking.mask(member.entry.config),
+        config=masking.mask(content),
         folder=member.folder.parent,
         notify=display.say,
+        notes=masking.mask("\n".join(entry.notes)),
+        num_rows=member.rows,
     )
+    member.tracker = tracking.start(mirrored)
 
 
 def open_logs(members: list[Member], start_step: int, display: Display) -> None:

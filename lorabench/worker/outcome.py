@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lorabench import record
 from lorabench.config import flatten
@@ -41,7 +42,8 @@ def objective(job: Job, found: record.Record | None) -> float:
     return math.nan if metric is None or metric.value is None else metric.value
 
 
-def summary(member: Member) -> dict[str, float]:
+def summary(member: Member) -> dict[str, Any]:
+    """Return a run's last values, as a tracker shows them beside its config."""
     scores = {
         key.removesuffix(".value").replace(".", "/"): value
         for key, value in flatten(
@@ -52,10 +54,18 @@ def summary(member: Member) -> dict[str, float]:
         ).items()
         if value is not None
     }
-    return scores | {
+    entry = member.entry
+    found = {
+        "status": entry.status,
+        "steps_done": entry.steps_done,
         "trainable_parameters": member.job.plan.trainable_parameters,
-        "train_seconds": member.entry.cost.train_seconds,
+        "train_seconds": entry.cost.train_seconds,
+        "tokens_per_second": entry.cost.tokens_per_second,
+        "peak_memory_bytes": entry.cost.peak_memory_bytes,
+        "adapter_step": entry.adapter_step,
+        "adapter_hash": entry.hashes.get("adapter"),
     }
+    return scores | {name: value for name, value in found.items() if value is not None}
 
 
 def test_scores(metrics: Mapping[str, Mapping[str, record.Metric]]) -> str:

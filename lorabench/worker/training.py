@@ -219,6 +219,7 @@ def _save(members: list[Member], pack: Any, template: str | None) -> None:
             continue
         if not member.failed:
             recorded.append(member)
+            member.tracker.save_adapter()
     for member in recorded:
         checkpoint.remove(member.folder / "checkpoint")
 

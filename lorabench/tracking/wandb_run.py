@@ -1,0 +1,90 @@
+"""What a W&B run holds: config, metrics on the axis of steps, summary, the record, the adapter."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lorabench.tracking import limits
+from lorabench.tracking.mirrored import Ending, Mirrored
+
+SYNCED = ".wandb.synced"  # the client's own mark of a file whose runs are at the server
+
+
+def begin(mirrored: Mirrored, mode: str) -> Any:
+    """Start the W&B run. May block."""
+    import wandb
+
+    def refuse_stop() -> None:  # else the client interrupts the command, with all its runs
+        name = mirrored.name
+        mirrored.notify(f"wandb: the server asks to stop {name}; press Ctrl-C here instead")
+
+    settings = mirrored.settings
+    run = wandb.init(
+        project=settings.project,
+        entity=settings.entity,
+        id=mirrored.run_id,
+        name=mirrored.name,
+        group=mirrored.sweep,
+        job_type="train",
+        tags=[*mirrored.tags, *settings.tags],
+        notes=mirrored.notes or None,
+        config=mirrored.config,
+        dir=str(mirrored.folder),
+        mode=mode,  # type: ignore[arg-type]
+        resume="allow" if mode == "online" else None,
+        reinit="create_new",  # the default would hand back the previous run of the process
+        settings=wandb.Settings(
+            init_timeout=limits.INIT_SECONDS,
+            # Before our own deadline: a client that gives up by itself leaves a whole file.
+            finish_timeout=max(
+                limits.FINISH_SECONDS - limits.CLIENT_SECONDS - limits.ADAPTER_SECONDS, 1
+            ),
+            finish_timeout_raises=True,
+            stop_fn=refuse_stop,
+            console="off",
+            silent=True,
+        ),
+    )
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step", summary="last")
+    return run
+
+
+def finish(run: Any, mirrored: Mirrored, ending: Ending) -> bool:
+    """End a W&B run; False if the server did not take everything in time."""
+    run.summary.update(ending.summary)
+    _keep_record(run, mirrored)
+    try:
+        run.finish(exit_code=int(ending.failed))
+    except TimeoutError:
+        return False
+    return True
+
+
+def _keep_record(run: Any, mirrored: Mirrored) -> None:
+    """Put a copy of the record among the run's files: the sweep folder may move before a sync."""
+    record = mirrored.run_folder / "record.json"
+    if record.is_file():
+        copy = Path(run.dir) / record.name
+        shutil.copyfile(record, copy)
+        run.save(str(copy), base_path=run.dir, policy="now", glob=False)
+
+
+def log_adapter(run: Any, mirrored: Mirrored) -> None:
+    """Log the adapter as an artifact, without a copy in W&B's own folders. May block."""
+    import wandb
+
+    artifact = wandb.Artifact(
+        f"adapter-{mirrored.run_id}", type="model", metadata=dict(mirrored.config["hashes"])
+    )
+    folder = str(mirrored.run_folder / "adapter")
+    artifact.add_dir(folder, skip_cache=True, policy="immutable")
+    run.log_artifact(artifact)
+
+
+def gave_up_sending(run: Any) -> bool:
+    """Whether the client has stopped sending rows, say after a 401: only its own log tells."""
+    log = Path(run.settings.log_internal)
+    return log.is_file() and '"level":"ERROR+4"' in log.read_text(errors="replace")
