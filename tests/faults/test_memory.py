@@ -156,7 +156,7 @@ def test_a_run_alone_that_does_not_fit_fails_and_the_others_go_on(
 def larger_than_planned() -> None:
     """In the child: the plan thinks that four fit. They fill their memory in no time."""
     deaths.LOOK_SECONDS = 0.005
-    machine.free_memory = lambda device: 1 << 40
+    machine.free_memory = machine.total_memory = lambda device: 1 << 40
 
 
 def killed_twice(launch: Callable[[Path], Process], folder: Path) -> list[str]:
