@@ -111,7 +111,7 @@ OUT_OF_RANGE = [  # override, how its only error begins, what it must also hold
     ("trainer.schedule=cosin", "trainer.schedule: must be one of", "'cosine'"),
     ("trainer.dtype=float64", "trainer.dtype: must be model.dtype=float32", "'float64'"),
     ("trainer.device=gpu", "trainer.device: must be auto, cpu, mps, cuda or cuda:N", "'gpu'"),
-    ("tracker.kind=wanbd", "tracker.kind: must be one of wandb, trackio, tensorboard, none", "'wandb'"),
+    ("tracker.kind=wanbd", "tracker.kind: must be one of wandb, trackio, ", "'wandb'"),
     ("tracker.mode=of", "tracker.mode: must be one of", "'of'"),
     ("seeds.init=-1", "seeds.init: must be at least 0", "got -1"),
     ("stages=[late]", "stages[0]: must be a mapping", "'late'"),

@@ -15,8 +15,8 @@ from conftest import Said, say, untouched
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from processes import start
 
-# A line at most: a plan of the 60 runs of an experiment takes 12 s on a quiet core, twice that beside
-# another test. What hangs never ends.
+# A line at most: a plan of the 60 runs of an experiment takes 12 s on a quiet core, twice that
+# beside another test. What hangs never ends.
 SECONDS = 60
 CHUNK = 50
 
