@@ -90,7 +90,7 @@ def settings_table(table: dict[str, Any], answers: Answers) -> Table:
         gap = len(columns or [""]) - 1 + len(changes) + bool(answers.ranks)
         values = [base["metrics"].get(split, {}).get(name) for split, name in scores]
         cells = [Cell(which), *[Cell("")] * gap]
-        cells += [Cell.of(value, value and f"{value:.4f}") for value in values]
+        cells += [Cell.of(value, None if value is None else f"{value:.4f}") for value in values]
         foot.append([*cells, *[Cell("")] * (len(headers) - len(cells))])
     return Table(headers, found, foot)
 

@@ -28,17 +28,22 @@ def texts_of(
 
     from lorabench import config, data
 
-    try:
-        typed = config.typed(OmegaConf.create(records[-1].config))
-        examples = data.load(typed.data).test
-    except Exception as error:  # whatever became of the data, the page is made
-        return {}, f"the texts of the examples cannot be read again ({config.first_line(error)})"
-    wanted = set(ids)
-    found = {
-        one.id: (shortened(one.prompt), shortened(one.completion))
-        for one in examples
-        if one.id in wanted
-    }
+    wanted, why = set(ids), "they are no longer in the data"
+    found: dict[str, tuple[str, str]] = {}
+    for content in {repr(one.config.get("data")): one.config for one in records}.values():
+        if len(found) == len(wanted):
+            break
+        try:
+            examples = data.load(config.typed(OmegaConf.create(content)).data).test
+        except Exception as error:  # whatever became of the data, the page is made
+            why = config.first_line(error)
+            continue
+        found |= {
+            one.id: (shortened(one.prompt), shortened(one.completion))
+            for one in examples
+            if one.id in wanted
+        }
     missing = len(wanted) - len(found)
-    why = f"{missing} of {len(wanted)} examples are no longer in the data" if missing else None
-    return found, why
+    if not missing:
+        return found, None
+    return found, f"the texts of {missing} of {len(wanted)} examples cannot be read again ({why})"
