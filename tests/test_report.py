@@ -80,7 +80,7 @@ def test_the_page_of_a_trained_sweep(output: Path) -> None:
     said = say("report", folder)
     assert said.code == 0, said.err
     path = folder / "report.html"
-    assert re.fullmatch(rf"{re.escape(str(path))}: \d\.\d MB, 4 runs", said.lines[-1])
+    assert re.fullmatch(rf"{re.escape(str(path))}: \d\.\d MB, 4 runs\n", said.out)
     found = Parsed(path.read_text(encoding="utf-8"))
     compared = json.loads(say("compare", folder, "--json").out)
     for one in compared["verdicts"]:
