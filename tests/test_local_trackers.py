@@ -107,10 +107,9 @@ def test_each_row_and_the_last_scores_are_there(tracked):
     check(*tracked)
 
 
+@pytest.mark.parametrize("tracked", ["trackio"], indirect=True)
 def test_trackio_has_config_and_group(tracked):
-    kind, sweep = tracked
-    if kind != "trackio":
-        pytest.skip("of trackio's database")
+    _, sweep = tracked
     for run_id, run in in_trackio(sweep).items():
         record, config = records(sweep)[run_id], run["config"]
         assert config["head_policy"] == "exclude" and config["targets"] == "attention"
@@ -121,10 +120,9 @@ def test_trackio_has_config_and_group(tracked):
         assert run["name"] == f"seed={config['seed']} {run_id}"
 
 
+@pytest.mark.parametrize("tracked", ["tensorboard"], indirect=True)
 def test_tensorboard_has_the_columns_as_hyperparameters(tracked):
-    kind, sweep = tracked
-    if kind != "tensorboard":
-        pytest.skip("of TensorBoard's event files")
+    _, sweep = tracked
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
