@@ -198,6 +198,29 @@ def test_the_writing_process_is_stopped_or_killed(kind, number, tmp_path):
     check(kind, sweep)
 
 
+def test_rows_that_trackio_drops_are_told(tmp_path):
+    """A database that takes no row, as on a full disk: trackio itself only warns of it."""
+    pytest.importorskip("trackio")
+    folder = tmp_path / "s"
+    (folder / "abc").mkdir(parents=True)
+    (folder / "abc" / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
+
+    def mirror() -> list[str]:
+        told: list[str] = []
+        with tracking.of_command():
+            run = mirrored_run(folder, told.append, TrackerConfig(kind="trackio"))
+            tracking.finish_all([(tracking.start(run), {"test/nll": 2.0}, False)])
+        return told
+
+    assert mirror() == []
+    with sqlite3.connect(folder / "trackio" / "lorabench.db") as database:
+        database.execute(
+            "CREATE TRIGGER full BEFORE INSERT ON metrics BEGIN SELECT RAISE(ABORT, 'full'); END"
+        )
+    database.close()
+    assert mirror() == ["trackio: OSError: 0 of 2 rows are in the database; the run goes on"]
+
+
 def test_what_cannot_be_written_is_told_and_hurts_no_run(tmp_path, monkeypatch):
     """A package that fails when it is imported, as a broken installation does."""
     (tmp_path / "broken").mkdir()

@@ -47,12 +47,24 @@ class Trackio:
             config=run["config"],
             embed=False,
         )
+        self.num_rows = 0
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.run.log(values, step=step)
+        self.num_rows += 1
 
     def close(self) -> None:
+        """Write what is left.
+
+        Raises:
+            OSError: rows are missing. trackio only warns of those that it could not store.
+        """
+        from trackio.sqlite_storage import SQLiteStorage
+
         self.run.finish()
+        stored = SQLiteStorage.get_log_count(self.project, self.name)
+        if stored != self.num_rows:
+            raise OSError(f"{stored} of {self.num_rows} rows are in the database")
 
 
 class TensorBoard:
