@@ -21,6 +21,7 @@ import pandas
 import pytest
 from conftest import GRID, SMOKE, say
 from pages import LONG, records_in, write_hostile, write_many, write_rows
+from plotly.offline import get_plotlyjs
 from sweeps import write_run, write_sweep
 
 from lorabench import record, report
@@ -206,11 +207,21 @@ def test_examples_beyond_the_room_are_named(
 
 
 def test_figures_beyond_the_room_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_many(tmp_path / "s", settings=4, seeds=2)
-    monkeypatch.setattr(page, "MOST_BYTES", 4_950_000)
+    """The first of each kind and the examples go last."""
+    write_many(tmp_path / "s", settings=6, seeds=2)
+    whole = made(tmp_path / "s")
+    names = {kind: len(own) for kind, own in whole.data["figures"].items()}
+    assert names["parameters"] == names["time"] == 2 and whole.data["examples"]
+    firsts = sum(len(page._script(own[0]["figure"])) for own in whole.data["figures"].values())
+    library = len(get_plotlyjs().encode())
+    room = library + page.ROUGHLY + firsts + len(page._script(whole.data["examples"]))
+    room += 100 * whole.tags.count("td") + 1000
+    monkeypatch.setattr(page, "MOST_BYTES", room)
     found = made(tmp_path / "s")
-    assert "the page would be large" in found.text
-    assert (tmp_path / "s" / "report.html").stat().st_size < 5_200_000
+    assert all(found.data["figures"].values()) and found.data["examples"]
+    assert len(found.data["figures"]["parameters"]) == 1
+    assert "the figure “Score and trainable parameters, exact_match”: the page would" in found.text
+    assert (tmp_path / "s" / "report.html").stat().st_size < room
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -240,8 +251,9 @@ def test_a_hundred_runs_take_less_than_six_megabytes(tmp_path: Path) -> None:
 def test_two_hundred_runs_take_less_than_twenty_seconds(tmp_path: Path) -> None:
     write_many(tmp_path / "s", settings=40, seeds=5, examples=300)
     begun = time.perf_counter()
-    made(tmp_path / "s")
+    found = made(tmp_path / "s")
     assert time.perf_counter() - begun < 20
+    assert all(found.data["figures"].values()) and found.data["examples"]
 
 
 def test_options_are_those_of_compare(tmp_path: Path) -> None:
@@ -251,6 +263,20 @@ def test_options_are_those_of_compare(tmp_path: Path) -> None:
     (verdict,) = json.loads(said.out)["verdicts"]
     assert verdict["sentence"] in found.text
     assert "lorabench report" in found.text and "--margin 5" in found.text, "the page's own command"
+
+
+def test_an_unfinished_sweep_that_asks_something_has_a_page(tmp_path: Path) -> None:
+    """What an experiment asks about may not vary yet among the runs that have finished."""
+    asked = ["lora.r=2,4", "seed=0", "+compare.vary=[lora.r]", "+compare.baseline={lora.r: 2}"]
+    said = say("train", "-m", *SMOKE, *asked, f"output_dir={tmp_path}")
+    assert said.code == 0, said.err
+    for run, entry in record.find(tmp_path / "default"):
+        if entry.config["lora"]["r"] == 4:
+            entry.model_copy(update={"status": "failed", "evaluations": []}).write(run)
+    for verb in ("report", "compare"):
+        said = say(verb, tmp_path / "default")
+        assert said.code == 0, said.err
+    assert say("watch", tmp_path / "default").code == 0
 
 
 def test_several_sweeps_are_one_page(tmp_path: Path) -> None:

@@ -223,7 +223,9 @@ def _of_experiment(
     asked = content.runs[runs[0]].config.get("compare") if runs else None
     if not asked:
         return [], None, {}
-    factors = factors_of(settings_of([one.entry for one in found]))
+    # Among finished runs alone, which are those that are compared.
+    finished = [one.entry for one in found if one.entry.status == "finished"]
+    factors = factors_of(settings_of(finished))
     vary, baseline = that_vary(factors, asked.get("vary", ()), asked.get("baseline"))
     select = that_vary(factors, [asked["select"]] if asked.get("select") else [], None)[0]
     return vary, select[0] if select else None, baseline

@@ -19,7 +19,7 @@ from lorabench.record import Evaluation, Record
 RIGHT = ("answer", "answer_flexible", "exact_match", "accuracy")  # 1: right; the first there is
 WRITTEN = ("generated", "predicted", "teacher_forced")  # columns with text; the first there is
 LONGEST = 300  # characters of a text on the page
-MOST_BYTES = 800_000  # of texts on the page
+MOST_BYTES = 500_000  # of what was written, on the page; prompts and references come to it
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent / "assets"
 MOST_BYTES = 6_000_000  # of a page; what is beyond is left out, and named
+ROUGHLY = 150_000  # bytes of style, script, sentences and provenance
 SENTENCE = 1000  # characters of a sentence
 MARKS = {"found": "●", "no worse": "◆", "trade-off": "■", "not settled": "○", "no verdict": "–"}
 TABS = (
@@ -110,27 +111,34 @@ def _sections(answers: Answers) -> list[tuple[str, list[tuple[str, str]]]]:
 def _fitting(
     content: Content, room: int
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any], list[str]]:
-    """Figures and examples that fit; figures of the metrics behind the first go first."""
+    """What fits: the first figure of each kind, then the examples, then the other figures."""
     found: dict[str, list[dict[str, Any]]] = {group.name: [] for group in content.groups}
     left_out: list[str] = []
+    room -= ROUGHLY + 100 * sum(map(len, [*content.runs.rows, *content.settings.rows]))
+
+    def add(group: Group, what: str, figure: Any) -> None:
+        nonlocal room
+        drawn = json.loads(figure.to_json())
+        num_bytes = len(_script(drawn))
+        if num_bytes > room:
+            named = f"{group.title}, {what}" if what else group.title
+            left_out.append(f"the figure \u201c{named}\u201d: the page would be large")
+            return
+        room -= num_bytes
+        found[group.name].append({"name": what, "figure": drawn})
+
+    for group in content.groups:
+        add(group, *next(iter(group.figures.items())))
     examples = content.examples
-    table_bytes = 400 * sum(map(len, content.runs.rows))
-    room -= 120_000 + table_bytes + len(json.dumps(examples).encode())
-    ranked = [
-        (place, group, what, figure)
-        for group in content.groups
-        for place, (what, figure) in enumerate(group.figures.items())
-    ]
-    for _, group, what, figure in sorted(ranked, key=lambda one: one[0]):
-        text = figure.to_json()
-        if len(text.encode()) > room:
-            left_out.append(f"the figure of {group.title.lower()}, {what}: the page would be large")
-            continue
-        room -= len(text.encode())
-        found[group.name].append({"name": what, "figure": json.loads(text)})
-    if room < 0:
+    num_bytes = len(_script(examples))
+    if num_bytes > room:
         examples = {}
         left_out.append("the view of examples: the page would be large")
+    else:
+        room -= num_bytes
+    for group in content.groups:
+        for what, figure in list(group.figures.items())[1:]:
+            add(group, what, figure)
     return found, examples, left_out
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lorabench.compare import HIGHER_IS_BETTER
 from lorabench.compare.bases import CHANGES
 from lorabench.compare.questions import factors_of, text_of, told
+from lorabench.compare.sentences import sentence
 from lorabench.compare.tables import FIRST, short_keys
 from lorabench.record import Record
 from lorabench.report.curves import Curve, curves_of
@@ -166,7 +167,7 @@ def _intervals(answers: Answers) -> Group | None:
 
     shown = asked[:MOST_QUESTIONS]
     figure = go.Figure()
-    names = [_side(one) for one in shown]
+    names, sentences = [_side(one) for one in shown], [sentence(one) for one in shown]
     for outcome, (colour, marker) in OUTCOMES.items():
         own = [i for i, one in enumerate(shown) if one.outcome == outcome]
         if not own:
@@ -187,7 +188,7 @@ def _intervals(answers: Answers) -> Group | None:
                 "line": {"width": 2, "color": colour},
             },
             name=outcome,
-            text=[safe(answers.sentences()[answers.verdicts.index(shown[i])]) for i in own],
+            text=[safe(cut(sentences[i], 300)) for i in own],
             hovertemplate="%{text}<extra></extra>",
         )  # fmt: skip
     figure.add_vline(x=0, line={"width": 1, "dash": "dot", "color": COLOURS[7]})
