@@ -262,7 +262,8 @@ def test_options_are_those_of_compare(tmp_path: Path) -> None:
     said = say("compare", tmp_path / "s", "--margin", "5", "--json")
     (verdict,) = json.loads(said.out)["verdicts"]
     assert verdict["sentence"] in found.text
-    assert "lorabench report" in found.text and "--margin 5" in found.text, "the page's own command"
+    for verb in ("report", "compare"):  # the page's own command, and that of its sentences
+        assert f"lorabench {verb} {tmp_path / 's'} --margin 5 --vary head" in found.text
 
 
 def test_an_unfinished_sweep_that_asks_something_has_a_page(tmp_path: Path) -> None:

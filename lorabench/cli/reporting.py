@@ -67,8 +67,10 @@ def watch(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     options.folders = [options.folder]
     from lorabench.report import page
+    from lorabench.report.content import without
 
-    out, words = _place(options.out, options.folders), ["report", str(options.folder)]
+    out = _place(options.out, options.folders)
+    words = ["report", *without(arguments, ("--seconds",))]
     told: dict[str, int] | None = None
     try:
         while True:

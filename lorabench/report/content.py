@@ -178,19 +178,28 @@ def _facts(found: Sequence[Checked]) -> list[tuple[str, list[str]]]:
     ]
 
 
+def without(words: Sequence[str], options: Sequence[str]) -> list[str]:
+    """A command's words without these options and their values."""
+    return [
+        word
+        for before, word in zip(["", *words], words, strict=False)
+        if word.partition("=")[0] not in options and before not in options
+    ]
+
+
 def _commands(
     folders: Sequence[Path], found: Sequence[Checked], words: Sequence[str]
 ) -> list[tuple[str, str]]:
     """What made the sweep, and what repeats or continues it."""
     lines = []
     for folder in folders:
-        asked = SweepFolder(folder).read().commands
+        commands = SweepFolder(folder).read().commands
         lines += [
             (
                 f"asked for {len(one.runs)} runs on {one.started}",
                 shlex.join(["lorabench", *one.words]),
             )
-            for one in asked[-MOST_COMMANDS:]
+            for one in commands[-MOST_COMMANDS:]
         ]
     first = next((one for one in found if one.entry.status == "finished"), None)
     if first is not None:
@@ -200,11 +209,11 @@ def _commands(
                 shlex.join(["lorabench", "replay", str(first.folder), "--verify"]),
             )
         )
-    names = [str(folder) for folder in folders]
+    asked = without(words[1:], ("--out", "--png"))
     if len({json.dumps(stack(one.entry.provenance), default=str) for one in found}) > 1 and first:
         lines.append(("says what differs between two runs", "lorabench diff RUN RUN"))
     lines += [
-        ("the sentences and the table", shlex.join(["lorabench", "compare", *names])),
+        ("the sentences and the table", shlex.join(["lorabench", "compare", *asked])),
         ("this page", shlex.join(["lorabench", *words])),
     ]
     return lines
