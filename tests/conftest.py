@@ -33,6 +33,7 @@ if "LORABENCH_TESTS" not in os.environ:  # xdist's workers share the folder of t
 import pytest
 from checkpoints import classifiers, mixed_lengths, tiny_folder  # noqa: F401
 from processes import Elsewhere
+from wandb_server import Server
 
 from lorabench import cli, config, interrupt
 
@@ -321,6 +322,14 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"{folder}/default: 4 of 4 runs done; lorabench compare {folder}/default"
     )
     return folder
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """A W&B server of this machine."""
+    one = Server()
+    yield one
+    one.close()
 
 
 # --- files -----------------------------------------------------------------------------------

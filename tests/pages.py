@@ -3,19 +3,73 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from pyarrow import parquet
 from sweeps import EVALUATION, write_run
 
 from lorabench import record
 from lorabench.record import Exports, Record
 
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+# CI installs one, and says that its tests must not be skipped.
+needs_browser = pytest.mark.skipif(
+    BROWSER is None and os.environ.get("LORABENCH_BROWSER") != "required",
+    reason="no Chromium is installed: the page is not looked at",
+)
 SCRIPT = "</script><script>window.hacked=1</script>"
 MARKUP = f"<img src=x onerror=window.hacked=1><b>bold</b>&amp;{SCRIPT}"
 LONG = "long " * 2000  # 10 kB
+
+
+class Parsed(HTMLParser):
+    """Texts of a page, what it would load, and its data."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.inside: list[str] = []
+        self.texts: list[str] = []
+        self.loads: list[str] = []
+        self.scripts: list[str] = []
+        self.tags: list[str] = []
+        self.data: Any = None
+        self.is_data = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        found = dict(attrs)
+        self.loads += [v for k in ("src", "href", "action", "data") if (v := found.get(k))]
+        assert not any(name.startswith("on") for name in found), "no handlers in attributes"
+        if tag in ("script", "style"):
+            self.inside.append(tag)
+        self.is_data = found.get("id") == "data"
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.inside and tag == self.inside[-1]:
+            self.inside.pop()
+
+    def handle_data(self, data: str) -> None:
+        if not self.inside:
+            self.texts.append(data)
+        elif self.inside[-1] == "script":
+            if self.is_data:
+                self.data = json.loads(data)
+            self.scripts.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.texts))
 
 
 def write_rows(run: Path, rows: list[dict[str, float]], tail: str = "") -> None:

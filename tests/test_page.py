@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import say
-from pages import write_hostile, write_many
+from pages import BROWSER, needs_browser, write_hostile, write_many
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)  # fmt: skip
-MUST = os.environ.get("LORABENCH_BROWSER") == "required"
 pytestmark = [
-    pytest.mark.skipif(
-        BROWSER is None and not MUST, reason="no Chromium is installed: the page is not looked at"
-    ),
+    needs_browser,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # plotly's and playwright's own
 ]
 WIDE, NARROW = {"width": 1400, "height": 900}, {"width": 400, "height": 800}

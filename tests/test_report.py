@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import shutil
-import signal
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas
 import pytest
-from conftest import GRID, SMOKE, say
-from pages import LONG, records_in, write_hostile, write_many, write_rows
+from conftest import SMOKE, say
+from pages import LONG, Parsed, needs_browser, records_in, write_hostile, write_many, write_rows
 from plotly.offline import get_plotlyjs
 from sweeps import write_run, write_sweep
 
@@ -28,46 +22,6 @@ from lorabench import record, report
 from lorabench.report import changes, curves, page
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # plotly's, of its own
-
-
-class Parsed(HTMLParser):
-    """Texts of a page, what it would load, and its data."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.inside: list[str] = []
-        self.texts: list[str] = []
-        self.loads: list[str] = []
-        self.scripts: list[str] = []
-        self.tags: list[str] = []
-        self.data: Any = None
-        self.is_data = False
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        found = dict(attrs)
-        self.loads += [v for k in ("src", "href", "action", "data") if (v := found.get(k))]
-        assert not any(name.startswith("on") for name in found), "no handlers in attributes"
-        if tag in ("script", "style"):
-            self.inside.append(tag)
-        self.is_data = found.get("id") == "data"
-
-    def handle_endtag(self, tag: str) -> None:
-        if self.inside and tag == self.inside[-1]:
-            self.inside.pop()
-
-    def handle_data(self, data: str) -> None:
-        if not self.inside:
-            self.texts.append(data)
-        elif self.inside[-1] == "script":
-            if self.is_data:
-                self.data = json.loads(data)
-            self.scripts.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.texts))
 
 
 def made(folder: Path, *words: str) -> Parsed:
@@ -311,74 +265,10 @@ def test_secrets_are_masked(output: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "hunter2hunter2" not in (output / "hunter2hunter2.html").read_text()
 
 
-# --- watch -----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def watching(folder: Path) -> Iterator[Any]:
-    command = [sys.executable, "-m", "lorabench", "watch", str(folder), "--seconds", "0.5"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def going(folder: Path) -> record.Record:
-    """A sweep of a finished run and one that goes on."""
-    for seed in range(2):
-        run = write_run(folder, "lora", 16, seed, {"nll": np.arange(5.0)})
-        write_rows(run, [{"step": 1, "train/loss": 1.0}])
-    entry = record.read(run)
-    assert entry is not None
-    going_on = entry.model_copy(
-        update={"status": "interrupted", "evaluations": [], "steps_done": 1}
-    )
-    going_on.write(run)
-    return entry
-
-
-def test_watch_writes_whole_pages_until_all_runs_have_ended(tmp_path: Path) -> None:
-    folder = tmp_path / "s"
-    entry = going(folder)
-    page_file = folder / "report.html"
-    with watching(folder) as process:
-        assert process.stdout.readline() == f"{page_file}: 1 finished, 1 interrupted\n"
-        assert Parsed(page_file.read_text()).data["reload"] == 1
-        run = folder / entry.run_id
-        write_rows(run, [{"step": step, "train/loss": 1.0} for step in (1, 2, 3)])
-        deadline = time.monotonic() + 20
-        while "3 of 4" not in (text := page_file.read_text()):
-            assert text.endswith("</html>"), "no reader sees half a page"
-            assert time.monotonic() < deadline
-        entry.write(run)
-        assert process.wait(20) == 0
-        assert process.stdout.read() == f"{page_file}: 2 finished\n"
-        assert Parsed(page_file.read_text()).data["reload"] is None
-
-
-def test_watch_ends_with_ctrl_c(tmp_path: Path) -> None:
-    going(tmp_path / "s")
-    with watching(tmp_path / "s") as process:
-        process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
-        assert "Traceback" not in process.stderr.read()
-        page_file = tmp_path / "s" / "report.html"
-        assert Parsed(page_file.read_text()).data["reload"] is None, "the last page stays"
-
-
-def test_watch_refuses_what_is_no_sweep(tmp_path: Path) -> None:
-    said = say("watch", tmp_path / "none")
-    assert said.code == 2 and "does not exist" in said.err
-
-
 @pytest.mark.slow
+@needs_browser
 def test_figures_as_files(tmp_path: Path) -> None:
-    """Needs a browser, as kaleido does."""
-    if not any(map(shutil.which, ("chromium", "google-chrome"))):
-        pytest.skip("no Chromium is installed: no PNG files are written")
+    """By kaleido, which starts the browser."""
     write_sweep(tmp_path / "s", {("exclude", 16): 1.0, ("lora", 16): 0.6}, seeds=3)
     command = [sys.executable, "-m", "lorabench", "report", str(tmp_path / "s")]
     done = subprocess.run(
@@ -390,26 +280,3 @@ def test_figures_as_files(tmp_path: Path) -> None:
     for path in (tmp_path / "png").iterdir():
         content = path.read_bytes()
         assert content.startswith(b"\x89PNG") and struct.unpack(">I", content[16:20]) == (2200,)
-
-
-@pytest.mark.slow
-def test_a_sweep_is_watched_from_its_plan_to_its_end(tmp_path: Path) -> None:
-    """Planned, running and finished runs in pages that another process writes."""
-    folder = tmp_path / "default"
-    command = [
-        sys.executable, "-m", "lorabench", "train", "-m", *SMOKE, *GRID, f"output_dir={tmp_path}",
-        "hydra.launcher.pack_size=1", "trainer.steps=20",
-    ]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as training:
-        while not (folder / "sweep.json").exists():
-            assert training.poll() is None
-            time.sleep(0.05)
-        with watching(folder) as process:
-            said = process.stdout.read()
-            assert process.wait() == 0, process.stderr.read()
-        assert training.wait() == 0
-    counts = [line.partition(": ")[2] for line in said.splitlines()]
-    assert "planned" in counts[0] and counts[-1] == "4 finished"
-    assert any("running" in one for one in counts)
-    found = Parsed((folder / "report.html").read_text())
-    assert found.data["reload"] is None and len(found.data["figures"]["curves"]) >= 1

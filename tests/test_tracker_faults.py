@@ -35,13 +35,6 @@ ADAPTER = 1.0
 LONGEST = FINISH + 3 * CLIENT + REWRITE  # what finish_all states
 
 
-@pytest.fixture
-def server() -> Iterator[Server]:
-    one = Server()
-    yield one
-    one.close()
-
-
 @pytest.fixture(scope="module")
 def untracked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The adapters of the same runs without a tracker."""

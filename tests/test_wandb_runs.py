@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,6 @@ from lorabench.record import Record
 from lorabench.worker import members
 
 CHECKPOINTED = ["trainer.checkpoint_every=5"]
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    one = Server()
-    yield one
-    one.close()
 
 
 @pytest.fixture(scope="module")

@@ -54,10 +54,7 @@ def compare(arguments: list[str]) -> int:
     from lorabench.config import ConfigErrors
 
     parser = Parser(prog="lorabench compare", description=VERBS["compare"])
-    parser.add_argument(
-        "folders", type=Path, nargs="+", metavar="folder",
-        help="folder of a sweep, such as outputs/lm_head; several are compared as one",
-    )  # fmt: skip
+    add_folders(parser)
     add_questions(parser)
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     options = parser.parse_args(arguments)
@@ -117,6 +114,14 @@ def _foreign_rows(folders: Sequence[Path], varied: Sequence[str]) -> list[dict[s
     rows = [row for folder in folders for row in read(folder)]
     tell([row.error for row in rows if row.error])
     return table_rows(rows, list(dict.fromkeys([*varied, *SHOWN])))
+
+
+def add_folders(parser: argparse.ArgumentParser) -> None:
+    """The folders that are compared."""
+    parser.add_argument(
+        "folders", type=Path, nargs="+", metavar="folder",
+        help="folder of a sweep, such as outputs/lm_head; several are compared as one",
+    )  # fmt: skip
 
 
 def add_questions(parser: argparse.ArgumentParser) -> None:

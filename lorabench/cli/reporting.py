@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench import masking
-from lorabench.cli.comparing import add_questions, asked_of, table_of
+from lorabench.cli.comparing import add_folders, add_questions, asked_of, table_of
 from lorabench.cli.reading import records_of
 from lorabench.cli.telling import Parser, above_zero
 from lorabench.cli.verbs import VERBS
@@ -24,10 +24,7 @@ OVER = ("finished", "stopped", "failed")  # statuses of runs that nobody trains 
 def report(arguments: list[str]) -> int:
     """lorabench report DIR [DIR ...] [--out FILE] [--png DIR] and the options of compare"""
     parser = Parser(prog="lorabench report", description=VERBS["report"])
-    parser.add_argument(
-        "folders", type=Path, nargs="+", metavar="folder",
-        help="folder of a sweep, such as outputs/lm_head; several are compared as one",
-    )  # fmt: skip
+    add_folders(parser)
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default: report.html in the (first) folder"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,17 +63,18 @@ class NoTracker:
         """Take the adapter, which lies in the run's folder now. Never blocks."""
 
 
-class Backend:
+class Backend(ABC):
     """What the trackers of one kind share while a command runs."""
 
+    @abstractmethod
     def start(self, mirrored: Mirrored) -> NoTracker:
         """Start the tracker of one run in the background."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self, tracker: NoTracker, ending: Ending) -> None:
         """Note with what a run ends; `settle` brings it to that."""
-        raise NotImplementedError
 
+    @abstractmethod
     def settle(self, seconds: float, rewrites: bool = True) -> None:
         """Wait for the runs that have ended, give up those that hang, and write lost ones again.
 
@@ -80,15 +82,14 @@ class Backend:
             seconds: to wait; nothing to end: none.
             rewrites: whether lost runs are written again from metrics.jsonl.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """End what the trackers shared, when the command ends."""
-        raise NotImplementedError
 
+    @abstractmethod
     def told(self) -> list[str]:
         """Say which runs are not where they should be, and what to do."""
-        raise NotImplementedError
 
 
 def columns(config: Config, setting_id: str) -> dict[str, Any]:

@@ -1,0 +1,103 @@
+"""`lorabench watch`: whole pages while a sweep runs, by whatever process."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import GRID, SMOKE, say
+from pages import Parsed, write_rows
+from sweeps import write_run
+
+from lorabench import record
+
+
+@contextlib.contextmanager
+def watching(folder: Path) -> Iterator[Any]:
+    command = [sys.executable, "-m", "lorabench", "watch", str(folder), "--seconds", "0.5"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def going(folder: Path) -> record.Record:
+    """A sweep of a finished run and one that goes on."""
+    for seed in range(2):
+        run = write_run(folder, "lora", 16, seed, {"nll": np.arange(5.0)})
+        write_rows(run, [{"step": 1, "train/loss": 1.0}])
+    entry = record.read(run)
+    assert entry is not None
+    going_on = entry.model_copy(
+        update={"status": "interrupted", "evaluations": [], "steps_done": 1}
+    )
+    going_on.write(run)
+    return entry
+
+
+def test_watch_writes_whole_pages_until_all_runs_have_ended(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    entry = going(folder)
+    page_file = folder / "report.html"
+    with watching(folder) as process:
+        assert process.stdout.readline() == f"{page_file}: 1 finished, 1 interrupted\n"
+        assert Parsed(page_file.read_text()).data["reload"] == 1
+        run = folder / entry.run_id
+        write_rows(run, [{"step": step, "train/loss": 1.0} for step in (1, 2, 3)])
+        deadline = time.monotonic() + 20
+        while "3 of 4" not in (text := page_file.read_text()):
+            assert text.endswith("</html>"), "no reader sees half a page"
+            assert time.monotonic() < deadline
+        entry.write(run)
+        assert process.wait(20) == 0
+        assert process.stdout.read() == f"{page_file}: 2 finished\n"
+        assert Parsed(page_file.read_text()).data["reload"] is None
+
+
+def test_watch_ends_with_ctrl_c(tmp_path: Path) -> None:
+    going(tmp_path / "s")
+    with watching(tmp_path / "s") as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert "Traceback" not in process.stderr.read()
+        page_file = tmp_path / "s" / "report.html"
+        assert Parsed(page_file.read_text()).data["reload"] is None, "the last page stays"
+
+
+def test_watch_refuses_what_is_no_sweep(tmp_path: Path) -> None:
+    said = say("watch", tmp_path / "none")
+    assert said.code == 2 and "does not exist" in said.err
+
+
+@pytest.mark.slow
+def test_a_sweep_is_watched_from_its_plan_to_its_end(tmp_path: Path) -> None:
+    """Planned, running and finished runs in pages that another process writes."""
+    folder = tmp_path / "default"
+    command = [
+        sys.executable, "-m", "lorabench", "train", "-m", *SMOKE, *GRID, f"output_dir={tmp_path}",
+        "hydra.launcher.pack_size=1", "trainer.steps=300",  # seconds a run
+    ]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as training:
+        while not (folder / "sweep.json").exists():
+            assert training.poll() is None
+            time.sleep(0.05)
+        with watching(folder) as process:
+            said = process.stdout.read()
+            assert process.wait() == 0, process.stderr.read()
+        assert training.wait() == 0
+    counts = [line.partition(": ")[2] for line in said.splitlines()]
+    assert "planned" in counts[0] and counts[-1] == "4 finished"
+    assert any("running" in one for one in counts)
+    found = Parsed((folder / "report.html").read_text())
+    assert found.data["reload"] is None and len(found.data["figures"]["curves"]) >= 1
