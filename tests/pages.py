@@ -107,7 +107,7 @@ def add_texts(run: Path, texts: list[str]) -> None:
 
     place = run / "evaluations" / f"{EVALUATION}.parquet"
     table = parquet.read_table(place)
-    parquet.write_table(table.append_column("generated", pa.array(texts)), place)
+    parquet.write_table(table.append_column("teacher_forced", pa.array(texts)), place)
     entry = record.read(run)
     assert entry is not None
     entry.evaluations[0].predictions_sha256 = hashlib.sha256(place.read_bytes()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import struct
@@ -16,6 +17,7 @@ import pytest
 from conftest import SMOKE, say
 from pages import LONG, Parsed, needs_browser, records_in, write_hostile, write_many, write_rows
 from plotly.offline import get_plotlyjs
+from pyarrow import parquet
 from sweeps import write_run, write_sweep
 
 from lorabench import record, report
@@ -107,7 +109,9 @@ def test_figures_for_a_notebook(tmp_path: Path) -> None:
         [{"head": h, "r": r, "nll": v.mean()} for (h, r, _), v in scores.items()]
     ).pivot_table(index="head", columns="r", values="nll")
     np.testing.assert_allclose(np.array(heat.z, float), frame.to_numpy())
-    assert list(heat.y) == ["head=exclude", "head=lora"] and list(heat.x) == ["r=16", "r=64"]
+    layout = found["heat map head x r"].layout
+    assert list(layout.yaxis.ticktext) == ["head=exclude", "head=lora"]
+    assert list(layout.xaxis.ticktext) == ["r=16", "r=64"]
     # lora is better at the same number of parameters: exclude is on no front.
     front = next(t for t in found["parameters nll"].data if t.name == "Pareto front")
     assert list(front.x) == [16_000, 64_000]
@@ -141,9 +145,20 @@ def test_what_changed_between_settings(tmp_path: Path) -> None:
         frames = [pandas.read_parquet(place) for place in places]
         mean = pandas.concat(frames).groupby("example")["exact_match"].mean()
         np.testing.assert_allclose(found.scores[i], [mean[id] for id in found.examples])
-        written = frames[0].set_index("example")["generated"]
+        written = frames[0].set_index("example")["teacher_forced"]
         texts = [found.texts[place] for place in found.written[i]]
         assert texts == [written[id] for id in found.examples]
+        own = frames[0].set_index("example")["exact_match"]
+        np.testing.assert_array_equal(found.own[i], [own[id] for id in found.examples])
+    right = found.scores >= 0.5
+    for a, b in itertools.product(range(3), range(3)):
+        assert found.gained[a, b] == (~right[a] & right[b]).sum() and found.both[a, b] == 30
+    # Other predictions than were recorded are nobody's.
+    damaged = tmp_path / "s" / "000-0" / "evaluations"
+    (place,) = damaged.iterdir()
+    parquet.write_table(parquet.read_table(place).slice(0, 20), place)
+    again = changes.changes_of(runs, groups, "nll")
+    assert again is not None and again.seeds == [1, 2, 2] and again.seed == 1
 
 
 def test_examples_beyond_the_room_are_named(

@@ -88,7 +88,7 @@ def test_a_sweep_is_watched_from_its_plan_to_its_end(tmp_path: Path) -> None:
         sys.executable, "-m", "lorabench", "train", "-m", *SMOKE, *GRID, f"output_dir={tmp_path}",
         "hydra.launcher.pack_size=1", "trainer.steps=300",  # seconds a run
     ]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as training:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT) as training:
         while not (folder / "sweep.json").exists():
             assert training.poll() is None
             time.sleep(0.05)

@@ -11,14 +11,18 @@ from typing import Any
 from lorabench.cli.telling import Parser
 from lorabench.cli.verbs import COMPOSING, VERBS
 
-BASH = """\
+LIST = """\
 _lorabench() {
     local IFS=$'\\n'
     COMPREPLY=($(lorabench completion --line "${COMP_LINE:0:$COMP_POINT}" 2>/dev/null))
+"""
+STRIP = """\
     # Bash replaces what follows the last = or : of a word, not the word.
     local word="${COMP_LINE:0:$COMP_POINT}"; word="${word##* }"
     local kept="${word%"${word##*[=:]}"}"
     COMPREPLY=("${COMPREPLY[@]#"$kept"}")
+"""
+END = """\
 }
 complete -o nospace -o default -F _lorabench lorabench
 """
@@ -27,8 +31,8 @@ autoload -U +X compinit && compinit
 autoload -U +X bashcompinit && bashcompinit
 """
 SCRIPTS = {
-    "bash": BASH,
-    "zsh": ZSH + BASH,
+    "bash": LIST + STRIP + END,
+    "zsh": ZSH + LIST + END,  # which replaces whole words
     "fish": "complete -c lorabench -a '(lorabench completion --line (commandline -cp))'\n",
 }
 # Options of Hydra that serve here; its help does not name them.

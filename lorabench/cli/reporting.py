@@ -73,7 +73,10 @@ def watch(arguments: list[str]) -> int:
         while True:
             begun = time.monotonic()
             content = _content(options, words, quietly=told is not None)
-            is_over = all(name in OVER for name in content.statuses)
+            # The base is scored behind the last run: what ended while it was watched is looked at
+            # once more.
+            ended = _has_ended(options.folder, content)
+            is_over = ended and (told is None or content.statuses == told)
             page.write(content, out, None if is_over else max(1, round(options.seconds)))
             if content.statuses != told:
                 counts = ", ".join(f"{n} {name}" for name, n in content.statuses.items())
@@ -86,6 +89,16 @@ def watch(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         page.write(_content(options, words, quietly=True), out)
         return 130
+
+
+def _has_ended(folder: Path, content: Content) -> bool:
+    """Whether nothing more is planned: no run, and no look of `settle` at an open question."""
+    from lorabench.sweep import SweepFolder
+
+    settling = SweepFolder(folder).read().settling
+    looks_left = settling is not None and any(look.taken is None for look in settling.looks)
+    is_open = looks_left and any(one.is_open for one in content.answers.verdicts)
+    return not is_open and all(name in OVER for name in content.statuses)
 
 
 def _place(out: Path | None, folders: Sequence[Path]) -> Path:

@@ -3,7 +3,8 @@
 curves    metrics.jsonl -> curves of a setting over its seeds
 changes   predictions -> which examples changed between settings, with what was written
 texts     the texts of those examples, where the data are at hand
-plots     plotly's figures of all that
+style     what all figures share
+scores    figures of scores; plots the others, and all of them
 tables    rows and columns of the page's tables
 content   everything the page shows
 page      the HTML file: it loads nothing from elsewhere

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,12 @@ from lorabench.config import HIGHER_IS_BETTER
 from lorabench.record import Evaluation, Record
 
 RIGHT = ("answer", "answer_flexible", "exact_match", "accuracy")  # 1: right; the first there is
-WRITTEN = ("generated", "predicted", "teacher_forced")  # columns with text; the first there is
+# The columns that hold what such a score is of; of other metrics the first that is there.
+WRITTEN = {
+    "answer": ("generated",), "answer_flexible": ("generated",), "gym": ("generated",),
+    "exact_match": ("teacher_forced",), "accuracy": ("predicted",),
+}  # fmt: skip
+TEXTS = ("generated", "predicted", "teacher_forced")
 LONGEST = 300  # characters of a text on the page
 MOST_BYTES = 500_000  # of what was written, on the page; prompts and references come to it
 
@@ -28,13 +34,18 @@ class Changes:
 
     Args:
         metric: 0 or 1 an example if `is_right`, else any number.
-        examples: ids.
+        examples: ids of those that are shown.
         scores: mean over the seeds of each setting, (S, E); NaN: not scored.
+        own: scores of the one run of each setting that the texts are of, (S, E).
         seeds: runs of each setting.
-        written: what one seed of each setting wrote, (S, E), an index into `texts`; -1: nothing.
+        gained: examples that are better in one setting than in another, of all examples, (S, S):
+            from the row's setting to the column's. Right and wrong are right in half of the seeds.
+        both: examples that two settings have scores of, (S, S).
+        written: what one run of each setting wrote, (S, E), an index into `texts`; -1: nothing.
         texts: cut to LONGEST characters.
-        left_out: examples that are not here; `num_examples` were scored.
+        num_examples: that were scored; not all of them may be shown.
         written_by: column that the texts are from; None: none.
+        seed: whose texts they are; None: the settings share no seed.
     """
 
     metric: str
@@ -42,15 +53,30 @@ class Changes:
     higher_is_better: bool
     examples: list[str]
     scores: NDArray[np.float32]
+    own: NDArray[np.float32]
     seeds: list[int]
+    gained: NDArray[np.int64]
+    both: NDArray[np.int64]
     written: NDArray[np.int32]
     texts: list[str]
     num_examples: int
     written_by: str | None
+    seed: int | None
 
     @property
     def left_out(self) -> int:
         return self.num_examples - len(self.examples)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A run's test examples."""
+
+    seed: Any  # of the config
+    ids: list[str]
+    scores: NDArray[np.float64]
+    texts: list[str | None]
+    column: str | None
 
 
 def changes_of(
@@ -67,12 +93,12 @@ def changes_of(
     chosen = choose_evaluations([one for _, one in finished]).get(JUDGE)
     if chosen is None or len(groups) < 2:
         return None
-    found: dict[str, tuple[Path, Evaluation]] = {
-        one.run_id: (path, evaluation)
+    found: dict[str, tuple[Path, Evaluation, Any]] = {
+        one.run_id: (path, evaluation, one.config.get("seed"))
         for (path, one), evaluation in zip(finished, chosen["of_runs"], strict=True)
         if evaluation is not None
     }
-    there = {name for _, one in found.values() for name in one.splits[JUDGE].metrics}
+    there = {name for _, one, _ in found.values() for name in one.splits[JUDGE].metrics}
     of_right = next((name for name in RIGHT if name in there), None)
     asked = of_right or metric
     if asked is None:
@@ -84,68 +110,100 @@ def changes_of(
     return _changes(tables, asked, of_right is not None)
 
 
-def _table(folder: Path, evaluation: Evaluation, metric: str) -> dict[str, Any] | None:
-    """Ids, scores and texts of a run's test examples; None: they cannot be read."""
+def _table(folder: Path, evaluation: Evaluation, seed: Any, metric: str) -> _Table | None:
+    """A run's test examples; None: they cannot be read, or are not what was recorded."""
     import pyarrow as pa
     from pyarrow import compute, parquet
 
     column = "nll" if metric == "nll_per_token" else metric
+    recorded = evaluation.predictions_sha256
     try:
-        file = parquet.ParquetFile(folder / evaluation.predictions)
+        content = (folder / evaluation.predictions).read_bytes()
+        if recorded and hashlib.sha256(content).hexdigest() != recorded:
+            return None
+        file = parquet.ParquetFile(pa.BufferReader(content))
         names = file.schema_arrow.names
         if column not in names:
             return None
-        text = next((name for name in WRITTEN if name in names), None)
+        text = next((name for name in WRITTEN.get(metric, TEXTS) if name in names), None)
         table = file.read(["split", "example", column, *([text] if text else [])])
     except (OSError, pa.ArrowException):
         return None
     table = table.filter(compute.equal(table["split"], JUDGE))
-    return {
-        "ids": table["example"].to_pylist(),
-        "scores": np.asarray(table[column].cast(pa.float64()).to_numpy(), np.float64),
-        "texts": table[text].to_pylist() if text else None,
-        "column": text,
-    }
+    ids = table["example"].to_pylist()
+    values = np.asarray(table[column].cast(pa.float64()).to_numpy(), np.float64)
+    texts = table[text].to_pylist() if text else [None] * len(ids)
+    return _Table(seed, ids, values, texts, text)
 
 
-def _changes(tables: list[list[dict[str, Any]]], metric: str, is_right: bool) -> Changes | None:
-    first = next((one for mine in tables for one in mine), None)
-    if first is None:
-        return None
-    ids: list[str] = list(dict.fromkeys(first["ids"]))
+def _changes(tables: list[list[_Table]], metric: str, is_right: bool) -> Changes | None:
+    ids = list(dict.fromkeys(name for mine in tables for one in mine for name in one.ids))
     places = {name: place for place, name in enumerate(ids)}
-    scores = np.full((len(tables), len(ids)), np.nan)
+    shape = len(tables), len(ids)
+    scores, own = np.full(shape, np.nan), np.full(shape, np.nan)
+    written = np.full(shape, -1, np.int32)
     texts: dict[str, int] = {}
-    written = np.full((len(tables), len(ids)), -1, np.int32)
+    seed = _shared_seed(tables)
+    column = None
     for i, mine in enumerate(tables):
-        own = np.full((len(mine), len(ids)), np.nan)
+        if not mine:
+            continue
+        every = np.full((len(mine), len(ids)), np.nan)
         for k, one in enumerate(mine):
-            known = [places.get(name, -1) for name in one["ids"]]
-            inside = np.array(known) >= 0
-            own[k, np.array(known)[inside]] = one["scores"][inside]
-        if mine:
-            count = np.isfinite(own).sum(0)
-            total = np.nansum(own, 0)
-            scores[i] = np.divide(total, count, out=np.full(len(ids), np.nan), where=count > 0)
-            for name, text in zip(mine[0]["ids"], mine[0]["texts"] or (), strict=False):
-                if name in places and text is not None:
-                    written[i, places[name]] = texts.setdefault(shortened(text), len(texts))
+            every[k, [places[name] for name in one.ids]] = one.scores
+        scores[i] = _mean(every)
+        k = next((k for k, one in enumerate(mine) if one.seed == seed), 0)
+        own[i], column = every[k], column or mine[k].column
+        for name, text in zip(mine[k].ids, mine[k].texts, strict=True):
+            if text is not None:
+                written[i, places[name]] = texts.setdefault(shortened(text), len(texts))
     if np.isfinite(scores).any(1).sum() < 2:
         return None
+    higher = is_right or metric in HIGHER_IS_BETTER
+    gained, both = _counts(scores, is_right, higher)
     kept, chosen = _within(scores, written, list(texts))
     order = {old: new for new, old in enumerate(chosen)}
     return Changes(
         metric,
         is_right,
-        is_right or metric in HIGHER_IS_BETTER,
+        higher,
         [ids[i] for i in kept],
         scores[:, kept].astype(np.float32),
+        own[:, kept].astype(np.float32),
         [len(mine) for mine in tables],
+        gained,
+        both,
         np.vectorize(lambda i: order.get(int(i), -1), otypes=[np.int32])(written[:, kept]),
         [list(texts)[i] for i in chosen],
         len(ids),
-        first["column"],
+        column,
+        seed,
     )
+
+
+def _shared_seed(tables: list[list[_Table]]) -> Any:
+    """The first seed that every setting has; None: there is none."""
+    shared = set.intersection(*({one.seed for one in mine} for mine in tables if mine))
+    return min(shared, default=None, key=str)
+
+
+def _counts(
+    scores: NDArray[np.float64], is_right: bool, higher_is_better: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How many examples are better in one setting than in another, and scored in both, (S, S)."""
+    known = np.isfinite(scores)
+    values = (scores >= 0.5).astype(float) if is_right else scores * (1 if higher_is_better else -1)
+    better = [
+        ((values > one) & known & there).sum(1) for one, there in zip(values, known, strict=True)
+    ]
+    return np.array(better), known.astype(np.int64) @ known.astype(np.int64).T
+
+
+def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean of what is finite, over runs; NaN where nothing is."""
+    count = np.isfinite(values).sum(0)
+    empty = np.full(values.shape[1], np.nan)
+    return np.divide(np.nansum(values, 0), count, out=empty, where=count > 0)
 
 
 def _within(
@@ -170,9 +228,7 @@ def _within(
 
 def _filled(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """The same with each example's mean where it was not scored."""
-    count = np.isfinite(scores).sum(0)
-    mean = np.divide(np.nansum(scores, 0), count, out=np.zeros(scores.shape[1]), where=count > 0)
-    return np.where(np.isfinite(scores), scores, mean)
+    return np.where(np.isfinite(scores), scores, np.nan_to_num(_mean(scores)))
 
 
 def shortened(text: str, longest: int = LONGEST) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench import masking
 from lorabench.provenance import stack
-from lorabench.report import changes, plots, tables, texts
+from lorabench.report import changes, plots, style, tables, texts
 from lorabench.sweep import SweepFolder
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Content:
     table: dict[str, Any]
     settings: tables.Table
     runs: tables.Table
-    groups: list[plots.Group]
+    groups: list[style.Group]
     examples: dict[str, Any]
     facts: list[tuple[str, list[str]]]
     commands: list[tuple[str, str]]
@@ -105,7 +105,7 @@ def _examples(
             f"{found.left_out} of {found.num_examples} test examples are not in the view of "
             f"examples, which holds those that settings differ on most"
         )
-    labels = [plots.label_of(row["setting"], table) for row in rows]
+    labels = [style.label_of(row["setting"], table) for row in rows]
     first, second = _pair(rows, answers)
     return {
         "metric": found.metric,
@@ -114,6 +114,10 @@ def _examples(
         "settings": labels,
         "seeds": found.seeds,
         "scores": [[changes.number(value) for value in own] for own in found.scores],
+        "own": [[changes.number(value) for value in one] for one in found.own],
+        "gained": found.gained.tolist(),
+        "both": found.both.tolist(),
+        "seed": found.seed,
         "written": found.written.tolist(),
         "texts": found.texts,
         "by": found.written_by,

@@ -14,7 +14,7 @@ from lorabench.compare.lints import is_linted
 from lorabench.files import write_atomic
 from lorabench.report.changes import shortened
 from lorabench.report.content import Content
-from lorabench.report.plots import WIDTH, Group
+from lorabench.report.style import WIDTH, Group
 from lorabench.show.compared import how_judged, nothing_asked
 
 if TYPE_CHECKING:

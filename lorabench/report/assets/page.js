@@ -57,11 +57,13 @@
   };
   const settings = { displaylogo: false, showSendToCloud: false, responsive: true,
     modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+  const chosenOf = (group) => {
+    const figures = data.figures[group];
+    return figures.find(({ name }) => name === kept["figure " + group]) || figures[0];
+  };
   const draw = (place) => {
     if (!window.Plotly) return;
-    const figures = data.figures[place.dataset.group];
-    const chosen = figures[Math.min(kept["figure " + place.dataset.group] || 0, figures.length - 1)];
-    const { data: traces, layout } = chosen.figure;
+    const { data: traces, layout } = chosenOf(place.dataset.group).figure;
     const shown = withLegend(traces, themed(layout), place.clientWidth);
     Plotly.react(place, structuredClone(traces), shown, settings);
     place.dataset.drawn = "1";
@@ -71,11 +73,11 @@
   });
   $$("select[data-of]").forEach((select) => {
     const figures = data.figures[select.dataset.of];
-    figures.forEach(({ name }, i) => select.append(new Option(name, i)));
-    select.value = Math.min(kept["figure " + select.dataset.of] || 0, figures.length - 1);
+    figures.forEach(({ name }) => select.append(new Option(name, name)));
+    select.value = chosenOf(select.dataset.of).name;
     select.parentElement.hidden = figures.length < 2;
     select.addEventListener("change", () => {
-      keep("figure " + select.dataset.of, Number(select.value));
+      keep("figure " + select.dataset.of, select.value);
       draw($(`.figure[data-group="${select.dataset.of}"]`));
     });
   });
@@ -139,16 +141,19 @@
       else head.removeAttribute("aria-sort");
     });
   };
-  $$("table.sortable").forEach((table, place) => {
-    $$("thead th", table).forEach((head, column) => {
+  $$("table.sortable").forEach((table) => {
+    const place = "sort " + table.closest("section").id;
+    const heads = $$("thead th", table);
+    heads.forEach((head, column) => {
       $("button", head).addEventListener("click", () => {
         const direction = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
         sort(table, column, direction);
-        keep("sort " + place, [column, direction]);
+        keep(place, [head.textContent, direction]);
       });
     });
-    const before = kept["sort " + place];
-    if (before && before[0] < table.tHead.rows[0].cells.length) sort(table, ...before);
+    const [text, direction] = kept[place] || [];
+    const column = heads.findIndex((head) => head.textContent === text);
+    if (column >= 0) sort(table, column, direction);
   });
 
   // --- examples ---
@@ -165,8 +170,12 @@
       : [["gained", "better"], ["lost", "worse"], ["changed", "all that changed"], ["all", "all"]];
     kinds.forEach(([value, text]) => which.append(new Option(text, value)));
     const chosen = kept.examples || {};
-    first.value = chosen.first < found.settings.length ? chosen.first : found.first;
-    second.value = chosen.second < found.settings.length ? chosen.second : found.second;
+    const placeOf = (label, otherwise) => {
+      const place = found.settings.indexOf(label);
+      return place < 0 ? otherwise : place;
+    };
+    first.value = placeOf(chosen.first, found.first);
+    second.value = placeOf(chosen.second, found.second);
     which.value = chosen.which || "gained";
     needle.value = chosen.needle || "";
     let count = 50;
@@ -183,11 +192,17 @@
     };
     const scored = (setting, i) => {
       const value = found.scores[setting][i];
-      if (value === null) return [null, "not scored", ""];
-      if (!found.isRight) return [value, value.toPrecision(4), ""];
-      const seeds = found.seeds[setting];
-      const text = seeds > 1 ? `right in ${Math.round(value * seeds)} of ${seeds} seeds` : value >= 0.5 ? "right" : "wrong";
-      return [value, text, value >= 0.5 ? "right" : "wrong"];
+      if (value === null) return "not scored";
+      if (!found.isRight) return value.toPrecision(4);
+      const [seeds, right] = [found.seeds[setting], value * found.seeds[setting]];
+      if (seeds === 1) return value >= 0.5 ? "right" : "wrong";
+      // A seed without a score of this example: the rest is a share.
+      if (Math.abs(right - Math.round(right)) > 1e-3) return `right in ${Math.round(100 * value)}% of the seeds`;
+      return `right in ${Math.round(right)} of ${seeds} seeds`;
+    };
+    const kindOf = (setting, i) => {
+      const value = found.own[setting][i];
+      return !found.isRight || value === null ? "" : value >= 0.5 ? "right" : "wrong";
     };
     const show = () => {
       const [a, b] = [Number(first.value), Number(second.value)];
@@ -195,14 +210,11 @@
       const half = (x) => x >= 0.5;
       const word = needle.value.toLowerCase();
       const rows = [];
-      const sums = { gained: 0, lost: 0 };
       found.examples.forEach(([id, prompt, completion], i) => {
         const [x, y] = [found.scores[a][i], found.scores[b][i]];
         if (x === null || y === null) return;
         const gained = found.isRight ? !half(x) && half(y) : sign * (y - x) > 0;
         const lost = found.isRight ? half(x) && !half(y) : sign * (y - x) < 0;
-        sums.gained += gained;
-        sums.lost += lost;
         const kind = which.value;
         const wanted = kind === "all" || (kind === "gained" && gained) || (kind === "lost" && lost)
           || (kind === "changed" && (gained || lost));
@@ -212,10 +224,11 @@
       rows.sort((one, other) => other[0] - one[0] || one[1] - other[1]);
       const names = found.isRight ? ["from wrong to right", "from right to wrong"] : ["better", "worse"];
       document.getElementById("counted").textContent =
-        `${sums.gained} of ${found.examples.length} test examples went ${names[0]} and ${sums.lost} ${names[1]} `
+        `${found.gained[a][b]} of ${found.both[a][b]} test examples went ${names[0]} and ${found.gained[b][a]} ${names[1]} `
         + `by ${found.metric}`
         + (found.isRight ? ", right being right in at least half of the seeds" : "")
-        + (found.by ? `. What was written (${found.by}) is that of one seed.` : ".");
+        + (!found.by ? "." : `. What was written (${found.by}) is that of `
+          + (found.seed === null ? "one run of each; they share no seed." : `seed ${found.seed}, and its colour says whether it is right.`));
       const table = document.getElementById("changed");
       const head = document.createElement("tr");
       ["prompt", "reference", found.settings[a], found.settings[b]].forEach((name) =>
@@ -226,8 +239,8 @@
         const row = document.createElement("tr");
         row.append(cell(prompt || id), cell(completion));
         for (const setting of [a, b]) {
-          const [, text, kind] = scored(setting, i);
-          row.append(cell(written(setting, i) || text, kind, written(setting, i) ? text : ""));
+          const [text, own] = [scored(setting, i), written(setting, i)];
+          row.append(cell(own || text, kindOf(setting, i), own ? text : ""));
         }
         return row;
       }));
@@ -239,10 +252,17 @@
         table.tBodies[0].append(row);
       }
       document.getElementById("more").hidden = rows.length <= count;
-      keep("examples", { first: a, second: b, which: which.value, needle: needle.value });
     };
-    [first, second, which].forEach((one) => one.addEventListener("change", () => { count = 50; show(); }));
-    needle.addEventListener("input", () => { count = 50; show(); });
+    const chose = () => {
+      count = 50;
+      keep("examples", {
+        first: found.settings[first.value], second: found.settings[second.value],
+        which: which.value, needle: needle.value,
+      });
+      show();
+    };
+    [first, second, which].forEach((one) => one.addEventListener("change", chose));
+    needle.addEventListener("input", chose);
     document.getElementById("more").addEventListener("click", () => { count += 200; show(); });
     show();
   }
@@ -255,6 +275,9 @@
   if (data.reload) {
     if (kept.place) scrollTo(0, kept.place);
     setInterval(() => {
+      // Not under a reader's hands, and not where nobody looks.
+      const busy = ["INPUT", "SELECT"].includes(document.activeElement?.tagName);
+      if (busy || document.hidden) return;
       keep("place", scrollY);
       location.reload();
     }, 1000 * data.reload);
