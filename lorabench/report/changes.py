@@ -16,6 +16,7 @@ from lorabench.compare.scored import JUDGE
 from lorabench.compare.tables import choose_evaluations
 from lorabench.config import HIGHER_IS_BETTER
 from lorabench.record import Evaluation, Record
+from lorabench.report.curves import mean_of
 
 RIGHT = ("answer", "answer_flexible", "exact_match", "accuracy")  # 1: right; the first there is
 # The columns that hold what such a score is of; of other metrics the first that is there.
@@ -151,7 +152,7 @@ def _changes(tables: list[list[_Table]], metric: str, is_right: bool) -> Changes
         every = np.full((len(mine), len(ids)), np.nan)
         for k, one in enumerate(mine):
             every[k, [places[name] for name in one.ids]] = one.scores
-        scores[i] = _mean(every)
+        scores[i] = mean_of(every, 0)
         k = next((k for k, one in enumerate(mine) if one.seed == seed), 0)
         own[i], column = every[k], column or mine[k].column
         for name, text in zip(mine[k].ids, mine[k].texts, strict=True):
@@ -199,13 +200,6 @@ def _counts(
     return np.array(better), known.astype(np.int64) @ known.astype(np.int64).T
 
 
-def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The mean of what is finite, over runs; NaN where nothing is."""
-    count = np.isfinite(values).sum(0)
-    empty = np.full(values.shape[1], np.nan)
-    return np.divide(np.nansum(values, 0), count, out=empty, where=count > 0)
-
-
 def _within(
     scores: NDArray[np.float64], written: NDArray[np.int32], texts: list[str]
 ) -> tuple[list[int], list[int]]:
@@ -228,7 +222,7 @@ def _within(
 
 def _filled(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """The same with each example's mean where it was not scored."""
-    return np.where(np.isfinite(scores), scores, np.nan_to_num(_mean(scores)))
+    return np.where(np.isfinite(scores), scores, np.nan_to_num(mean_of(scores, 0)))
 
 
 def shortened(text: str, longest: int = LONGEST) -> str:

@@ -93,9 +93,9 @@ def _curve(setting: int, metric: str, runs: list[dict[int, float]]) -> Curve | N
     per = -(-len(steps) // POINTS)
     if per > 1:
         cuts = range(0, len(steps), per)
-        values = np.stack([_mean(values[:, i : i + per], 1) for i in cuts], 1)
+        values = np.stack([mean_of(values[:, i : i + per], 1) for i in cuts], 1)
         steps = np.array([steps[i : i + per].mean() for i in cuts])
-    mean, low, high = _mean(values, 0), None, None
+    mean, low, high = mean_of(values, 0), None, None
     if len(runs) > 1:
         count = np.isfinite(values).sum(0)
         squares = np.nansum((values - mean) ** 2, 0)
@@ -106,7 +106,7 @@ def _curve(setting: int, metric: str, runs: list[dict[int, float]]) -> Curve | N
     return Curve(setting, metric, x, y, low, high, len(runs), per)
 
 
-def _mean(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+def mean_of(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
     """The mean of what is finite; NaN where nothing is."""
     count = np.isfinite(values).sum(axis)
     total = np.nansum(values, axis)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from lorabench.report.changes import shortened
 from lorabench.report.content import Content
 from lorabench.report.style import WIDTH, Group
 from lorabench.show.compared import how_judged, nothing_asked
+from lorabench.show.text import finite
 
 if TYPE_CHECKING:
     from lorabench.compare import Answers
@@ -154,18 +154,10 @@ def _notes(table: dict[str, Any]) -> list[str]:
 
 def _script(data: dict[str, Any]) -> str:
     """JSON that can stand inside of a script element: nothing in it ends the element."""
-    text = json.dumps(_finite(data), separators=(",", ":"), allow_nan=False)
+    text = json.dumps(finite(data), separators=(",", ":"), allow_nan=False)
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return text
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {str(key): _finite(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def write_png(groups: Sequence[Group], folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from lorabench.compare.tables import FIRST, order, short_keys
 from lorabench.record import Record
 from lorabench.report.changes import shortened
 from lorabench.report.curves import last_step
+from lorabench.show.compared import rank_text
 from lorabench.show.results import columns_of, in_order
 from lorabench.show.text import quantity, setting, size, with_spread
 
@@ -69,8 +70,7 @@ def settings_table(table: dict[str, Any], answers: Answers) -> Table:
             cells.append(Cell.of(value and value["mean"], value and with_spread(value)))
         if answers.ranks:
             rank = answers.ranks.get(row["runs"][0])
-            text = "" if rank is None else _range(*rank)
-            cells.append(Cell.of(None if rank is None else sum(rank) / 2, text))
+            cells.append(Cell.of(None if rank is None else sum(rank) / 2, rank_text(rank)))
         for split, name in scores:
             value = row["metrics"].get(split, {}).get(name)
             cells.append(Cell.of(value and value["mean"], value and with_spread(value)))
@@ -171,10 +171,6 @@ def _of_setting(value: Any) -> Cell:
 
 def _headed(split: str, name: str) -> str:
     return f"{split} {name}\u00a0{'↑' if name in HIGHER_IS_BETTER else '↓'}"
-
-
-def _range(low: int, high: int) -> str:
-    return str(low) if low == high else f"{low}–{high}"
 
 
 def _done(folder: Path, entry: Record) -> int:

@@ -192,7 +192,7 @@ def _settings(
             cells[0] = Text(f"{cells[0]} *", "bold")
         cells += [with_spread(row[name]) if name in row else "" for name in changes]
         if answers.ranks:
-            cells.append(_rank(answers.ranks.get(row["runs"][0])))
+            cells.append(rank_text(answers.ranks.get(row["runs"][0])))
         cells += [_score(row, *score) for score in scores]
         cells += [
             str(len(row["seeds"])),
@@ -277,7 +277,7 @@ def _or_nothing(value: Any, shown: Callable[[Any], str]) -> str:
     return "" if value is None else shown(value)
 
 
-def _rank(rank: tuple[int, int] | None) -> str:
+def rank_text(rank: tuple[int, int] | None) -> str:
     """The ranks that a setting may have."""
     if rank is None:
         return ""

@@ -28,14 +28,15 @@ def console() -> Console:
 
 def dump(content: Any) -> None:
     """JSON on standard output; a value that is no number is null."""
-    print(json.dumps(_finite(content), indent=2, default=str, allow_nan=False))
+    print(json.dumps(finite(content), indent=2, default=str, allow_nan=False))
 
 
-def _finite(content: Any) -> Any:
+def finite(content: Any) -> Any:
+    """The same for JSON, which has no NaN: null in its place."""
     if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: finite(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
+        return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
