@@ -11,7 +11,7 @@ import sys
 import tracemalloc
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lorabench.data import readers
@@ -77,6 +77,9 @@ def test_json_is_what_json_reads(tmp_path_factory, rows, block, indent, ascii):
     delimiter=st.sampled_from([("csv", ","), ("tsv", "\t")]),
     bom=st.booleans(),
 )
+# Blocks that hold a part of the byte order mark, and nothing but it.
+@example(table=[("", "", "")], block=1, end="\n", delimiter=("csv", ","), bom=True)
+@example(table=[("", "", "")], block=3, end="\n", delimiter=("csv", ","), bom=True)
 def test_cells_are_the_text_that_was_written(tmp_path_factory, table, block, end, delimiter, bom):
     """Written by Python's csv. 007, 1e3, NA, true, dates and empty cells are text."""
     table = [

@@ -19,6 +19,7 @@ BOMS = (  # UTF-32's before UTF-16's, which begins with the same two bytes
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+LONGEST_BOM = max(len(mark) for mark, _ in BOMS)
 # What a file begins with, what it is then, and what to do about it.
 FOREIGN = (
     (b"PAR1", "a parquet file", "rename it to end with .parquet"),
@@ -101,6 +102,8 @@ def text_blocks(file: IO[bytes], path: Path) -> Iterator[str]:
         Refused: It is something else; names the byte (of the unpacked file) and the line.
     """
     block = file.read(BLOCK_BYTES)
+    while len(block) <= LONGEST_BOM and (more := file.read(BLOCK_BYTES)):
+        block += more  # what follows a byte order mark is not the end of the file
     for magic, what, remedy in FOREIGN:
         if block.startswith(magic):
             raise Refused("be what its name says", f"'{path}' is {what}", remedy)
