@@ -179,5 +179,7 @@ def test_auto_compiles_where_the_table_says_that_it_pays(
         )
         for r in ranks
     ]  # fmt: skip
-    needs: Any = SimpleNamespace(seconds=lambda jobs: seconds)
+    needs: Any = SimpleNamespace(
+        seconds=lambda jobs: seconds, seconds_at_most=lambda jobs: 1.5 * seconds
+    )
     assert costs.to_compile(jobs, [[0, 1]], device, needs) == [expected]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +22,9 @@ from torch.utils.flop_counter import (
 from torch.utils.weak import WeakIdKeyDictionary
 
 
-class Spec(NamedTuple):
-    """Stands for a tensor among the arguments of a call."""
+@dataclass(frozen=True)
+class Spec:
+    """Stands for a tensor among the arguments of a call; no tuple, which a tree would open."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]

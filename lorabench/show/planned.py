@@ -295,8 +295,8 @@ def _estimates(jobs: list[Job], packs: list[list[int]], needs: Needs) -> list[Es
     found = []
     for members in packs:
         pack = [jobs[i] for i in members]
-        step, host = needs.step_seconds(pack)
-        is_busy = (step - host) / len(pack) > 5 * host
+        step, host = needs.step_seconds(pack[:1])
+        is_busy = step - host > 5 * host
         found.append(Estimate(needs.memory(pack), needs.seconds(pack), is_busy))
     return found
 

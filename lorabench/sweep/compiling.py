@@ -50,7 +50,10 @@ def pays(jobs: Sequence[Job], device: str, needs: Needs) -> bool:
     if cost is None or jobs[0].plan.lengths is None:
         return False
     modules = len({name for job in jobs for name in job.plan.lora_modules})
-    return cost.saved * needs.seconds(jobs) > cost.seconds_a_call * CALLS_A_MODULE * modules
+    spent = cost.seconds_a_call * CALLS_A_MODULE * modules
+    if cost.saved * needs.seconds_at_most(jobs) <= spent:
+        return False  # as most small packs, at once
+    return cost.saved * needs.seconds(jobs) > spent
 
 
 def to_compile(

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 RUNTIME_BYTES = 450_000_000  # Python, torch and transformers themselves
 START_SECONDS = 2.0  # loading, saving, checkpoints
 SAFE = 4  # times the rough estimate: no pack takes more
+TRACED = 16  # runs of a small pack of which a step is traced; the seconds of more are in proportion
 SMALL = 8_000_000_000  # bytes below which, SAFE times, runs of a CPU's pack are not traced together
 
 
@@ -64,10 +65,9 @@ class Needs:
         return [round(one) for one in _by_rank(jobs, lambda job: float(self.memory([job])))]
 
     def _is_small(self, jobs: Sequence[Job]) -> bool:
-        """Whether several runs take so little on a CPU that they are reckoned from each alone.
+        """Whether several runs take so little on a CPU that their bytes are reckoned from each's.
 
-        A CPU gains little from packing, so their seconds add up; the whole would take as long to
-        trace as some steps of it.
+        The whole would take as long to trace as some steps of it.
         """
         device = machine.choose_device(jobs[0].config.trainer.device)
         return len(jobs) > 1 and device == "cpu" and SAFE * self._rough(jobs) <= SMALL
@@ -81,11 +81,9 @@ class Needs:
     def step_seconds(self, jobs: Sequence[Job]) -> tuple[float, float]:
         """Seconds of a step of a pack of these runs, and those of them that calls take."""
         trainer = jobs[0].config.trainer
-        if self._is_small(jobs):
-            steps = _by_rank(jobs, lambda job: self.step_seconds([job])[0])
-            calls_of_one = self.step_seconds(jobs[:1])[1]
-            # About half of a step's calls serve all runs at once.
-            return sum(steps) - (len(jobs) - 1) * calls_of_one / 2, calls_of_one
+        if len(jobs) > TRACED and self._is_small(jobs):
+            step, host = self.step_seconds(jobs[:TRACED])
+            return step * len(jobs) / TRACED, host
         micro = trainer.micro_batch_size or trainer.batch_size
         times = trainer.batch_size // micro
         trace = self._trace(jobs)
@@ -99,6 +97,10 @@ class Needs:
         forward_backward, update = rates.of(trace, min(1.0, share))
         calls = sum(n * (1 if call.in_update else times) for call, n in trace.calls.items())
         return times * forward_backward + update, rates.host_seconds * calls
+
+    def seconds_at_most(self, jobs: Sequence[Job]) -> float:
+        """Seconds that these runs take one after the other, which is sooner known than a pack's."""
+        return sum(_by_rank(jobs, lambda job: self.seconds([job])))
 
     def seconds(self, jobs: Sequence[Job]) -> float:
         """Seconds of a pack of these runs: start, steps, and scoring without generations."""
