@@ -77,7 +77,7 @@ def content_of(
         dict(Counter(one.entry.status for one in found)),
         answers,
         table,
-        tables.settings_table(table, answers),
+        tables.settings_of(table, answers),
         tables.runs_table(found, table, answers),
         plots.groups_of(runs, table, answers),
         _examples(runs, table, answers, left_out),

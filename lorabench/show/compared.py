@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,24 +12,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lorabench.compare import HIGHER_IS_BETTER as OURS
-from lorabench.compare.bases import CHANGES
-from lorabench.compare.foreign import HIGHER_IS_BETTER as FOREIGN
 from lorabench.compare.lints import is_linted
-from lorabench.compare.tables import FIRST, short_keys
-from lorabench.config.parts import RETENTION
-from lorabench.show.results import columns_of
-from lorabench.show.text import console, dump, quantity, setting, size, whole, with_spread
+from lorabench.show.settings import settings_table
+from lorabench.show.text import console, dump, whole
 
 if TYPE_CHECKING:
     from lorabench.compare import Answers
 
-HIGHER_IS_BETTER = OURS | FOREIGN
 OUTCOMES = {
     "found": "green", "no worse": "green", "not settled": "yellow", "no verdict": "yellow",
     "trade-off": "yellow",
 }  # fmt: skip
-SPLITS = ("test", "validation")
 
 
 def comparison(
@@ -142,168 +134,28 @@ def _counted(answers: Answers) -> str:
 def _settings(
     out: Console, table: dict[str, Any], answers: Answers, folder: str, metrics: Sequence[str]
 ) -> None:
-    rows, foreign = table["rows"], table.get("foreign", [])
-    every = [*rows, *foreign]
-    splits = [*SPLITS, *(one for one in table.get("evaluations", {}) if one not in SPLITS)]
-    there = {name for row in every for split in splits for name in row["metrics"].get(split, {})}
-    ordered = [name for name in dict.fromkeys([answers.metric, *FIRST, *sorted(there)])
-               if name in there and (not metrics or name in metrics)]  # fmt: skip
-    scores = [
-        (split, name)
-        for name in ordered
-        for split in splits
-        if any(
-            name in row["metrics"].get(split, {}) for row in (every if split == "test" else rows)
-        )
-    ]
-    kept = (RETENTION, answers.retention_metric or "")
-    if kept not in scores and any(kept[1] in row["metrics"].get(RETENTION, {}) for row in rows):
-        scores.append(kept)  # whatever is asked of test
-    settings = f"{len(every)} setting{'s' if len(every) > 1 else ''}"
-    title = f"{folder}: {settings}, mean ± standard deviation over seeds"
+    found = settings_table(table, answers, metrics)
+    number = _number(len(found.rows), "setting")
+    title = f"{folder}: {number}, mean ± standard deviation over seeds"
     shown = Table(title=title, title_justify="left")
-    columns = [*columns_of(table), *_columns_of_foreign(foreign, table["varied"], bool(rows))]
-    bases = table.get("bases", [])
-    for name in short_keys(columns) or [""] * bool(bases):
-        shown.add_column(name)
-    changes = [name for name in CHANGES if any(name in row for row in rows)]
-    for name in changes:
-        metric = next(row[name]["metric"] for row in rows if name in row)
-        shown.add_column(f"{name} {metric}", justify="right")
-    if answers.ranks:
-        shown.add_column("test rank" if answers.retention_metric else "rank", justify="right")
-    for split, name in scores:
-        arrow = "↑" if name in HIGHER_IS_BETTER else "↓"
-        shown.add_column(f"{split} {name} {arrow}", justify="right")
-    # In a pack nobody has a time of their own: its seconds over its size is a share, called one.
-    packed = any(row["pack_size"]["max"] > 1 for row in rows)
-    timed = ["pack s", "share s"] if packed else ["train s"]
-    for name in ("seeds", "trainable", *timed, "peak memory"):
-        shown.add_column(name, justify="right")
-    marked = any(row["other_stack"] for row in rows)
-    if marked:
-        shown.add_column("stack")
-    judge = ("validation", ordered[0]) if ordered else None
-    best = _best(rows, *judge) if judge in scores and len(rows) > 1 else None
-    for place, row in enumerate(rows):
-        cells: list[str | Text] = [setting(row["setting"].get(key, "")) for key in columns]
-        cells = cells or ["trained"] * bool(bases)
-        if place == best:
-            cells[0] = Text(f"{cells[0]} *", "bold")
-        cells += [with_spread(row[name]) if name in row else "" for name in changes]
-        if answers.ranks:
-            cells.append(rank_text(answers.ranks.get(row["runs"][0])))
-        cells += [_score(row, *score) for score in scores]
-        cells += [
-            str(len(row["seeds"])),
-            quantity(row["trainable_parameters"]),
-            f"{row['train_seconds']['mean']:.1f}",
-            *([f"{row['train_seconds_share']['mean']:.1f}"] if packed else []),
-            size(row["peak_memory_bytes"]["max"]),
-            *(["other" if row["other_stack"] else ""] if marked else []),
-        ]
-        shown.add_row(*cells)
-    shown.add_section()
-    for base in bases:
-        which = f" {base['name']}" if len(bases) > 1 else ""
-        cells = [f"untrained{which}", *[""] * (len(columns) - 1)]
-        cells += [""] * (len(changes) + bool(answers.ranks))
-        for split, name in scores:
-            value = base["metrics"].get(split, {}).get(name)
-            cells.append("" if value is None else f"{value:.4f}")
-        shown.add_row(*cells)
-    shown.add_section()
-    for row in foreign:
-        known = [row["setting"].get(key) for key in columns]
-        shown.add_row(
-            *("" if value is None else setting(value) for value in known),
-            *([""] * len(changes)),
-            *([""] if answers.ranks else []),
-            *(_foreign_score(row, *score) for score in scores),
-            "one",
-            _or_nothing(row["trainable_parameters"], quantity),
-            _or_nothing(row["train_seconds"], lambda spread: f"{spread['mean']:.1f}"),
-            *([""] if packed else []),
-            _or_nothing(row["peak_memory_bytes"], lambda spread: size(spread["max"])),
-            *(["other"] if marked else []),
-        )
-    least = ["share s", "peak memory", *timed, "trainable"]
-    least += [name for name in ("names", "path", "peft_type") if foreign]
-    # Columns of scores, the judge last.
-    headers = [text for one in shown.columns if (text := str(one.header)).endswith(("↑", "↓"))]
-    least += sorted(headers[:0:-1], key=lambda header: header.startswith("test"))
+    for i, name in enumerate(found.headers):
+        is_text = i < found.named or name == "stack"
+        shown.add_column(name, justify="left" if is_text else "right")
+    for rows in (found.rows, found.foot):
+        for row in rows:
+            shown.add_row(*(Text(one.text, "bold" if "best" in one.kind else "") for one in row))
+        shown.add_section()
+    scores = [name for name in found.headers if name.endswith(("↑", "↓"))]
+    # The columns that go first where a terminal is narrow; of scores the judge last.
+    least = ["share s", "peak memory", "pack s", "train s", "trainable"]
+    least += ["names", "path", "peft_type"] if table.get("foreign") else []
+    least += sorted(scores[:0:-1], key=lambda name: name.startswith("test"))
     whole(out, shown, least)
-    if best is not None and judge is not None:
-        out.print(f"* the best on validation {judge[1]}; test judges", style="dim")
-    if changes:
-        out.print(
-            "gain: how much better than the untrained base on test; forgetting: how much worse on "
-            "retention; mean ± standard deviation over seeds",
-            style="dim", soft_wrap=True,
-        )  # fmt: skip
-    if foreign:
-        out.print(
-            f"{_number(len(foreign), 'result')} of PEFT's benchmark: one seed each, so no verdict; "
-            f"the 95% interval is over its questions alone",
-            style="dim", soft_wrap=True,
-        )  # fmt: skip
-        for text in dict.fromkeys(text for row in foreign for text in row["foreign"]["notes"]):
-            out.print(f"note: {text}", style="yellow", soft_wrap=True)
-
-
-def _columns_of_foreign(
-    rows: Sequence[dict[str, Any]], known: Sequence[str], beside_ours: bool
-) -> list[str]:
-    """Keys by which people know foreign rows, and where they stand alone those that differ."""
-    keys = dict.fromkeys(key for row in rows for key in row["setting"] if key not in known)
-    return [
-        key
-        for key in keys
-        if key in ("experiment", "peft_type")
-        or (not beside_ours and len({repr(row["setting"].get(key)) for row in rows}) > 1)
-    ]
-
-
-def _foreign_score(row: dict[str, Any], split: str, name: str) -> str:
-    value = row["metrics"].get(split, {}).get(name)
-    if value is None:
-        return ""
-    text = f"{value['mean']:.4f}"
-    interval = row["foreign"]["intervals"].get(split) if name == "accuracy" else None
-    return f"{text} [{interval['low']:.3f}, {interval['high']:.3f}]" if interval else text
-
-
-def _or_nothing(value: Any, shown: Callable[[Any], str]) -> str:
-    return "" if value is None else shown(value)
-
-
-def rank_text(rank: tuple[int, int] | None) -> str:
-    """The ranks that a setting may have."""
-    if rank is None:
-        return ""
-    low, high = rank
-    return str(low) if low == high else f"{low}–{high}"
-
-
-def _score(row: dict[str, Any], split: str, name: str) -> str:
-    value = row["metrics"].get(split, {}).get(name)
-    if value is None:
-        return ""
-    text = with_spread(value)
-    if value["n"] < row["train_seconds"]["n"]:
-        text += f" ({value['n']} of {row['train_seconds']['n']} finite)"
-    return text
-
-
-def _best(rows: Sequence[dict[str, Any]], split: str, name: str) -> int | None:
-    """The row with the best mean."""
-    means = {
-        place: value["mean"]
-        for place, row in enumerate(rows)
-        if (value := row["metrics"].get(split, {}).get(name)) and not math.isnan(value["mean"])
-    }
-    choose = max if name in HIGHER_IS_BETTER else min
-    return choose(means, key=lambda place: means[place]) if means else None
+    for text in found.notes:
+        out.print(text, style="dim", soft_wrap=True)
+    theirs = [text for row in table.get("foreign", ()) for text in row["foreign"]["notes"]]
+    for text in dict.fromkeys(theirs):
+        out.print(f"note: {text}", style="yellow", soft_wrap=True)
 
 
 def _remarks(out: Console, table: dict[str, Any]) -> None:

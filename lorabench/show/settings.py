@@ -1,0 +1,226 @@
+"""One row per setting, with its untrained bases and what others have measured beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lorabench.compare import HIGHER_IS_BETTER as OURS
+from lorabench.compare.bases import CHANGES
+from lorabench.compare.foreign import HIGHER_IS_BETTER as FOREIGN
+from lorabench.compare.tables import FIRST, order, short_keys
+from lorabench.config.parts import RETENTION
+from lorabench.show.cells import Cell, Table
+from lorabench.show.results import columns_of
+from lorabench.show.text import quantity, setting, size, with_spread
+
+if TYPE_CHECKING:
+    from lorabench.compare import Answers
+
+HIGHER_IS_BETTER = OURS | FOREIGN
+SPLITS = ("test", "validation")
+
+
+def settings_table(
+    table: dict[str, Any], answers: Answers, metrics: Sequence[str] = (), with_speed: bool = False
+) -> Table:
+    """Return settings, then results of PEFT's benchmark; untrained bases are the foot.
+
+    Args:
+        table: `compare.table` of the runs, with bases and foreign rows.
+        metrics: to show, the judge first; none: all.
+        with_speed: a column of tokens per second.
+    """
+    rows, foreign = table["rows"], table.get("foreign", [])
+    bases = table.get("bases", [])
+    known = columns_of(table)
+    columns = [*known, *_columns_of_foreign(foreign, table["varied"], bool(rows))]
+    changes = [name for name in CHANGES if any(name in row for row in rows)]
+    scores = scores_in(table, answers, metrics)
+    # In a pack nobody has a time of their own: its seconds over its size is a share, called one.
+    packed = any(row["pack_size"]["max"] > 1 for row in rows)
+    marked = any(row["other_stack"] for row in rows)
+    costs = ["seeds", "trainable", *(["pack s", "share s"] if packed else ["train s"])]
+    costs += [*["tokens/s"] * with_speed, "peak memory", *["stack"] * marked]
+    headers = short_keys(columns) or ["setting"]
+    headers += [
+        f"{name} {next(row[name]['metric'] for row in rows if name in row)}" for name in changes
+    ]
+    if answers.ranks:
+        headers.append("test rank" if answers.retention_metric else "rank")
+    headers += [headed(*pair) for pair in scores]
+    headers += costs
+    best = _best(rows, scores)
+
+    def named(row: dict[str, Any]) -> list[Cell]:
+        cells = [of_setting(row["setting"].get(key)) for key in columns]
+        return cells or [Cell("trained")]
+
+    found = []
+    for place, row in enumerate(rows):
+        cells = named(row)
+        if place == best:
+            first = cells[0]
+            cells[0] = Cell(f"{first.text} *", first.sort, f"{first.kind} best".strip())
+        for name in changes:
+            value = row.get(name)
+            cells.append(Cell.of(value and value["mean"], value and with_spread(value)))
+        if answers.ranks:
+            rank = answers.ranks.get(row["runs"][0])
+            cells.append(Cell.of(None if rank is None else sum(rank) / 2, rank_text(rank)))
+        cells += [_score(row, *pair) for pair in scores]
+        seconds, share = row["train_seconds"]["mean"], row["train_seconds_share"]["mean"]
+        speed, memory = row["tokens_per_second"]["mean"], row["peak_memory_bytes"]["max"]
+        cells += [
+            Cell.of(len(row["seeds"])),
+            Cell.of(row["trainable_parameters"], quantity(row["trainable_parameters"])),
+            Cell.of(seconds, f"{seconds:,.1f}"),
+            *([Cell.of(share, f"{share:,.1f}")] if packed else []),
+            *([Cell.of(speed, f"{speed:,.0f}")] if with_speed else []),
+            Cell.of(memory, size(memory)),
+            *([_stack(row["other_stack"])] if marked else []),
+        ]
+        found.append(cells)
+    for row in foreign:
+        time, memory = row["train_seconds"], row["peak_memory_bytes"]
+        trainable = row["trainable_parameters"]
+        cells = [
+            Cell("") if row["setting"].get(key) is None else of_setting(row["setting"][key])
+            for key in columns or [""]
+        ]
+        cells += [Cell("")] * (len(changes) + bool(answers.ranks))
+        cells += [_foreign_score(row, *pair) for pair in scores]
+        cells += [
+            Cell.of(1, "one"),
+            Cell.of(trainable, trainable and quantity(trainable)),
+            Cell.of(time and time["mean"], time and f"{time['mean']:,.1f}"),
+            *([Cell("")] if packed else []),
+            *([Cell("")] if with_speed else []),
+            Cell.of(memory and memory["max"], memory and size(memory["max"])),
+            *([Cell("other", "other")] if marked else []),
+        ]
+        found.append(cells)
+    foot = []
+    for base in bases:
+        which = f"untrained {base['name']}" if len(bases) > 1 else "untrained"
+        gap = len(columns or [""]) - 1 + len(changes) + bool(answers.ranks)
+        values = [base["metrics"].get(split, {}).get(name) for split, name in scores]
+        cells = [Cell(which), *[Cell("")] * gap]
+        cells += [Cell.of(value, None if value is None else f"{value:.4f}") for value in values]
+        foot.append([*cells, *[Cell("")] * len(costs)])
+    notes = []
+    if best is not None:
+        notes.append(f"* the best on validation {scores[0][1]}; test judges")
+    if changes:
+        notes.append(
+            "gain: how much better than the untrained base on test; forgetting: how much worse on "
+            "retention; mean ± standard deviation over seeds"
+        )
+    if foreign:
+        notes.append(
+            f"{len(foreign)} result{'s' if len(foreign) > 1 else ''} of PEFT's benchmark: one seed "
+            f"each, so no verdict; the 95% interval is over its questions alone"
+        )
+    return Table(headers, found, foot, max(1, len(columns)), notes)
+
+
+def scores_in(
+    table: dict[str, Any], answers: Answers, metrics: Sequence[str] = ()
+) -> list[tuple[str, str]]:
+    """Splits and metrics that settings have: of the judge first, test before the others.
+
+    Args:
+        metrics: to show; none: all. What a run kept is shown whatever is asked of test.
+    """
+    rows, foreign = table["rows"], table.get("foreign", [])
+    splits = [*SPLITS, *(one for one in table.get("evaluations", {}) if one not in SPLITS)]
+    there = {
+        (split, name)
+        for row in [*rows, *foreign]
+        for split in splits
+        for name in row["metrics"].get(split, {})
+        if split == "test" or row in rows
+    }
+    names = dict.fromkeys([answers.metric, *FIRST, *sorted({name for _, name in there})])
+    kept = (RETENTION, answers.retention_metric)
+    return [
+        (split, name)
+        for name in names
+        for split in splits
+        if name and (split, name) in there
+        and (not metrics or name in metrics or (split, name) == kept)
+    ]  # fmt: skip
+
+
+def headed(split: str, name: str) -> str:
+    """A score's name, and which way is better."""
+    return f"{split} {name} {'↑' if name in HIGHER_IS_BETTER else '↓'}"
+
+
+def of_setting(value: Any) -> Cell:
+    """The value of a key of a setting."""
+    if value is None:
+        return Cell("none", "")
+    group, number, name = order(value)
+    return Cell(setting(value), number if group == 0 else name, "number" if group == 0 else "")
+
+
+def rank_text(rank: tuple[int, int] | None) -> str:
+    """The ranks that a setting may have."""
+    if rank is None:
+        return ""
+    low, high = rank
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def _score(row: dict[str, Any], split: str, name: str) -> Cell:
+    value = row["metrics"].get(split, {}).get(name)
+    if value is None:
+        return Cell("", None, "number")
+    text, of = with_spread(value), row["train_seconds"]["n"]
+    if value["n"] < of:
+        text += f" ({value['n']} of {of} finite)"
+    return Cell.of(value["mean"], text)
+
+
+def _foreign_score(row: dict[str, Any], split: str, name: str) -> Cell:
+    value = row["metrics"].get(split, {}).get(name)
+    if value is None:
+        return Cell("", None, "number")
+    text = f"{value['mean']:.4f}"
+    interval = row["foreign"]["intervals"].get(split) if name == "accuracy" else None
+    more = f" [{interval['low']:.3f}, {interval['high']:.3f}]" if interval else ""
+    return Cell.of(value["mean"], text + more)
+
+
+def _stack(differences: Sequence[str]) -> Cell:
+    """How a setting's versions, device or threads differ from those of most."""
+    return Cell("other", "other", "", "; ".join(differences)) if differences else Cell("", "")
+
+
+def _best(rows: Sequence[dict[str, Any]], scores: Sequence[tuple[str, str]]) -> int | None:
+    """The row with the best mean of the judge on validation, where there are several."""
+    if len(rows) < 2 or not scores or ("validation", name := scores[0][1]) not in scores:
+        return None
+    means = {
+        place: value["mean"]
+        for place, row in enumerate(rows)
+        if (value := row["metrics"].get("validation", {}).get(name))
+        and not math.isnan(value["mean"])
+    }
+    choose = max if name in HIGHER_IS_BETTER else min
+    return choose(means, key=lambda place: means[place]) if means else None
+
+
+def _columns_of_foreign(
+    rows: Sequence[dict[str, Any]], known: Sequence[str], beside_ours: bool
+) -> list[str]:
+    """Keys by which people know foreign rows, and where they stand alone those that differ."""
+    keys = dict.fromkeys(key for row in rows for key in row["setting"] if key not in known)
+    return [
+        key
+        for key in keys
+        if key in ("experiment", "peft_type")
+        or (not beside_ours and len({repr(row["setting"].get(key)) for row in rows}) > 1)
+    ]
