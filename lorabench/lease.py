@@ -140,6 +140,7 @@ def take(path: Path, stale_seconds: float = STALE_SECONDS) -> Taken | Holder:
             if ended is None:
                 return before
             _process_lock(path, before.token).unlink(missing_ok=True)
+        _remove_old_locks(path)
         token, process_lock = _next_token(path, before.token if before else 0)
         host, pid = socket.gethostname(), os.getpid()
         holder = Holder(token, host, boot_id(), pid, stale_seconds, secrets.token_hex(8))
@@ -188,6 +189,11 @@ def _process_is_gone(path: Path, holder: Holder) -> bool:
     except (Timeout, OSError):
         return False
     lock.release()
+    now = _read(path)
+    if now is not None and now.nonce != holder.nonce:
+        # It let go a moment ago, and looking at its lock has made the file again.
+        place.unlink(missing_ok=True)
+        return False
     return True
 
 
@@ -216,6 +222,13 @@ def _remove_old_clocks(path: Path) -> None:
         for clock in path.parent.glob(".clock.*"):
             if now - clock.stat().st_mtime > GUARD_TIMEOUT:
                 clock.unlink(missing_ok=True)
+
+
+def _remove_old_locks(path: Path) -> None:
+    """Remove what processes that were killed while they let go have left."""
+    for place in path.parent.glob(f"{path.stem}.*.alive"):
+        with contextlib.suppress(Timeout, OSError), FileLock(place, timeout=0):
+            place.unlink(missing_ok=True)
 
 
 def _guard(path: Path) -> FileLock:

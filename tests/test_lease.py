@@ -151,6 +151,40 @@ def test_a_clock_that_a_killed_process_left_is_removed(place: Path) -> None:
     assert not old.exists() and young.exists()
 
 
+def test_a_lock_that_a_process_left_while_it_let_go_is_removed(place: Path) -> None:
+    """Killed between the last change of its file and the removal of its lock."""
+    first = lease.take(place)
+    assert isinstance(first, Taken)
+    first.lease.release()
+    left = place.with_suffix(".1.alive")
+    left.touch()
+    second = lease.take(place)
+    assert isinstance(second, Taken) and second.replaced is None
+    assert not left.exists() and place.with_suffix(".2.alive").exists()
+    second.lease.release()
+    assert not list(place.parent.glob("*.alive"))
+
+
+def test_looking_at_a_holder_that_lets_go_leaves_no_lock(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = lease.take(place)
+    assert isinstance(taken, Taken)
+    exists = Path.exists
+
+    def then_let_go(path: Path) -> bool:
+        found = exists(path)
+        if path.suffix == ".alive" and not taken.lease._released.is_set():
+            taken.lease.release()
+        return found
+
+    monkeypatch.setattr(Path, "exists", then_let_go)
+    assert not lease._process_is_gone(place, taken.lease.holder)
+    monkeypatch.undo()
+    assert lease.holder_of(place) is None
+    assert not list(place.parent.glob("*.alive"))
+
+
 def test_age_is_told_by_the_file_systems_clock(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
