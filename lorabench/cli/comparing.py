@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,29 +58,57 @@ def compare(arguments: list[str]) -> int:
     add_questions(parser)
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     options = parser.parse_args(arguments)
-    folders = list({folder.resolve(): folder for folder in options.folders}.values())
-    foreign = [folder for folder in folders if _is_foreign(folder)]
-    sweeps = [folder for folder in folders if folder not in foreign]
-    found = [one for folder in sweeps for one in records_of(folder)]
-    asked = asked_of(options, sweeps, found)
-    answers = asked.answers(found)
-    table = table_of(sweeps, found, answers)
-    if foreign:
-        table["foreign"] = _foreign_rows(foreign, table["varied"])
+    one = compared(options)
     there = {
         name
-        for row in [*table["rows"], *table.get("foreign", ())]
+        for row in [*one.table["rows"], *one.table.get("foreign", ())]
         for names in row["metrics"].values()
         for name in names
     }
-    if unknown := [name for name in asked.shown if name not in there]:
+    if unknown := [name for name in one.asked.shown if name not in there]:
         raise ConfigErrors(
             f"--metric: must be scores that the runs have ({', '.join(sorted(there)) or 'none'}); "
             f"got '{unknown[0]}'; `lorabench evaluate DIR 'data.metric=[{unknown[0]}]'` scores "
             f"saved adapters"
         )
-    show.comparison(table, answers, folders, options.json, asked.shown)
+    show.comparison(one.table, one.answers, one.folders, options.json, one.asked.shown)
     return 0
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Sweeps, and what they answer.
+
+    Args:
+        folders: that were named, each once.
+        sweeps: those of them that hold runs; the others hold results of PEFT's benchmark.
+    """
+
+    folders: list[Path]
+    sweeps: list[Path]
+    found: list[Checked]
+    asked: Asked
+    answers: Answers
+    table: dict[str, Any]
+
+
+def compared(options: Any, told: Callable[[list[str]], Any] = tell) -> Compared:
+    """Read the folders that were named, and ask them what is asked.
+
+    Args:
+        options: of a parser with `add_folders` and `add_questions`.
+        told: gets lines about what is damaged or could not be read.
+    """
+    folders = list({folder.resolve(): folder for folder in options.folders}.values())
+    foreign = [folder for folder in folders if _is_foreign(folder)]
+    sweeps = [folder for folder in folders if folder not in foreign]
+    found = [one for folder in sweeps for one in records_of(folder, told=told)]
+    asked = asked_of(options, sweeps, found, told)
+    answers = asked.answers(found)
+    table = table_of(sweeps, found, answers)
+    if foreign:
+        table["foreign"] = _foreign_rows(foreign, table["varied"], told)
+    return Compared(folders, sweeps, found, asked, answers, table)
 
 
 def table_of(sweeps: Sequence[Path], found: Sequence[Checked], answers: Answers) -> dict[str, Any]:
@@ -107,12 +135,14 @@ def _is_foreign(folder: Path) -> bool:
     return is_foreign(folder)
 
 
-def _foreign_rows(folders: Sequence[Path], varied: Sequence[str]) -> list[dict[str, Any]]:
-    """Results of PEFT's own benchmark; what cannot be read is told on stderr."""
+def _foreign_rows(
+    folders: Sequence[Path], varied: Sequence[str], told: Callable[[list[str]], Any]
+) -> list[dict[str, Any]]:
+    """Results of PEFT's own benchmark; what cannot be read is told."""
     from lorabench.compare.foreign import SHOWN, read, table_rows
 
     rows = [row for folder in folders for row in read(folder)]
-    tell([row.error for row in rows if row.error])
+    told([row.error for row in rows if row.error])
     return table_rows(rows, list(dict.fromkeys([*varied, *SHOWN])))
 
 
@@ -150,20 +180,23 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
 
 
 def asked_of(
-    options: Any, folders: Sequence[Path], found: Sequence[Checked], quietly: bool = False
+    options: Any,
+    folders: Sequence[Path],
+    found: Sequence[Checked],
+    told: Callable[[list[str]], Any] = tell,
 ) -> Asked:
     """What options and folders ask, the options first.
 
     What an experiment asks is left out where an option contradicts it.
 
     Args:
-        quietly: say nothing of looks that were not taken yet.
+        told: gets lines about looks that were not taken.
     Raises:
         ConfigErrors: options that contradict each other.
     """
     from lorabench.config import ConfigErrors
 
-    settling = _settling(folders, quietly)
+    settling = _settling(folders, told)
     vary, select, baseline = _of_experiment(folders, found)
     metric, margin = None, None
     if settling is not None:
@@ -195,18 +228,20 @@ def asked_of(
     )
 
 
-def _settling(folders: Sequence[Path], quietly: bool = False) -> SettlingEntry | None:
+def _settling(
+    folders: Sequence[Path], told: Callable[[list[str]], Any]
+) -> SettlingEntry | None:
     """What `settle` was asked of a sweep."""
     from lorabench.sweep import SweepFolder
 
     found = [one for folder in folders if (one := SweepFolder(folder).read().settling)]
     if found and len(folders) > 1:
-        tell(["settled sweeps are compared with others as if their seeds had been planned at once"])
+        told(["settled sweeps are compared with others as if their seeds had been planned at once"])
         return None
     if not found:
         return None
-    if not any(look.taken for look in found[0].looks) and not quietly:
-        tell(
+    if not any(look.taken for look in found[0].looks):
+        told(
             [f"{folders[0]}: no look was taken yet; `lorabench settle {folders[0]}` takes the "
              f"first; until then the verdicts are as if nobody had looked before"]
         )  # fmt: skip

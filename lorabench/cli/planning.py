@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.cli import presets
 from lorabench.cli.composing import compose, register, say_if_sweep
-from lorabench.cli.telling import Parser, above_zero, whole_number
+from lorabench.cli.telling import Parser, above_zero, nowhere, whole_number
 from lorabench.cli.training import SHOWS, run_hydra
 from lorabench.cli.words import refuse_flags
 
@@ -146,7 +146,7 @@ def _spreads(pilot: Path | None) -> Spreads:
     nothing = argparse.ArgumentParser()
     add_questions(nothing)
     runs = records_of(pilot)
-    asked = asked_of(nothing.parse_args([]), [pilot], runs, quietly=True)
+    asked = asked_of(nothing.parse_args([]), [pilot], runs, told=nowhere)
     found = outlook.of_pilot(asked.answers(runs), str(pilot))
     if found is None:
         raise ConfigErrors(

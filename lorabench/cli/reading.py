@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorabench.cli.telling import Parser, tell
 from lorabench.cli.verbs import VERBS
@@ -24,13 +24,15 @@ def _folder_parser(verb: str) -> argparse.ArgumentParser:
 
 
 def records_of(
-    folder: Path, hash_of: Callable[[Path], str] | None = None, quietly: bool = False
+    folder: Path,
+    hash_of: Callable[[Path], str] | None = None,
+    told: Callable[[list[str]], Any] = tell,
 ) -> list[Checked]:
-    """Runs of a folder; what is damaged is told on stderr.
+    """Runs of a folder; what is damaged is told.
 
     Args:
         hash_of: reads every file of every run; None: only those whose size or time is another.
-        quietly: say nothing of what is damaged.
+        told: gets lines about what is damaged.
     """
     from lorabench import intact
     from lorabench.config import ConfigErrors
@@ -43,11 +45,10 @@ def records_of(
     found = intact.checked(folder, hash_of)
     read = {one.folder.name for one in found}
     lines = [intact.described_damage(*one) for one in found if one.damaged]
-    if not quietly:
-        tell([*lines[:MOST_LINES], *_and_more(lines[MOST_LINES:], folder)])
+    told([*lines[:MOST_LINES], *_and_more(lines[MOST_LINES:], folder)])
     bad = [p.parent.name for p in sorted(folder.glob("*/record.json")) if p.parent.name not in read]
-    if bad and not quietly:
-        tell(
+    if bad:
+        told(
             [
                 f"left out, record.json is damaged or of a newer version: {', '.join(bad)}; "
                 "the command that made them trains them again"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench import masking
-from lorabench.cli.comparing import add_folders, add_questions, asked_of, table_of
-from lorabench.cli.reading import records_of
-from lorabench.cli.telling import Parser, above_zero
+from lorabench.cli.comparing import add_folders, add_questions, compared
+from lorabench.cli.telling import Parser, above_zero, tell
 from lorabench.cli.verbs import VERBS
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def report(arguments: list[str]) -> int:
     from lorabench.show.text import size
 
     out = _place(options.out, options.folders)
-    content = _content(options, ["report", *arguments])
+    content = _content(options, ["report", *arguments], tell)
     num_bytes = page.write(content, out)
     runs = sum(content.statuses.values())
     print(masking.mask(f"{out}: {size(num_bytes)}, {runs} run{'' if runs == 1 else 's'}"))
@@ -69,10 +68,17 @@ def watch(arguments: list[str]) -> int:
     out = _place(options.out, options.folders)
     words = ["report", *without(arguments, ("--seconds",))]
     told: dict[str, int] | None = None
+    seen: set[str] = set()
+
+    def once(lines: list[str]) -> None:
+        """Tell what was not told in an earlier round."""
+        tell([line for line in lines if line not in seen])
+        seen.update(lines)
+
     try:
         while True:
             begun = time.monotonic()
-            content = _content(options, words, quietly=told is not None)
+            content = _content(options, words, once)
             # The base is scored behind the last run: what ended while it was watched is looked at
             # once more.
             ended = _has_ended(options.folder, content)
@@ -87,7 +93,7 @@ def watch(arguments: list[str]) -> int:
             spent = time.monotonic() - begun
             time.sleep(max(options.seconds - spent, spent))  # a training may need this machine
     except KeyboardInterrupt:
-        page.write(_content(options, words, quietly=True), out)
+        page.write(_content(options, words, once), out)
         return 130
 
 
@@ -109,7 +115,8 @@ def _place(out: Path | None, folders: Sequence[Path]) -> Path:
     """
     from lorabench.config import ConfigErrors
 
-    place = folders[0] / "report.html" if out is None else out
+    first = folders[0].parent if folders[0].is_file() else folders[0]
+    place = first / "report.html" if out is None else out
     if place.is_dir():
         raise ConfigErrors(f"--out: must be a file; '{place}' is a folder")
     if out is not None and not place.parent.is_dir():
@@ -117,11 +124,19 @@ def _place(out: Path | None, folders: Sequence[Path]) -> Path:
     return place
 
 
-def _content(options: argparse.Namespace, words: Sequence[str], quietly: bool = False) -> Content:
-    """What the page shows of these folders now."""
+def _content(
+    options: argparse.Namespace, words: Sequence[str], told: Callable[[list[str]], Any]
+) -> Content:
+    """What the page shows of these folders now; what is told stands on it too."""
     from lorabench.report.content import content_of
 
-    folders = list({folder.resolve(): folder for folder in options.folders}.values())
-    found: list[Any] = [one for folder in folders for one in records_of(folder, quietly=quietly)]
-    answers = asked_of(options, folders, found, quietly=quietly).answers(found)
-    return content_of(folders, found, table_of(folders, found, answers), answers, words)
+    remarks: list[str] = []
+
+    def both(lines: list[str]) -> None:
+        remarks.extend(lines)
+        told(lines)
+
+    one = compared(options, both)
+    return content_of(
+        one.folders, one.sweeps, one.found, one.table, one.answers, words, remarks
+    )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.cli.comparing import Asked, add_questions, asked_of, table_of
 from lorabench.cli.reading import records_of
-from lorabench.cli.telling import Parser, tell
+from lorabench.cli.telling import Parser, nowhere, tell
 from lorabench.cli.verbs import VERBS
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def settle(arguments: list[str]) -> int:
             f"DIR: must be the folder of a sweep, with sweep.json; '{options.folder}' has none; "
             f"`lorabench train` makes one"
         )
-    asked = asked_of(options, [options.folder], found, quietly=True)
+    asked = asked_of(options, [options.folder], found, told=nowhere)
     answers = asked.answers(found)
     if answers.metric is not None and not answers.verdicts:
         tell([f"nothing to settle: {show.nothing_asked(answers)}"])
@@ -63,7 +63,7 @@ def settle(arguments: list[str]) -> int:
     for number, look in enumerate(settling.looks):
         if look.taken:
             continue
-        answers = asked_of(options, [options.folder], found, quietly=True).answers(found)
+        answers = asked_of(options, [options.folder], found, told=nowhere).answers(found)
         wanted = _open_runs(answers, number > 0)
         if number and not wanted:
             break

@@ -16,6 +16,10 @@ def tell(lines: list[str], code: int = 2) -> int:
     return code
 
 
+def nowhere(lines: list[str]) -> None:
+    """Where lines are not to be told."""
+
+
 def above_zero(text: str) -> float:
     """Return an option's number, which must be above zero."""
     try:

@@ -164,7 +164,7 @@ def questions_of(
     found = []
     for factor in chosen:
         # Another factor that follows from this one, or is a part of it, is no condition to hold.
-        others = [one for one in factors if one is not factor and not _follows(one, factor)]
+        others = [one for one in factors if one is not factor and not follows(one, factor)]
         if len(factor.levels) > MOST_LEVELS:
             against.setdefault(factor.name, 0)
         found += list(_of_factor(factor, others, against.get(factor.name)))
@@ -221,7 +221,7 @@ def _together(name: str, factors: Sequence[Factor], option: str) -> Factor:
     )
 
 
-def _follows(one: Factor, other: Factor) -> bool:
+def follows(one: Factor, other: Factor) -> bool:
     """Whether the level of `other` tells that of `one`."""
     pairs = set(zip(other.of_settings, one.of_settings, strict=True))
     return len(pairs) == len(other.levels)

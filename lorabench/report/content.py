@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench import masking
 from lorabench.provenance import stack
-from lorabench.report import changes, plots, style, tables, texts
+from lorabench.report import changes, plots, scores, style, tables, texts
 from lorabench.sweep import SweepFolder
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Content:
         commands: (what it does, command).
         left_out: what the page does not show, one text each.
         made: when, UTC.
+        remarks: what was told when the runs were read.
     """
 
     name: str
@@ -52,21 +53,26 @@ class Content:
     facts: list[tuple[str, list[str]]]
     commands: list[tuple[str, str]]
     made: str
+    remarks: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
 
 def content_of(
     folders: Sequence[Path],
+    sweeps: Sequence[Path],
     found: Sequence[Checked],
     table: dict[str, Any],
     answers: Answers,
     words: Sequence[str],
+    remarks: Sequence[str] = (),
 ) -> Content:
     """Gather what the page of these sweeps shows.
 
     Args:
+        sweeps: folders that hold runs.
         table: `compare.table` of the runs, with lints and bases.
         words: the command that asks for the page.
+        remarks: what was told when they were read.
     """
     from lorabench.record import now
 
@@ -82,8 +88,9 @@ def content_of(
         plots.groups_of(runs, table, answers),
         _examples(runs, table, answers, left_out),
         _facts(found),
-        masking.mask(_commands(folders, found, words)),
+        masking.mask(_commands(sweeps, found, words)),
         now(),
+        masking.mask(list(dict.fromkeys(remarks))),
         left_out,
     )
 
@@ -130,11 +137,16 @@ def _examples(
 def _pair(rows: Sequence[dict[str, Any]], answers: Answers) -> tuple[int, int]:
     """Settings that are shown first: those of the first question that was found."""
     places = {run: i for i, row in enumerate(rows) for run in row["runs"]}
+    asked = scores.asked_about(rows, answers)
     for one in answers.verdicts:
         if one.outcome == "found" and not one.question.averaged:
-            pair = [places.get(answers.runs[i][0]) for i in one.question.pairs[0]]
-            if None not in pair:
-                first, second = pair
+            # Of the settings that one was chosen from, the one that was.
+            sides = [
+                [i for run in answers.runs[setting] if (i := places.get(run)) in asked]
+                for setting in one.question.pairs[0]
+            ]
+            if all(sides):
+                first, second = (side[0] for side in sides)
                 worse_first = one.better == one.question.levels[1]
                 return (first, second) if worse_first else (second, first)  # type: ignore[return-value]
     return 0, min(1, len(rows) - 1)

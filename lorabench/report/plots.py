@@ -14,7 +14,17 @@ from lorabench.compare.tables import FIRST
 from lorabench.record import Record
 from lorabench.report import scores
 from lorabench.report.curves import Curve, curves_of
-from lorabench.report.style import COLOURS, DASHES, Group, colour_of, cut, finished, label_of, safe
+from lorabench.report.style import (
+    COLOURS,
+    DASHES,
+    Group,
+    colour_of,
+    cut,
+    finished,
+    label_of,
+    safe,
+    with_unit,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -152,7 +162,7 @@ def _intervals(answers: Answers) -> Group | None:
         tickmode="array", tickvals=list(range(len(shown))), ticktext=names,
         autorange="reversed", automargin=True, zeroline=False,
     )  # fmt: skip
-    figure.update_xaxes(title=f"test {safe(str(answers.metric))} gained", zeroline=False)
+    figure.update_xaxes(title=f"gain in test {with_unit(str(answers.metric))}", zeroline=False)
     more = len(asked) - len(shown)
     return Group(
         "intervals",
@@ -226,8 +236,8 @@ def _learning(curves: Sequence[Curve], labels: Sequence[str], leading: list[int]
                 hovertemplate="step %{x:.0f}: %{y:.4g}", **group,
             )  # fmt: skip
         figure.update_xaxes(title="optimizer steps")
-        unit = {"loss": " (nats per token)", "nll": " (nats)"}.get(metric.partition("/")[2], "")
-        figure.update_yaxes(title=f"{safe(metric)}{unit}")
+        split, _, name = metric.partition("/")
+        figure.update_yaxes(title=f"{safe(split)} {with_unit(name)}" if name else safe(metric))
         figure.update_layout(hovermode="x unified")
         found[metric] = finished(figure)
     if not found:

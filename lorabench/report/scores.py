@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.compare import HIGHER_IS_BETTER
 from lorabench.compare.bases import CHANGES
-from lorabench.compare.questions import Factor, factors_of
+from lorabench.compare.questions import Factor, factors_of, follows
 from lorabench.compare.tables import FIRST
 from lorabench.report.style import (
     COLOURS,
@@ -20,6 +20,7 @@ from lorabench.report.style import (
     finished,
     label_of,
     safe,
+    with_unit,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -116,12 +117,33 @@ def _front(points: Sequence[tuple[float, float]], higher_is_better: bool) -> set
     }
 
 
+def asked_about(rows: Sequence[dict[str, Any]], answers: Answers) -> set[int]:
+    """Rows that the questions are about: where a value is chosen on validation, those that were."""
+    if not answers.chosen:
+        return set(range(len(rows)))
+    factors = factors_of([row["setting"] for row in rows])
+    levels = [
+        {one.name: one.levels[one.of_settings[i]] for one in factors} for i in range(len(rows))
+    ]
+    return {
+        i
+        for i, own in enumerate(levels)
+        for one in answers.chosen
+        if own.items() >= {**one.at, one.factor: one.value}.items()
+    }
+
+
 def heat_maps(table: dict[str, Any], answers: Answers) -> Group | None:
     """Two factors at a time, averaged over the others."""
     import plotly.graph_objects as go
 
     metric = answers.metric
-    rows = [row for row in table["rows"] if metric in row["metrics"].get("test", {})]
+    asked = asked_about(table["rows"], answers)
+    rows = [
+        row
+        for i, row in enumerate(table["rows"])
+        if i in asked and metric in row["metrics"].get("test", {})
+    ]
     factors = [one for one in factors_of([row["setting"] for row in rows]) if len(one.levels) > 1]
 
     def liked(name: str) -> int:
@@ -130,17 +152,9 @@ def heat_maps(table: dict[str, Any], answers: Answers) -> Group | None:
     factors.sort(key=lambda one: liked(one.name))
     found = {}
     for y, x in itertools.combinations(factors, 2):
-        cells: dict[tuple[int, int], list[float]] = {}
-        for i, row in enumerate(rows):
-            place = y.of_settings[i], x.of_settings[i]
-            cells.setdefault(place, []).append(row["metrics"]["test"][metric]["mean"])
-        z = [
-            [
-                sum(own) / len(own) if (own := cells.get((i, j))) else None
-                for j in range(len(x.levels))
-            ]
-            for i in range(len(y.levels))
-        ]
+        values = [row["metrics"]["test"][metric]["mean"] for row in rows]
+        means, is_fair = _cells(y, x, factors, values)
+        z = [[means.get((i, j)) for j in range(len(x.levels))] for i in range(len(y.levels))]
         figure = go.Figure(
             go.Heatmap(
                 z=z,
@@ -153,20 +167,44 @@ def heat_maps(table: dict[str, Any], answers: Answers) -> Group | None:
                 reversescale=metric not in HIGHER_IS_BETTER,
                 texttemplate="%{z:.4g}",
                 hovertemplate="%{customdata}: %{z:.5g}<extra></extra>",
-                colorbar={"title": {"text": f"test {safe(str(metric))}"}},
+                colorbar={"title": {"text": f"test {with_unit(str(metric))}", "side": "right"}},
                 xgap=2, ygap=2,
             )
         )  # fmt: skip
         # By place: levels that are alike where they are cut stay columns of their own.
-        figure.update_xaxes(**_ticks(x), title=safe(x.name))
+        unfair = "" if is_fair else "; cells hold different settings, and do not compare"
+        figure.update_xaxes(**_ticks(x), title=f"{safe(x.name)}{unfair}")
         figure.update_yaxes(**_ticks(y), title=safe(y.name))
         found[f"{y.name} x {x.name}"] = finished(figure, 140 + 60 * len(y.levels))
     return Group(
         "heat map",
         "Two factors",
-        f"Mean test {metric} over the seeds, and over what else varies; brighter is better.",
+        f"Mean test {metric} over the seeds, and over what else varies wherever all cells have it"
+        f"{', at the values that were chosen on validation' if answers.chosen else ''}; brighter "
+        f"is better.",
         found,
     )
+
+
+def _cells(
+    y: Factor, x: Factor, factors: Sequence[Factor], values: Sequence[float]
+) -> tuple[dict[tuple[int, int], float], bool]:
+    """Means by the levels of two factors, over such settings of the others as every cell has.
+
+    Returns:
+        The means; and False where there are none, so that each is of the settings it has.
+    """
+    others = [one for one in factors if not follows(one, y) and not follows(one, x)]
+    cells: dict[tuple[int, int], dict[tuple[int, ...], float]] = {}
+    for i, value in enumerate(values):
+        at = tuple(one.of_settings[i] for one in others)
+        cells.setdefault((y.of_settings[i], x.of_settings[i]), {})[at] = value
+    shared = set.intersection(*map(set, cells.values()))
+    means = {
+        place: [value for at, value in own.items() if at in shared or not shared]
+        for place, own in cells.items()
+    }
+    return {p: sum(own) / len(own) for p, own in means.items()}, bool(shared)
 
 
 def _named(factor: Factor) -> list[str]:
@@ -201,8 +239,8 @@ def gains(table: dict[str, Any]) -> Group | None:
         )  # fmt: skip
     figure.add_vline(x=0, line={"width": 1, "dash": "dot", "color": COLOURS[7]})
     figure.add_hline(y=0, line={"width": 1, "dash": "dot", "color": COLOURS[7]})
-    figure.update_xaxes(title=f"forgetting: {safe(rows[0]['forgetting']['metric'])} on retention")
-    figure.update_yaxes(title=f"gain: {safe(rows[0]['gain']['metric'])} on test")
+    figure.update_xaxes(title=f"forgetting: retention {with_unit(rows[0]['forgetting']['metric'])}")
+    figure.update_yaxes(title=f"gain: test {with_unit(rows[0]['gain']['metric'])}")
     return Group(
         "gain and forgetting",
         "Gain and forgetting",

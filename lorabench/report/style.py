@@ -22,6 +22,7 @@ COLOURS = (
 )  # fmt: skip
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross", "pentagon")
+UNITS = {"nll": "nats per token", "nll_per_token": "nats per token", "loss": "nats per token"}
 LABEL = 60  # characters of a setting in a legend
 WIDTH = 1100  # pixels of a figure in a file or a notebook
 
@@ -66,9 +67,24 @@ def colour_of(place: int) -> str:
     return COLOURS[place % len(COLOURS)]
 
 
+def unit_of(metric: str) -> str:
+    """What a metric counts; nothing where that is not known."""
+    if metric == "gym":
+        return "mean reward"
+    if metric in HIGHER_IS_BETTER:
+        return "share of examples"
+    return UNITS.get(metric, "")
+
+
+def with_unit(metric: str, *more: str) -> str:
+    """A metric with its unit, and what else is to be said of it."""
+    told = "; ".join(text for text in (unit_of(metric), *more) if text)
+    return f"{safe(metric)} ({told})" if told else safe(metric)
+
+
 def arrow(metric: str) -> str:
-    """A metric, and which way is better."""
-    return f"{safe(metric)} ({'higher' if metric in HIGHER_IS_BETTER else 'lower'} is better)"
+    """A metric with its unit, and which way is better."""
+    return with_unit(metric, f"{'higher' if metric in HIGHER_IS_BETTER else 'lower'} is better")
 
 
 def finished(figure: go.Figure, height: int = 420) -> go.Figure:

@@ -8,6 +8,9 @@ from collections.abc import Collection, Sequence
 from lorabench.record import Record
 from lorabench.report.changes import shortened
 
+# By data and id: `watch` makes page after page of the same examples.
+_known: dict[tuple[str, str], tuple[str, str]] = {}
+
 
 def texts_of(
     records: Sequence[Record], ids: Collection[str]
@@ -29,8 +32,13 @@ def texts_of(
     from lorabench import config, data
 
     wanted, why = set(ids), "they are no longer in the data"
-    found: dict[str, tuple[str, str]] = {}
-    for content in {repr(one.config.get("data")): one.config for one in records}.values():
+    configs = {repr(one.config.get("data")): one.config for one in records}
+
+    def known() -> dict[str, tuple[str, str]]:
+        return {id: _known[name, id] for name in configs for id in wanted if (name, id) in _known}
+
+    found = known()
+    for name, content in configs.items():
         if len(found) == len(wanted):
             break
         try:
@@ -38,11 +46,12 @@ def texts_of(
         except Exception as error:  # whatever became of the data, the page is made
             why = config.first_line(error)
             continue
-        found |= {
-            one.id: (shortened(one.prompt), shortened(one.completion))
+        _known.update(
+            ((name, one.id), (shortened(one.prompt), shortened(one.completion)))
             for one in examples
             if one.id in wanted
-        }
+        )
+        found = known()
     missing = len(wanted) - len(found)
     if not missing:
         return found, None
