@@ -155,6 +155,63 @@ def test_a_reload_keeps_the_place(browser: Any, many: Path) -> None:
     opened.close()
 
 
+def test_a_reload_keeps_zoom_legend_and_unfolded_texts(browser: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    write_hostile(folder, True)
+    assert say("report", folder).code == 0
+    opened = Opened(browser, folder / "report.html", WIDE, "light")
+    page = opened.page
+    opened.open("runs")
+    page.click("#runs details summary")
+    opened.open("curves")
+    page.wait_for_selector("#curves .nsewdrag")
+    look = "document.querySelector('#curves .figure')"
+    assert page.evaluate(f"{look}.layout.xaxis.autorange")
+    shown = page.evaluate(f"{look}.data.map((one) => one.visible)")
+    page.click("#curves .legend .legendtoggle >> nth=1")
+    page.wait_for_function(
+        f"before => {look}.data.map((one) => one.visible).join() !== before.join()", arg=shown
+    )
+    box = page.locator("#curves .nsewdrag").first.bounding_box()
+    assert box is not None
+    left, top = box["x"] + 0.3 * box["width"], box["y"] + 0.3 * box["height"]
+    page.mouse.move(left, top)
+    page.mouse.down()
+    page.mouse.move(left + 0.4 * box["width"], top + 0.4 * box["height"], steps=5)
+    page.mouse.up()
+    page.wait_for_function(f"() => {look}.layout.xaxis.autorange === false")
+    state = (
+        f"JSON.stringify([{look}.layout.xaxis.range, {look}.layout.yaxis.range, "
+        f"{look}.data.map((one) => one.visible)])"
+    )
+    before = page.evaluate(state)
+    page.reload()
+    page.wait_for_selector("#curves .nsewdrag")
+    assert page.evaluate(state) == before
+    assert [one.get_attribute("open") is not None for one in page.query_selector_all("details")][0]
+    page.dblclick("#curves .nsewdrag")
+    page.wait_for_function(f"() => {look}.layout.xaxis.autorange")
+    page.reload()
+    page.wait_for_selector("#curves .nsewdrag")
+    assert page.evaluate(f"{look}.layout.xaxis.autorange")
+    opened.close()
+
+
+def test_paper_has_every_figure(browser: Any, many: Path) -> None:
+    opened = Opened(browser, many, WIDE, "light")
+    drawn = "[...document.querySelectorAll('.figure')].map((one) => !!one.querySelector('svg'))"
+    assert not all(opened.page.evaluate(drawn))
+    opened.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert all(opened.page.evaluate(drawn)) and len(opened.page.evaluate(drawn)) >= 4
+    widths = [
+        one.bounding_box()["width"] for one in opened.page.query_selector_all(".figure svg.main-svg")
+    ]
+    assert min(widths) > 1000
+    opened.page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert not opened.page.is_visible("#runs")
+    opened.close()
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_hostile_sweep_has_a_page_that_works(
     browser: Any, tmp_path: Path, finished: bool
@@ -193,4 +250,23 @@ def test_a_watched_page_reloads_itself(browser: Any, tmp_path: Path) -> None:
     opened.page.wait_for_function("() => scrollY === 300", timeout=5000)
     shown = opened.page.query_selector("[role=tabpanel].open")
     assert shown is not None and shown.get_attribute("id") == "runs"
+    opened.close()
+
+
+def test_a_page_that_nothing_writes_any_more_stops_reloading(browser: Any, tmp_path: Path) -> None:
+    """As where a watch was killed."""
+    folder = tmp_path / "s"
+    write_many(folder, settings=2, seeds=2)
+    assert say("report", folder).code == 0
+    path = folder / "report.html"
+    text = path.read_text().replace('"reload":null', '"reload":0.3')
+    path.write_text(text.replace('"patience":60', '"patience":1'))
+    opened = Opened(browser, path, WIDE, "light")
+    opened.page.wait_for_selector("#stale:visible", timeout=10_000)
+    reloads = len(opened.asked)
+    assert reloads > 2
+    opened.page.wait_for_timeout(1000)
+    assert len(opened.asked) == reloads
+    opened.page.click("#again")
+    opened.page.wait_for_function("() => document.querySelector('#stale').hidden", timeout=5000)
     opened.close()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent / "assets"
 MOST_BYTES = 6_000_000  # of a page; what is beyond is left out, and named
+PATIENCE = 60  # seconds after which a page that is not written again stops reloading itself
 ROUGHLY = 150_000  # bytes of style, script, sentences and provenance
 SENTENCE = 1000  # characters of a sentence
 MARKS = {"found": "●", "no worse": "◆", "trade-off": "■", "not settled": "○", "no verdict": "–"}
@@ -78,6 +79,8 @@ def html(content: Content, reload_seconds: int | None = None) -> str:
                         "figures": figures,
                         "examples": examples,
                         "reload": reload_seconds,
+                        "made": content.made,
+                        "patience": PATIENCE,
                     }
                 )
             ),

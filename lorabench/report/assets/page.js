@@ -43,6 +43,26 @@
       legend: { ...layout.legend, maxheight: added, entrywidth: each - 44 },
     };
   };
+  // On a phone long labels are broken into lines, and the figure grows with them.
+  const narrowed = (layout, width) => {
+    const texts = layout.yaxis?.ticktext;
+    if (width >= 600 || !texts) return layout;
+    const broken = texts.map((text) => {
+      const lines = [""];
+      text.split(" ").forEach((word) => {
+        const last = lines[lines.length - 1];
+        if (last && last.length + word.length >= 16) lines.push(word);
+        else lines[lines.length - 1] = last ? `${last} ${word}` : word;
+      });
+      return lines;
+    });
+    const most = Math.max(...broken.map((lines) => lines.length));
+    const height = layout.meta.height + 14 * (most - 1) * texts.length;
+    return {
+      ...layout, height, meta: { ...layout.meta, height },
+      yaxis: { ...layout.yaxis, ticktext: broken.map((lines) => lines.join("<br>")), tickfont: { size: 11 } },
+    };
+  };
   const themed = (layout) => {
     const { axis, text, raised, line } = colours();
     const found = {
@@ -61,11 +81,52 @@
     const figures = data.figures[group];
     return figures.find(({ name }) => name === kept["figure " + group]) || figures[0];
   };
+  // Zoom and legend, by names: a page that is written again may have more settings.
+  const viewOf = (group) => `view ${group} ${chosenOf(group).name}`;
+  const labelsOf = (traces) => {
+    const named = {};  // a band has the name of its curve
+    traces.forEach(({ legendgroup, name, showlegend }) => {
+      if (legendgroup && showlegend !== false) named[legendgroup] = name;
+    });
+    return traces.map(({ legendgroup, name }) => named[legendgroup] || name);
+  };
+  const asKept = (group, traces, layout) => {
+    const { shown = {}, ranges = {} } = kept[viewOf(group)] || {};
+    const labels = labelsOf(traces);
+    const found = { ...layout };
+    for (const [axis, range] of Object.entries(ranges)) {
+      if (range) found[axis] = { ...layout[axis], range, autorange: false };
+    }
+    return [traces.map((one, i) => (labels[i] in shown ? { ...one, visible: shown[labels[i]] } : one)), found];
+  };
+  const keepView = (place, change) => {
+    const name = viewOf(place.dataset.group);
+    keep(name, { ...kept[name], ...change });
+  };
   const draw = (place) => {
     if (!window.Plotly) return;
-    const { data: traces, layout } = chosenOf(place.dataset.group).figure;
-    const shown = withLegend(traces, themed(layout), place.clientWidth);
-    Plotly.react(place, structuredClone(traces), shown, settings);
+    const { group } = place.dataset;
+    const { data: traces, layout } = chosenOf(group).figure;
+    const width = place.clientWidth;
+    const [shown, placed] = asKept(group, structuredClone(traces), withLegend(traces, themed(narrowed(layout, width)), width));
+    Plotly.react(place, shown, placed, settings);
+    if (!place.dataset.drawn) {
+      place.removeAllListeners("plotly_relayout");
+      place.removeAllListeners("plotly_restyle");
+      place.on("plotly_relayout", (change) => {
+        const axes = ["xaxis", "yaxis"].filter((axis) => Object.keys(change).some((key) => key.startsWith(axis)));
+        const ranges = { ...kept[viewOf(group)]?.ranges };
+        axes.forEach((axis) => {
+          const { autorange, range } = place.layout[axis];
+          ranges[axis] = autorange ? null : [...range];
+        });
+        if (axes.length) keepView(place, { ranges });
+      });
+      place.on("plotly_restyle", () => {
+        const labels = labelsOf(place.data);
+        keepView(place, { shown: Object.fromEntries(labels.map((label, i) => [label, place.data[i].visible ?? true])) });
+      });
+    }
     place.dataset.drawn = "1";
   };
   const drawOpen = (again) => $$("[role=tabpanel].open .figure").forEach((place) => {
@@ -267,17 +328,46 @@
     show();
   }
 
+  // --- texts that were unfolded ---
+  const folds = $$("details");
+  const nameOf = (fold) => `${fold.closest("tr")?.cells[0].textContent} ${$("summary", fold).textContent}`;
+  folds.forEach((fold) => {
+    fold.open = (kept.unfolded || []).includes(nameOf(fold));
+    fold.addEventListener("toggle", () => keep("unfolded", folds.filter((one) => one.open).map(nameOf)));
+  });
+
+  // --- paper has no tabs ---
+  addEventListener("beforeprint", () => {
+    root.classList.add("printing");
+    $$(".figure").forEach(draw);
+  });
+  addEventListener("afterprint", () => {
+    root.classList.remove("printing");
+    rethemed();
+  });
+
   const named = location.hash.slice(1);
   open(named || kept.tab || "verdicts", false);
   addEventListener("hashchange", () => open(location.hash.slice(1)));
 
   // --- a page that is written again while a sweep runs ---
+  $("#again").addEventListener("click", () => {
+    keep("made", null);
+    location.reload();
+  });
   if (data.reload) {
     if (kept.place) scrollTo(0, kept.place);
-    setInterval(() => {
+    // By the reader's clock alone: that of the machine that writes the page may differ.
+    if (kept.made?.text !== data.made) keep("made", { text: data.made, since: Date.now() });
+    const timer = setInterval(() => {
       // Not under a reader's hands, and not where nobody looks.
       const busy = ["INPUT", "SELECT"].includes(document.activeElement?.tagName);
       if (busy || document.hidden) return;
+      if (Date.now() - kept.made.since > 1000 * Math.max(data.patience, 6 * data.reload)) {
+        clearInterval(timer);
+        $("#stale").hidden = false;
+        return;
+      }
       keep("place", scrollY);
       location.reload();
     }, 1000 * data.reload);
