@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
 import resource
+import select
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -58,14 +63,52 @@ def test_bash_completes() -> None:
     _lorabench; printf '%s\\n' "${COMPREPLY[@]}"
     complete -p lorabench
     """
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-c", script], capture_output=True, text=True, env=os.environ | {"PATH": path}
-    )
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=on_path())
     assert done.stdout.splitlines() == [
         "exclude,lora", "compare", "completion",
         "complete -o default -o nospace -F _lorabench lorabench",
     ]  # fmt: skip
+
+
+def on_path() -> dict[str, str]:
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="no fish is installed")
+def test_fish_completes() -> None:
+    script = """
+    lorabench completion fish | source
+    complete -C 'lorabench com'
+    complete -C 'lorabench train -m head=exclude,l'
+    """
+    done = subprocess.run(["fish", "-c", script], capture_output=True, text=True, env=on_path())
+    assert done.stdout.split() == ["compare", "completion", "head=exclude,lora"]
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh is installed")
+def test_zsh_completes() -> None:
+    """In an interactive zsh, by the tab key."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execvpe("zsh", ["zsh", "-f", "-i"], on_path() | {"TERM": "dumb"})
+    try:
+        typed(terminal, b'eval "$(lorabench completion zsh)"; echo so""urced\n', b"sourced\r")
+        typed(terminal, b"lorabench train -m head=exclude,l\t", b"head=exclude,lora")
+        typed(terminal, b"\x15lorabench comp\tl\t", b"completion")
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        os.close(terminal)
+
+
+def typed(terminal: int, keys: bytes, expected: bytes) -> None:
+    """Type keys, and read until the terminal shows something."""
+    os.write(terminal, keys)
+    shown, until = b"", time.monotonic() + 60
+    while expected not in shown:
+        assert time.monotonic() < until, shown
+        if select.select([terminal], [], [], 1)[0]:
+            shown += os.read(terminal, 4096)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
