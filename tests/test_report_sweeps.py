@@ -30,8 +30,11 @@ def drawn(found: Parsed, group: str) -> dict[str, dict]:
 
 def test_chosen_values_alone_are_compared(tmp_path: Path) -> None:
     """Heat map and first pair of examples: at the rate that was chosen on validation."""
-    loss = {(head, lr): 1.5 - 0.4 * (lr == best) - 0.2 * (head == "lora")
-            for head, best in (("lora", RATES[1]), ("exclude", RATES[0])) for lr in RATES}  # fmt: skip
+    loss = {
+        (head, lr): 1.5 - 0.4 * (lr == best) - 0.2 * (head == "lora")
+        for head, best in (("lora", RATES[1]), ("exclude", RATES[0]))
+        for lr in RATES
+    }
     for r in (16, 32):
         scores = write_rates(tmp_path / f"{r}", loss)
         for run in (tmp_path / f"{r}").iterdir():
@@ -90,8 +93,10 @@ def test_levels_that_are_cut_alike_stay_columns(tmp_path: Path) -> None:
     names = [f"{'same beginning ' * 5}{x}{' same end' * 5}" for x in "ab"]
     for k, name in enumerate(names):
         for r in (16, 32):
-            write_run(tmp_path / "s", "lora", r, 0, {"nll": np.full(5, float(k))},
-                      config={"lora": {"r": r}, "model": {"name": name}}, name=f"{k}-{r}")  # fmt: skip
+            write_run(
+                tmp_path / "s", "lora", r, 0, {"nll": np.full(5, float(k))},
+                config={"lora": {"r": r}, "model": {"name": name}}, name=f"{k}-{r}",
+            )  # fmt: skip
     (figure,) = drawn(made(tmp_path / "s"), "heat map").values()
     z = np.asarray(figure["data"][0]["z"], float)
     assert z.shape == (2, 2) and sorted(z.ravel()) == [0, 0, 1, 1]
@@ -102,7 +107,8 @@ def test_a_page_of_retention_and_of_a_mixture(tmp_path: Path) -> None:
     for name, count in SIZES.items():
         write(tmp_path / f"{name}.jsonl", rows(name, count))
     write(tmp_path / "old.jsonl", [{"text": f"the old words {i}"} for i in range(9)])
-    mixture = f"data.mixture=[{{path: '{tmp_path}/maths.jsonl'}},{{path: '{tmp_path}/words.jsonl'}}]"
+    parts = ",".join(f"{{path: '{tmp_path}/{name}.jsonl'}}" for name in ("maths", "words"))
+    mixture = f"data.mixture=[{parts}]"
     said = say(
         "train", "-m", *FAST, "data=jsonl", mixture, f"output_dir={tmp_path}/outputs", "seed=0,1",
         "lora.lora_alpha=2,8", f"data.retention={{path: '{tmp_path}/old.jsonl', format: text}}",
