@@ -167,7 +167,13 @@ def heat_maps(table: dict[str, Any], answers: Answers) -> Group | None:
                 reversescale=metric not in HIGHER_IS_BETTER,
                 texttemplate="%{z:.4g}",
                 hovertemplate="%{customdata}: %{z:.5g}<extra></extra>",
-                colorbar={"title": {"text": f"test {with_unit(str(metric))}", "side": "right"}},
+                colorbar={
+                    "title": {
+                        "text": f"test {with_unit(str(metric))}", "side": "right",
+                        "font": {"size": 12},
+                    },
+                    "thickness": 16,
+                },
                 xgap=2, ygap=2,
             )
         )  # fmt: skip

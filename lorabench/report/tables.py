@@ -43,7 +43,7 @@ def runs_table(found: Sequence[Checked], table: dict[str, Any], answers: Answers
     headers = [
         "run", *["sweep"] * several, *short_keys(columns), "seed", "status", "steps",
         *["what happened"] * troubled, *(_kept_whole(headed(*pair)) for pair in scores),
-        "train s", "peak memory", "merged", "gguf",
+        _kept_whole("train s"), "peak memory", "merged", "gguf",
     ]  # fmt: skip
     rows = []
     for one, row in in_order(found, table):
@@ -97,8 +97,9 @@ def _fitting(cell: Cell) -> Cell:
 
 
 def _kept_whole(header: str) -> str:
-    """A header whose arrow stays beside the last word."""
-    return header.replace(" ↑", "\u00a0↑").replace(" ↓", "\u00a0↓")
+    """A header whose arrow or unit stays beside the last word."""
+    before, _, last = header.rpartition(" ")
+    return f"{before}\u00a0{last}" if before and last in ("↑", "↓", "s") else header
 
 
 def _done(folder: Path, entry: Record) -> int:

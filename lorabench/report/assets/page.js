@@ -108,7 +108,10 @@
     const { group } = place.dataset;
     const { data: traces, layout } = chosenOf(group).figure;
     const width = place.clientWidth;
-    const [shown, placed] = asKept(group, structuredClone(traces), withLegend(traces, themed(narrowed(layout, width)), width));
+    const own = structuredClone(traces);
+    // The cells of a heat map have their numbers.
+    if (width < 600) own.forEach((one) => { if (one.type === "heatmap") one.showscale = false; });
+    const [shown, placed] = asKept(group, own, withLegend(traces, themed(narrowed(layout, width)), width));
     Plotly.react(place, shown, placed, settings);
     if (!place.dataset.drawn) {
       place.removeAllListeners("plotly_relayout");
