@@ -10,6 +10,7 @@ them is faked: what is not installed fails.
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
@@ -57,7 +58,7 @@ def of_wandb(browser: Browser, folder: Path) -> None:
         asked = f"COLORTERM=truecolor WANDB_CONFIG_DIR={settings} {command}"
         subprocess.run([*tmux, "new-session", "-d", "-s", "leet", *size, asked], check=True)
         shown = _typed(tmux)
-    console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"))
+    console = Console(record=True, width=COLUMNS, file=io.StringIO())
     console.print(Text.from_ansi(shown.replace(str(Path.cwd()) + "/", "")))
     page = browser.new_context(viewport={"width": 1300, "height": 800}).new_page()
     page.set_content(console.export_svg(title=command, theme=DIMMED_MONOKAI))
