@@ -1,4 +1,9 @@
-"""What a W&B run holds: config, metrics on the axis of steps, summary, the record, the adapter."""
+"""What a W&B run holds: config, metrics on the axis of steps, summary, the record, the adapter.
+
+W&B numbers rows by `_step`, which may only grow, and tells a client that resumes a run the next
+number. Here a row's `_step` follows from the row alone, so a resumed run leaves out the rows that
+the server has, even if `trainer.log_every` or `trainer.eval_every` has changed.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +55,16 @@ def begin(mirrored: Mirrored, mode: str) -> Any:
     run.define_metric("step")
     run.define_metric("*", step_metric="step", summary="last")
     return run
+
+
+def log(run: Any, row: dict[str, Any]) -> None:
+    """Log a row of metrics.jsonl, unless it is before the first one that the server lacks.
+
+    A step has at most two rows: what was trained, then what validation gave.
+    """
+    number = 2 * row["step"] + any(name.startswith("validation/") for name in row)
+    if number >= run.starting_step:  # 0 where nothing is resumed
+        run.log(row, step=number, commit=True)
 
 
 def finish(run: Any, mirrored: Mirrored, ending: Ending) -> bool:
