@@ -61,7 +61,7 @@ class WandbTracker(NoTracker):
             self.is_broken = True
 
     def set_torn_aside(self) -> None:
-        """Rename what starts and clients that failed have left: `wandb sync` stumbles over it."""
+        """Rename what starts and clients that failed have left: a sync fails on it."""
         for file in self._files():
             with contextlib.suppress(OSError):
                 if file.parent != self.place and file.stat().st_mtime >= self.begun:
@@ -268,16 +268,17 @@ class Client(Backend):
 
     def told(self) -> list[str]:
         unsent = [tracker for tracker in self.settled if not tracker.is_sent]
-        places = [tracker.place for tracker in unsent if tracker.place is not None]
+        written = [tracker for tracker in unsent if tracker.place is not None]
         lines = []
-        if places:
+        if written:
+            folders = sorted({str(tracker.mirrored.folder) for tracker in written})
             lines.append(
-                f"wandb: {len(places)} of {len(self.settled)} runs are not wholly at the server; "
-                f"this sends them: wandb sync --no-skip-online {shlex.join(map(str, places))}"
+                f"wandb: {len(written)} of {len(self.settled)} runs are not wholly at the server; "
+                f"this sends them: lorabench sync {shlex.join(folders)}"
             )
-        if len(places) < len(unsent):
+        if len(written) < len(unsent):
             lines.append(
-                f"wandb: {len(unsent) - len(places)} of {len(self.settled)} runs could not be "
+                f"wandb: {len(unsent) - len(written)} of {len(self.settled)} runs could not be "
                 f"written for wandb; metrics.jsonl in their folders has all rows"
             )
         return lines
