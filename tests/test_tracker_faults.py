@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 from processes import Process, slowly, start_call, wait_for
-from test_tracking import live, metrics, start, sync_command
+from test_tracking import live, metrics, start, sync_command, to_send
 from wandb_server import Server
 
 from lorabench import cli, tracking
@@ -123,7 +123,7 @@ def service_of(pid: int) -> psutil.Process:
 
 def upload(command: list[str], server: Server, place: Path) -> None:
     """Run the command that was printed, against a healthy server."""
-    assert command[0] == "wandb"
+    assert command[0] in ("lorabench", "wandb")
     variables = {"WANDB_BASE_URL": server.address, "WANDB_API_KEY": "f" * 40, "HOME": str(place)}
     done = subprocess.run(
         [sys.executable, "-m", *command],
@@ -169,6 +169,58 @@ def test_a_server_that_fails_in_mid_run(tmp_path, server, untracked, fault):
     assert "2 of 2 runs are not wholly at the server" in said
     assert not list(tmp_path.glob("default/wandb/offline-*"))  # the client's own files are whole
     healthy.close()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("fault", ["hang", "401", "500"])
+def test_a_server_that_works_again_gets_what_it_lacks(tmp_path, server, fault, monkeypatch):
+    """Fails where a run of which the server has some rows is sent from its first row again."""
+    monkeypatch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "1")
+    sweep, words = tmp_path / "default", ["trainer.steps=40"]
+    with tracked(tmp_path, server.address, words=words) as process:
+        wait_for(lambda: len(server.lines) == 2 and has_rows(tmp_path, 4)())
+        server.break_down(fault)
+        assert process.wait(60) == 0, process.said
+    server.fault = ""
+    had = {run_id: dict(lines) for run_id, lines in server.lines.items()}
+    assert len(had) == 2 and all(0 < len(lines) < 40 for lines in had.values())
+    upload(sync_command(process.said), server, tmp_path)
+    for run_id, lines in had.items():
+        assert server.rows(run_id) == metrics(sweep, run_id)
+        assert lines.items() <= server.lines[run_id].items(), "with the times they had"
+        content = (sweep / run_id / "record.json").read_bytes()
+        hashes = json.loads(content)["hashes"]
+        assert server.summaries[run_id]["adapter_hash"] == hashes["adapter"]
+        assert server.files[f"{run_id}/record.json"] == content
+        assert f"adapter-{run_id}" in server.artifacts
+    assert to_send(process.said) == set()
+
+
+@pytest.mark.faults
+def test_a_run_that_goes_on_offline_is_sent_to_the_server_that_has_its_first_rows(
+    tmp_path, server, monkeypatch
+):
+    """Fails where the offline file, with rows of other settings, is laid over what is there."""
+    monkeypatch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "1")
+    sweep, words = tmp_path / "default", ["trainer.steps=40"]
+    with tracked(tmp_path, server.address, words=words) as process:
+        sends = server.lines.values
+        wait_for(lambda: len(sends()) == 2 and all(len(x) > 3 for x in sends()), 40)
+        service = service_of(process.pid)
+        process.send(signal.SIGKILL)
+        service.kill()
+        process.wait()
+    had = {run_id: server.rows(run_id) for run_id in server.lines}
+    server.break_down("500")
+    with tracked(tmp_path, server.address, words=[*words, "trainer.log_every=2"]) as process:
+        assert process.wait(60) == 0, process.said
+    assert "go on offline" in process.said
+    server.fault = ""
+    upload(sync_command(process.said), server, tmp_path)
+    for run_id, first in had.items():
+        rest = [row for row in metrics(sweep, run_id) if row["step"] > first[-1]["step"]]
+        assert rest and server.rows(run_id) == first + rest
+    assert to_send(process.said) == set()
 
 
 @pytest.mark.faults
@@ -276,7 +328,7 @@ def test_a_process_whose_tracker_is_stopped_exits_by_itself(tmp_path):
     bound = limits.INTERRUPTED_SECONDS + limits.REWRITE_SECONDS + 3 * limits.CLIENT_SECONDS
     assert time.monotonic() - begun < bound + 2  # and a checkpoint
     assert not service.is_running()
-    assert len(sync_command(output.read_text())[3:]) == 2
+    assert len(to_send(output.read_text())) == 2
 
 
 @pytest.mark.faults
@@ -304,5 +356,5 @@ def test_rows_never_wait_for_a_stopped_service(tmp_path, monkeypatch, capsys):
         tracking.finish_all([(tracker, {"test/nll": 1.0}, False)], is_interrupted=True)
     assert not service.is_running()
     popen.wait(1)  # or Python warns of a process that the client has not waited for
-    (place,) = sync_command(capsys.readouterr().err)[3:]
-    assert Path(place).name.startswith("offline-run-") and (Path(place) / "run-abc.wandb").is_file()
+    (place,) = to_send(capsys.readouterr().err)
+    assert place.name.startswith("offline-run-") and (place / "run-abc.wandb").is_file()

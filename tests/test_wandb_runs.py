@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import composed, say, scores
 from processes import wait_for
-from test_tracker_faults import has_rows, tracked
+from test_tracker_faults import has_rows, service_of, tracked
 from test_tracking import (
     TINY,
     history,
@@ -189,24 +189,53 @@ def test_a_run_that_is_killed_and_resumed_is_one_whole_offline_file(tmp_path, se
         assert [row["step"] for row in history(file)] == list(range(1, 13))
 
 
+def number(row: dict[str, Any]) -> tuple[int, bool]:
+    """What orders the rows of a run: validation comes after the step that it follows."""
+    return row["step"], "validation/nll" in row
+
+
 @pytest.mark.faults
-def test_a_run_that_is_killed_and_resumed_has_each_step_once_at_the_server(tmp_path, server):
-    """Killed after the client has sent rows, which it does every 15 s."""
-    words, sweep = [*CHECKPOINTED, "trainer.steps=100"], tmp_path / "default"
-    with tracked(tmp_path, server.address, words=words) as process:
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (CHECKPOINTED, []),
+        (CHECKPOINTED, ["trainer.log_every=3", "trainer.eval_every=4"]),
+        (["trainer.log_every=4", "trainer.eval_every=2"], ["trainer.eval_every=5"]),
+    ],
+    ids=["the same", "fewer rows", "more rows, from the first step on"],
+)
+def test_a_run_that_is_killed_and_resumed_has_each_step_once_at_the_server(
+    tmp_path, server, monkeypatch, before, after
+):
+    """Fails where rows are left out by their count: other settings write another number of rows."""
+    monkeypatch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "1")
+    words, sweep = ["trainer.steps=40"], tmp_path / "default"
+    with tracked(tmp_path, server.address, words=[*words, *before]) as process:
         sends = server.lines.values
-        wait_for(lambda: len(sends()) == 2 and all(len(x) > 2 for x in sends()), 40)
+        wait_for(lambda: len(sends()) == 2 and all(len(x) > 4 for x in sends()), 40)
+        service = service_of(process.pid)
         process.send(signal.SIGKILL)
+        service.kill()
         process.wait()
-    sent = {run_id: len(lines) for run_id, lines in server.lines.items()}
-    assert all(2 < number < 100 for number in sent.values())
-    with tracked(tmp_path, server.address, words=words) as process:
+    had = {run_id: dict(lines) for run_id, lines in server.lines.items()}
+    rows_before = {run_id: server.rows(run_id) for run_id in had}
+    assert all(len(rows) > 4 and rows[-1]["step"] < 40 for rows in rows_before.values())
+    with tracked(tmp_path, server.address, words=[*words, *after]) as process:
         assert process.wait() == 0, process.said
-    for run_id in sent:
-        rows = server.rows(run_id)
-        assert [row["step"] for row in rows] == list(range(1, 101))
-        ours = metrics(sweep, run_id)  # the same but for the speed of the steps trained twice
-        assert [row["train/loss"] for row in rows] == [row["train/loss"] for row in ours]
+    for run_id, first in rows_before.items():
+        ours = metrics(sweep, run_id)
+        last = number(first[-1])
+        assert server.rows(run_id) == first + [row for row in ours if number(row) > last]
+        assert had[run_id].items() <= server.lines[run_id].items(), "not sent again"
+        numbers = [number(row) for row in server.rows(run_id)]
+        assert numbers == sorted(set(numbers)) and numbers[-1] == (40, False)
+        if not after:
+            assert [step for step, _ in numbers] == list(range(1, 41))
+        # What both trained is the same but for its speed.
+        losses = {number(row): row.get("train/loss") for row in ours}
+        had_losses = {number(row): row.get("train/loss") for row in first}
+        assert {**losses, **had_losses} == {**had_losses, **losses}
+        assert server.summaries[run_id]["steps_done"] == 40
     assert "not wholly" not in process.said
 
 

@@ -124,9 +124,13 @@ class Answer(BaseHTTPRequestHandler):
         """What the server tells of a run that it has."""
         lines = self.server.lines.get(run_id, {})
         tail = [json.dumps(lines[max(lines)])] if lines else []
+        config = self.server.runs[run_id].get("config", "{}")
+        own = json.loads(config).get("_wandb", {"value": {}})["value"]
+        started = {"t": own["t"]} if "t" in own else {}  # without it the client takes it for new
         return {
-            "id": "b", "name": run_id, "displayName": run_id, "config": "{}", "tags": [],
-            "notes": "", "wandbConfig": "{}", "logLineCount": 0, "eventsLineCount": 0,
+            "id": "b", "name": run_id, "displayName": run_id, "config": config, "tags": [],
+            "notes": "", "wandbConfig": json.dumps(started), "logLineCount": 0,
+            "eventsLineCount": 0,
             "eventsTail": "[]", "historyLineCount": len(lines), "historyTail": json.dumps(tail),
             "summaryMetrics": json.dumps(self.server.summaries.get(run_id, {})),
         }  # fmt: skip

@@ -35,7 +35,11 @@ def sync(arguments: list[str]) -> int:
             print(f"{folder}: nothing to send to W&B")
     if not places:
         return 0
-    left = syncing.send(places)
+
+    def notify(line: str) -> None:
+        tell([line])
+
+    left = syncing.send(places, notify)
     if left:
         line = f"{len(left)} of {len(places)} runs were not sent; the same command goes on"
         return tell([line], 1)

@@ -18,7 +18,7 @@ from typing import Any
 
 from lorabench.config import TrackerConfig
 from lorabench.tracking import limits
-from lorabench.tracking.mirrored import Backend, Ending, Mirrored, NoTracker, columns
+from lorabench.tracking.mirrored import Backend, Ending, Mirrored, NoTracker, columns, last_values
 
 __all__ = [
     "Mirrored",
@@ -28,6 +28,7 @@ __all__ = [
     "drop_all",
     "finish_all",
     "is_on",
+    "last_values",
     "of_command",
     "start",
 ]

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorabench.config import Config, TrackerConfig, lora_alpha, model_name
+from lorabench.config import Config, TrackerConfig, flatten, lora_alpha, model_name
+from lorabench.record import Record
 
 
 @dataclass
@@ -114,3 +115,28 @@ def columns(config: Config, setting_id: str) -> dict[str, Any]:
         "lr": config.trainer.lr,
         "steps": config.trainer.num_steps,
     }
+
+
+def last_values(entry: Record) -> dict[str, Any]:
+    """Return a run's scores and costs, as a tracker shows them beside its config."""
+    scores = {
+        key.removesuffix(".value").replace(".", "/"): value
+        for key, value in flatten(
+            {
+                split: {name: metric.value for name, metric in found.items()}
+                for split, found in entry.metrics.items()
+            }
+        ).items()
+        if value is not None
+    }
+    found = {
+        "status": entry.status,
+        "steps_done": entry.steps_done,
+        "trainable_parameters": entry.plan["trainable_parameters"],
+        "train_seconds": entry.cost.train_seconds,
+        "tokens_per_second": entry.cost.tokens_per_second,
+        "peak_memory_bytes": entry.cost.peak_memory_bytes,
+        "adapter_step": entry.adapter_step,
+        "adapter_hash": entry.hashes.get("adapter"),
+    }
+    return scores | {name: value for name, value in found.items() if value is not None}

@@ -1,13 +1,24 @@
-"""What W&B has not got of a sweep folder, and the client's own command that sends it."""
+"""Sends what W&B has not got of a sweep folder.
+
+A run that the server does not know is sent by `wandb sync`, with all that its file holds. That
+command would send all rows once more to a server that has some of them (the client appends when a
+run was started online). Such a run is resumed instead, and gets the rows that it lacks.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lorabench import record
+from lorabench.config import TrackerConfig, first_line
+from lorabench.tracking import wandb_run
+from lorabench.tracking.mirrored import Ending, Mirrored, last_values
 from lorabench.tracking.wandb_run import SYNCED
 
 
@@ -19,7 +30,7 @@ def unsent(folder: Path) -> tuple[list[Path], list[str]]:
     """
     places, running = [], []
     for file in sorted(folder.glob("wandb/*run-*/run-*.wandb")):
-        run_id = file.stem.removeprefix("run-")
+        run_id = _run_id(file.parent)
         found = record.read(folder / run_id)
         if found is not None and found.status == "running":
             running.append(run_id)
@@ -28,16 +39,79 @@ def unsent(folder: Path) -> tuple[list[Path], list[str]]:
     return places, sorted(set(running))
 
 
-def send(places: Sequence[Path]) -> list[Path]:
-    """Send runs with `wandb sync`, which prints what it does.
+def send(places: Sequence[Path], notify: Callable[[str], None]) -> list[Path]:
+    """Send runs. `wandb sync` prints what it does.
 
+    Args:
+        notify: where a run that cannot be completed is told.
     Returns:
         The folders that were not sent.
     """
-    # Online runs among them are those that no server took to the end.
-    command = [sys.executable, "-m", "wandb", "sync", "--no-skip-online", *map(str, places)]
-    subprocess.run(command, check=False)
+    environment = dict(os.environ)
+    os.environ["WANDB_SILENT"] = "true"  # without a key the client would ask for one
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    new: list[Path] = []
+    by_run: dict[tuple[Path, str], list[Path]] = {}  # a run can have several folders
+    for place in places:
+        by_run.setdefault((place.parents[1], _run_id(place)), []).append(place)
+    with tempfile.TemporaryDirectory() as scratch:
+        for (sweep, run_id), own in by_run.items():
+            try:
+                if not _complete(sweep, run_id, Path(scratch), notify):
+                    new += own
+                    continue
+            except Exception as error:
+                notify(f"wandb: {run_id} is not sent ({first_line(error)})")
+                break  # the others would wait for the same server
+            for place in own:
+                (place / f"run-{run_id}{SYNCED}").touch()
+        with contextlib.suppress(BaseException):  # it raises and exits with the service's code
+            wandb.teardown()
+    if new:
+        # Online runs among them are those that no server took to the end.
+        command = [sys.executable, "-m", "wandb", "sync", "--no-skip-online", *map(str, new)]
+        subprocess.run(command, check=False, env=environment)
     return [place for place in places if not _is_sent(place)]
+
+
+def _complete(sweep: Path, run_id: str, scratch: Path, notify: Callable[[str], None]) -> bool:
+    """Send the rows that a run lacks at the server, its last values and its adapter.
+
+    Returns:
+        False if its file must be sent instead: the server has no such run, there is no key, or
+        the run's own files cannot be read.
+    """
+    import wandb
+
+    entry = record.read(sweep / run_id)
+    if entry is None:
+        return False
+    settings = TrackerConfig(**entry.config["tracker"])
+    config = {"hashes": entry.hashes}
+    mirrored = Mirrored(settings, run_id, entry.sweep, run_id, [], config, sweep, notify)
+    try:
+        rows = [*mirrored.rows()]
+    except (OSError, ValueError):
+        return False
+    try:
+        run = wandb_run.resume(mirrored, scratch)
+    except wandb.errors.UsageError:
+        return False
+    for row in rows:
+        wandb_run.log(run, row)
+    if settings.mode == "online" and settings.log_adapter and entry.has_trained():
+        wandb_run.log_adapter(run, mirrored)
+    ending = Ending(last_values(entry), entry.status == "failed")
+    if not wandb_run.finish(run, mirrored, ending) or wandb_run.gave_up_sending(run):
+        raise OSError("the server did not take everything")
+    return True
+
+
+def _run_id(place: Path) -> str:
+    (file,) = place.glob("run-*.wandb")
+    return file.stem.removeprefix("run-")
 
 
 def _is_sent(place: Path) -> bool:

@@ -61,7 +61,7 @@ class WandbTracker(NoTracker):
             self.is_broken = True
 
     def set_torn_aside(self) -> None:
-        """Rename what starts and clients that failed have left: `wandb sync` stumbles over it."""
+        """Rename what starts and clients that failed have left: a sync fails on it."""
         for file in self._files():
             with contextlib.suppress(OSError):
                 if file.parent != self.place and file.stat().st_mtime >= self.begun:
@@ -108,12 +108,7 @@ class WandbTracker(NoTracker):
             self.set_torn_aside()
 
     def _log_all(self, run: Any, mode: str) -> Ending:
-        """Log the rows of a resumed run, then those that come, until the run ends.
-
-        A run that the server knows already has its first rows there: as many as it counts. Rows
-        come in the same order whenever a run is trained, so these are left out.
-        """
-        known = run.starting_step if mode == "online" else 0
+        """Log the rows of a resumed run, then those that come, until the run ends."""
         for item in self._items():
             if isinstance(item, Ending):
                 return item
@@ -123,10 +118,8 @@ class WandbTracker(NoTracker):
                         target=self._log_adapter, args=[run], daemon=True
                     )
                     self.sending.start()
-            elif known:
-                known -= 1
             else:
-                run.log(item)
+                wandb_run.log(run, item)
         raise AssertionError("a tracker's rows end with its ending")
 
     def _items(self) -> Iterator[dict[str, Any] | str | Ending]:
@@ -239,7 +232,7 @@ class Client(Backend):
                     run = wandb_run.begin(tracker.mirrored, "offline")
                     tracker.remove_earlier()
                     for row in tracker.mirrored.rows():
-                        run.log(row)
+                        wandb_run.log(run, row)
                     wandb_run.finish(run, tracker.mirrored, tracker.ending)
                     tracker.place = Path(run.dir).parent
                     tracker.set_torn_aside()
@@ -275,16 +268,17 @@ class Client(Backend):
 
     def told(self) -> list[str]:
         unsent = [tracker for tracker in self.settled if not tracker.is_sent]
-        places = [tracker.place for tracker in unsent if tracker.place is not None]
+        written = [tracker for tracker in unsent if tracker.place is not None]
         lines = []
-        if places:
+        if written:
+            folders = sorted({str(tracker.mirrored.folder) for tracker in written})
             lines.append(
-                f"wandb: {len(places)} of {len(self.settled)} runs are not wholly at the server; "
-                f"this sends them: wandb sync --no-skip-online {shlex.join(map(str, places))}"
+                f"wandb: {len(written)} of {len(self.settled)} runs are not wholly at the server; "
+                f"this sends them: lorabench sync {shlex.join(folders)}"
             )
-        if len(places) < len(unsent):
+        if len(written) < len(unsent):
             lines.append(
-                f"wandb: {len(unsent) - len(places)} of {len(self.settled)} runs could not be "
+                f"wandb: {len(unsent) - len(written)} of {len(self.settled)} runs could not be "
                 f"written for wandb; metrics.jsonl in their folders has all rows"
             )
         return lines

@@ -1,4 +1,9 @@
-"""What a W&B run holds: config, metrics on the axis of steps, summary, the record, the adapter."""
+"""What a W&B run holds: config, metrics on the axis of steps, summary, the record, the adapter.
+
+W&B numbers rows by `_step`, which may only grow, and tells a client that resumes a run the next
+number. Here a row's `_step` follows from the row alone, so a resumed run leaves out the rows that
+the server has, even if `trainer.log_every` or `trainer.eval_every` has changed.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +21,6 @@ def begin(mirrored: Mirrored, mode: str) -> Any:
     """Start the W&B run. May block."""
     import wandb
 
-    def refuse_stop() -> None:  # else the client interrupts the command, with all its runs
-        name = mirrored.name
-        mirrored.notify(f"wandb: the server asks to stop {name}; press Ctrl-C here instead")
-
     settings = mirrored.settings
     run = wandb.init(
         project=settings.project,
@@ -35,21 +36,69 @@ def begin(mirrored: Mirrored, mode: str) -> Any:
         mode=mode,  # type: ignore[arg-type]
         resume="allow" if mode == "online" else None,
         reinit="create_new",  # the default would hand back the previous run of the process
-        settings=wandb.Settings(
-            init_timeout=limits.INIT_SECONDS,
-            # Before our own deadline: a client that gives up by itself leaves a whole file.
-            finish_timeout=max(
-                limits.FINISH_SECONDS - limits.CLIENT_SECONDS - limits.ADAPTER_SECONDS, 1
-            ),
-            finish_timeout_raises=True,
-            stop_fn=refuse_stop,
-            console="off",
-            silent=True,
+        # Before our own deadline: a client that gives up by itself leaves a whole file.
+        settings=_client_settings(
+            mirrored, max(limits.FINISH_SECONDS - limits.CLIENT_SECONDS - limits.ADAPTER_SECONDS, 1)
         ),
     )
+    _draw_over_steps(run)
+    return run
+
+
+def resume(mirrored: Mirrored, folder: Path) -> Any:
+    """Resume a W&B run to send what its server lacks. May block.
+
+    Args:
+        folder: for the client's own files of this run.
+    Raises:
+        wandb.errors.UsageError: The server has no such run, or there is no key.
+    """
+    import wandb
+
+    run = wandb.init(
+        project=mirrored.settings.project,
+        entity=mirrored.settings.entity,
+        id=mirrored.run_id,
+        dir=str(folder),
+        mode="online",
+        resume="must",
+        reinit="create_new",
+        settings=_client_settings(mirrored, limits.SYNC_SECONDS),
+    )
+    _draw_over_steps(run)
+    return run
+
+
+def _client_settings(mirrored: Mirrored, finish_seconds: float) -> Any:
+    import wandb
+
+    def refuse_stop() -> None:  # else the client interrupts the command, with all its runs
+        name = mirrored.name
+        mirrored.notify(f"wandb: the server asks to stop {name}; press Ctrl-C here instead")
+
+    return wandb.Settings(
+        init_timeout=limits.INIT_SECONDS,
+        finish_timeout=finish_seconds,
+        finish_timeout_raises=True,
+        stop_fn=refuse_stop,
+        console="off",
+        silent=True,
+    )
+
+
+def _draw_over_steps(run: Any) -> None:
     run.define_metric("step")
     run.define_metric("*", step_metric="step", summary="last")
-    return run
+
+
+def log(run: Any, row: dict[str, Any]) -> None:
+    """Log a row of metrics.jsonl, unless it is before the first one that the server lacks.
+
+    A step has at most two rows: what was trained, then what validation gave.
+    """
+    number = 2 * row["step"] + any(name.startswith("validation/") for name in row)
+    if number >= run.starting_step:  # 0 where nothing is resumed
+        run.log(row, step=number, commit=True)
 
 
 def finish(run: Any, mirrored: Mirrored, ending: Ending) -> bool:

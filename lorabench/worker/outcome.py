@@ -1,17 +1,14 @@
-"""How a run has ended: for the command, for sweepers, the tracker and the screen."""
+"""How a run has ended: for the command, for sweepers and the screen."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from lorabench import record
-from lorabench.config import flatten
 from lorabench.progress import clock
 from lorabench.sweep import Job
-from lorabench.worker.members import Member
 
 
 @dataclass
@@ -40,32 +37,6 @@ def objective(job: Job, found: record.Record | None) -> float:
     split, _, name = job.config.objective.partition("/")
     metric = scored.splits[split].metrics.get(name) if scored else None
     return math.nan if metric is None or metric.value is None else metric.value
-
-
-def summary(member: Member) -> dict[str, Any]:
-    """Return a run's last values, as a tracker shows them beside its config."""
-    scores = {
-        key.removesuffix(".value").replace(".", "/"): value
-        for key, value in flatten(
-            {
-                split: {name: metric.value for name, metric in found.items()}
-                for split, found in member.entry.metrics.items()
-            }
-        ).items()
-        if value is not None
-    }
-    entry = member.entry
-    found = {
-        "status": entry.status,
-        "steps_done": entry.steps_done,
-        "trainable_parameters": member.job.plan.trainable_parameters,
-        "train_seconds": entry.cost.train_seconds,
-        "tokens_per_second": entry.cost.tokens_per_second,
-        "peak_memory_bytes": entry.cost.peak_memory_bytes,
-        "adapter_step": entry.adapter_step,
-        "adapter_hash": entry.hashes.get("adapter"),
-    }
-    return scores | {name: value for name, value in found.items() if value is not None}
 
 
 def test_scores(metrics: Mapping[str, Mapping[str, record.Metric]]) -> str:

@@ -33,7 +33,7 @@ from lorabench.sweep import Job, PackEntry, SweepFolder, first_of_each
 from lorabench.worker import members as at_work
 from lorabench.worker.asked import Asked
 from lorabench.worker.members import Member
-from lorabench.worker.outcome import Outcome, last_line, summary
+from lorabench.worker.outcome import Outcome, last_line
 from lorabench.worker.scoring import load_pack, score
 from lorabench.worker.shared import Shared
 from lorabench.worker.training import train_pack
@@ -298,7 +298,9 @@ class Worker:
         except Lost:
             tracking.drop_all([member.tracker for member in members])
             raise
-        ended = [(m.tracker, summary(m), m.entry.status == "failed") for m in members]
+        ended = [
+            (m.tracker, tracking.last_values(m.entry), m.entry.status == "failed") for m in members
+        ]
         tracking.finish_all(ended, is_interrupted=status == "interrupted")
 
     def _close_one(
