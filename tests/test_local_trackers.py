@@ -85,6 +85,7 @@ def check(kind: str, sweep: Path) -> None:
         for split in ("validation", "test"):
             value = scores(record)[split]["nll"]["value"]
             expected.setdefault(f"{split}/nll", []).append((last, value))
+        expected["cost/train_seconds"] = [(last, record["cost"]["train_seconds"])]
         for tag, points in expected.items():
             assert [step for step, _ in found[run_id][tag]] == [step for step, _ in points], tag
             values = [value for _, value in found[run_id][tag]]

@@ -67,7 +67,7 @@ def test_columns_to_group_by_are_at_the_top_with_their_types(sweep, transactions
             "dataset": record["config"]["data"]["name"],
         }  # fmt: skip
         assert {key: config[key] for key in columns} == columns
-        assert config["setting"].startswith(f"head={policy} targets=attention r=16 ")
+        assert config["setting"].startswith(f"head={policy} r=16 targets=attention ")
         numbers = ("rank", "alpha", "lr", "seed", "steps")
         assert all(isinstance(config[key], int | float) for key in numbers)
         assert config["lora"]["r"] == 16 and config["trainer"]["lr"] == 2e-3
@@ -127,6 +127,8 @@ def test_validation_and_test_are_in_the_summary_under_their_own_names(sweep, tra
             assert summary[f"{split}/nll"] == scores(record)[split]["nll"]["value"]
         assert summary["status"] == "finished" and summary["steps_done"] == 4
         assert summary["adapter_hash"] == record["hashes"]["adapter"]
+        nested = [name for name, value in summary.items() if isinstance(value, dict)]
+        assert set(nested) <= {"_wandb"}, "columns are called train/loss, not train/loss.last"
 
 
 def test_the_machine_is_measured(transactions):

@@ -104,7 +104,7 @@ def columns(config: Config, setting_id: str) -> dict[str, Any]:
     selected = names if targets.select == "custom" else targets.select
     head, rank = config.head.policy, config.lora.r
     return {
-        "setting": f"head={head} targets={selected} r={rank} {setting_id}",
+        "setting": f"head={head} r={rank} targets={selected} {setting_id}",
         "base": model_name(config.model),
         "dataset": config.data.name,
         "head_policy": head,

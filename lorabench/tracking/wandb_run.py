@@ -88,7 +88,7 @@ def _client_settings(mirrored: Mirrored, finish_seconds: float) -> Any:
 
 def _draw_over_steps(run: Any) -> None:
     run.define_metric("step")
-    run.define_metric("*", step_metric="step", summary="last")
+    run.define_metric("*", step_metric="step")
 
 
 def log(run: Any, row: dict[str, Any]) -> None:

@@ -125,7 +125,11 @@ class Followed:
     def end(self, summary: dict[str, Any]) -> None:
         """Write what is left, and the last values at the last step."""
         self.follow()
-        numbers = {name: x for name, x in summary.items() if _is_number(x)}
+        numbers = {
+            name if "/" in name else f"cost/{name}": x
+            for name, x in summary.items()
+            if _is_number(x) and name not in NOT_COMPARED
+        }
         if numbers:
             self.tracker.log(numbers, self.step)
         self.close()
@@ -134,6 +138,8 @@ class Followed:
         self.file.close()
         self.tracker.close()
         os.close(self.lock)
+
+NOT_COMPARED = ("steps_done", "adapter_step")  # last values that say no more than the rows
 
 
 def _is_number(value: Any) -> bool:
