@@ -187,7 +187,7 @@ def read(folder: Path) -> Record | None:
         record = Record.model_validate(_upgraded(content))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None  # no file, no text, no JSON, or not this schema
-    if record.status == "running" and not _is_held(folder, record):
+    if record.status == "running" and not is_held(folder, record):
         record.status = "interrupted"
         record.steps_done = max([0, *checkpoint.steps(folder / "checkpoint")])
     return record
@@ -202,7 +202,8 @@ def is_newer(folder: Path) -> bool:
         return False
 
 
-def _is_held(folder: Path, record: Record) -> bool:
+def is_held(folder: Path, record: Record) -> bool:
+    """Whether a process has the pack of a run."""
     pack = (record.plan.get("pack") or {}).get("id")
     return bool(pack) and lease.holder_of(folder.parent / ".locks" / f"{pack}.json") is not None
 

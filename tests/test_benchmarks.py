@@ -55,6 +55,7 @@ def test_ratio_is_the_median_of_the_ratios_of_each_repeat(bench: Any) -> None:
     assert bench.ratio([4.0, 12.0, 40.0], [2.0, 6.0, 1.0]) == 2.0
 
 
+@pytest.mark.slow
 def test_shapes_from_the_command_line(bench: Any, tmp_path: Path) -> None:
     arguments = ["--shapes", "tiny", "--tokens", "64", "--packs", "2"]
     arguments += ["--repeats", "1", "--threads", "1", "--no-compile", "--out", str(tmp_path)]
@@ -74,6 +75,7 @@ def test_shapes_from_the_command_line(bench: Any, tmp_path: Path) -> None:
     assert pack["tokens_per_second"] == pytest.approx(2 * 64 / pack["step_seconds"])
 
 
+@pytest.mark.slow
 def test_shapes_have_examples_of_different_lengths(bench: Any, tmp_path: Path) -> None:
     arguments = ["--shapes", "tiny", "--tokens", "512", "--packs", "2", "--lengths"]
     arguments += ["--repeats", "1", "--threads", "1", "--no-compile", "--out", str(tmp_path)]

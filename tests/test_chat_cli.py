@@ -117,6 +117,7 @@ def test_it_trains_and_the_template_goes_with_it(typed: Any) -> None:
     assert "no test example" not in report["checks"]["on"]
 
 
+@pytest.mark.slow
 def test_the_run_id_follows_the_text_of_a_template(typed: Any) -> None:
     words = typed()
     Path("one.jinja").write_text(CHATML)

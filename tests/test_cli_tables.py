@@ -69,6 +69,7 @@ def test_plan_creates_no_files_and_shows_brackets_of_labels(tmp_path, monkeypatc
         assert word in said.out
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_mixed_sweep_speaks_of_all_its_runs(tmp_path, monkeypatch):
     """The first run's base and training had stood for everyone's."""
     monkeypatch.chdir(tmp_path)
@@ -83,6 +84,7 @@ def test_the_plan_of_a_mixed_sweep_speaks_of_all_its_runs(tmp_path, monkeypatch)
     assert [line[10 : 10 + len(text)] for line, text in zip(told, wanted, strict=True)] == wanted
 
 
+@pytest.mark.slow
 def test_the_plan_packs_as_train_would_and_counts_a_run_once(tmp_path, monkeypatch):
     """plan took no notice of pack_size and of grid points that are the same run."""
     monkeypatch.chdir(tmp_path)
@@ -114,6 +116,7 @@ def test_the_first_step_tells_no_time_left(tmp_path):
     assert re.fullmatch(r"  run 1 of 1  step 1/4  loss [\d.]+  [\d,]+ tokens/s", step)
 
 
+@pytest.mark.slow
 def test_the_experiments_sweep_is_planned_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     planned = json.loads(say("plan", "-m", "--json", "experiment=lm_head").out)["runs"]
@@ -211,6 +214,7 @@ def test_examples_that_cannot_be_used_are_told_for_all_runs_before_any_starts(js
     assert not list((tmp_path / "out").rglob("record.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["plan", "train"])
 def test_an_experiment_without_m_is_said_to_be_one_run_of_a_sweep(verb, tmp_path):
     words = [*SMOKE, "experiment=lm_head", f"output_dir={tmp_path}"]

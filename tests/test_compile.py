@@ -44,13 +44,9 @@ def words_of(alike: Path, folder: Path) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "backend"),
-    [
-        ("llama", "aot_eager"),
-        pytest.param("qwen3", "aot_eager", marks=pytest.mark.slow),
-        pytest.param("gemma", "inductor", marks=pytest.mark.slow),
-    ],
+    ("kind", "backend"), [("llama", "aot_eager"), ("qwen3", "aot_eager"), ("gemma", "inductor")]
 )
 def test_a_pack_is_one_graph_with_the_results_of_the_pack_as_it_is(
     kind: str,
@@ -96,6 +92,7 @@ def test_a_pack_is_one_graph_with_the_results_of_the_pack_as_it_is(
             assert relative(tensor, theirs[name]) < 1e-5, name
 
 
+@pytest.mark.slow
 def test_without_a_compiler_a_run_says_what_to_do(
     alike: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,6 +128,7 @@ def test_a_mistake_does_not_compose(line: str, desk: Path) -> None:
         assert ended.code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", PLANNED)
 def test_a_command_plans_on_a_stand_in(line: str, desk: Path) -> None:
     words = [one for one in COMPOSABLE[line][1:] if one != "--smoke"]
@@ -153,6 +154,7 @@ SERVING = [one for one in COMMANDS if one[0] not in (*COMPOSED, "init") and len(
 OF_RATES = [one for one in SERVING if "outputs/mine_lr" in one]
 
 
+@pytest.mark.slow
 def test_the_first_sweep_runs_as_written(desk: Path) -> None:
     """The verbs that serve a folder, on what the page's own `train` made."""
     train = ["train", "-m", "experiment=mine"]

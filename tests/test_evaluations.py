@@ -163,7 +163,8 @@ def test_short_memory_halves_the_batches_of_scoring(
         assert record["evaluations"][0]["batch_size"] == 3 and record["status"] == "finished"
 
 
-@pytest.mark.parametrize("failure", ["memory", pytest.param("error", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("failure", ["memory", "error"])
 def test_a_failed_scoring_keeps_the_adapter_and_the_same_command_only_scores(
     failure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -158,6 +158,7 @@ def test_what_is_written_needs_a_place(kind, trained):
 # --- plan and record -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_plan_says_what_a_run_cannot_be_exported_to(trained, tmp_path):
     said = say(
         "plan", "-m", *SHORT_RUN, f"output_dir={tmp_path}", "head=exclude,lora,full", "seed=0,1"

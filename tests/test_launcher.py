@@ -64,6 +64,7 @@ class Witness(Callback):
         Witness.seen.append(("multirun end",))
 
 
+@pytest.mark.slow
 def test_a_packed_multirun_is_the_basic_one(tmp_path: Path) -> None:
     """The same multirun under both launchers: Hydra's files, run ids, weights."""
     folders = {}

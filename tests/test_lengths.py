@@ -244,6 +244,7 @@ def test_a_killed_sweep_on_mixed_lengths_resumes_to_the_same_bits(
         assert sum(entry["plan"]["pack"]["blocks"]) == entry["plan"]["pack"]["size"] == 4
 
 
+@pytest.mark.slow
 def test_the_plan_names_the_share_of_real_tokens(
     tiny_folder: Callable[[str], Path], mixed_lengths: list[str]
 ) -> None:

@@ -141,6 +141,7 @@ def with_memory(monkeypatch: pytest.MonkeyPatch, step_bytes: float) -> None:
     monkeypatch.setattr(machine, "free_memory", lambda device: total)
 
 
+@pytest.mark.slow
 def test_a_run_larger_than_its_device_is_refused_with_what_fits(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -159,6 +160,7 @@ def test_a_run_larger_than_its_device_is_refused_with_what_fits(
         sweep.check_memory([other], theirs)
 
 
+@pytest.mark.slow
 def test_a_base_larger_than_its_device_has_no_setting_that_fits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -167,6 +169,7 @@ def test_a_base_larger_than_its_device_has_no_setting_that_fits(
     assert said.code == 2 and "the base alone does not fit" in said.err
 
 
+@pytest.mark.slow
 def test_packs_are_as_large_as_fits_and_checkpointing_is_suggested_where_it_pays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -196,6 +196,7 @@ def test_a_saved_adapter_says_so_and_reloads_in_plain_peft(kind: str, tmp_path: 
 # --- the command line ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_init_and_ratio_from_the_command_line(tmp_path: Path) -> None:
     """Planned, trained in one pack, scored; plain PEFT gives the recorded scores."""
     words = [

@@ -36,6 +36,7 @@ def share_found(spreads: dict[str, float], seeds: int, n: int, level: float, gai
     return float((statistics.test_of(statistics.components(d)).p <= level).mean())
 
 
+@pytest.mark.slow
 def test_plan_names_the_smallest_difference_that_four_of_five_sweeps_find() -> None:
     found = outlook("head=exclude,lora", "trainer.lr=1e-3,2e-3", "seed=0,1,2,3,4")
     assert (found["questions"], found["settings"]) == (6, 4)
@@ -44,6 +45,7 @@ def test_plan_names_the_smallest_difference_that_four_of_five_sweeps_find() -> N
     assert share == pytest.approx(0.8, abs=0.05)  # the bound; draws are within 1.3 points
 
 
+@pytest.mark.slow
 def test_a_pilot_tells_the_spreads_and_settle_the_seeds(tmp_path: Path) -> None:
     means = {("exclude", 16): 2.0, ("lora", 16): 1.5}
     write_sweep(tmp_path / "s", means, seeds=5, examples=400, spreads=(0.05, 0.1, 0.2))
@@ -61,6 +63,7 @@ def test_a_pilot_tells_the_spreads_and_settle_the_seeds(tmp_path: Path) -> None:
     assert "is taken 1.6 times, because 5 seeds tell little about it" in told
 
 
+@pytest.mark.slow
 def test_more_examples_where_seeds_do_not_help() -> None:
     found = outlook("--settle", "0.05", "head=exclude,lora", "seed=0,1,2")
     assert found["settle"]["seeds"] == 8
@@ -71,6 +74,7 @@ def test_more_examples_where_seeds_do_not_help() -> None:
     assert "settle    0.001 nll is found with no number of seeds or test examples" in told
 
 
+@pytest.mark.slow
 def test_one_seed_or_one_setting_settles_nothing() -> None:
     assert outlook("head=exclude,lora")["smallest"] is None
     told = say("plan", "-m", *SMALL, "head=exclude,lora").out

@@ -65,6 +65,7 @@ def test_they_train_and_are_recorded_and_replay_needs_no_file(place: Path) -> No
     assert json.loads(said.out)["answer"] == "identical"
 
 
+@pytest.mark.slow
 def test_hydras_own_searchpath_composes_the_same_runs(
     place: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,7 @@ def test_there_are_lines_to_try() -> None:
     assert len(PLANNED) > 10 and len(INLINE) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", PLANNED)
 def test_a_line_plans(line: str) -> None:
     line = line.replace("lorabench train", "lorabench plan")

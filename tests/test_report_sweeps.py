@@ -135,11 +135,11 @@ def test_a_page_of_classes_and_of_two_bases(tmp_path: Path) -> None:
     assert found.data["examples"]["metric"] == "accuracy"
     assert found.data["examples"]["by"] == "predicted"
     labels = {text for _, _, text in found.data["examples"]["examples"]}
-    assert {*found.data["examples"]["texts"]} <= labels | {""} or len(labels) > 1
-    assert "tiny-gemma" in found.text and "tiny-bert" in found.text
-    shown = say("compare", tmp_path / "default").out
-    for value in re.findall(r"\d\.\d{4} ± \d\.\d{4}", shown):
-        assert value in found.text, "the page has the numbers of the table"
+    assert {*found.data["examples"]["texts"]} <= labels and len(labels) > 1
+    settings = found.data["examples"]["settings"]
+    assert ["tiny-gemma" in one for one in settings] == ["tiny-bert" not in one for one in settings]
+    values = re.findall(r"\d\.\d{4} ± \d\.\d{4}", say("compare", tmp_path / "default").out)
+    assert len(values) >= 4 and all(value in found.text for value in values)
 
 
 def test_results_of_pefts_benchmark_stand_beside_a_sweep(tmp_path: Path) -> None:
@@ -152,6 +152,7 @@ def test_results_of_pefts_benchmark_stand_beside_a_sweep(tmp_path: Path) -> None
     theirs = json.loads(shown)["foreign"]
     assert theirs and all(row["setting"]["experiment"] in both.text for row in theirs)
     assert "results of PEFT's benchmark: one seed each, so no verdict" in both.text
+    assert "experiment" in both.text and " none " not in both.text, "ours know no experiment"
     # What could not be read is on the page, and not on stderr alone.
     refused = [line for line in said.err.splitlines() if line]
     assert refused and all(" ".join(line.split())[:60] in both.text for line in refused)
@@ -169,6 +170,16 @@ def test_what_is_told_stands_on_the_page(tmp_path: Path) -> None:
     assert "record.json is damaged or of a newer version: lora-16-2" in (
         Parsed((tmp_path / "s" / "report.html").read_text()).text
     )
+
+
+def test_scores_of_runs_that_stopped_are_among_the_runs(tmp_path: Path) -> None:
+    for seed in range(2):
+        run = write_run(tmp_path / "s", "lora", 16, seed, {"nll": np.full(5, 0.125)})
+        entry = record.read(run)
+        assert entry is not None
+        entry.model_copy(update={"status": "stopped"}).write(run)
+    found = made(tmp_path / "s")
+    assert "test nll ↓" in found.text.replace("\u00a0", " ") and "0.1250" in found.text
 
 
 def test_marks_of_the_table_are_on_the_page(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def test_every_pack_trains_and_comes_back_and_nothing_is_left(
     assert nothing_is_left(places) and base_is_as_loaded(bases)
 
 
+@pytest.mark.slow
 def test_smoke_as_json_has_one_entry_a_pack(
     places: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +102,7 @@ def test_examples_that_are_all_too_long_fail_before_the_day_of_gpu(
     assert nothing_is_left(places)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", ["lora.r=4,8", "lora.init=olora"])  # a pack; alone
 def test_every_stage_is_tried(
     lora: str, places: Path, bases: list[Any], capsys: pytest.CaptureFixture[str]
@@ -118,6 +120,7 @@ def test_every_stage_is_tried(
     assert nothing_is_left(places) and base_is_as_loaded(bases)
 
 
+@pytest.mark.slow
 def test_broken_weights_fail_and_the_other_packs_are_tried(
     tiny_folder: Callable[[str], Path], places: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

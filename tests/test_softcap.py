@@ -196,6 +196,7 @@ def test_a_model_holds_no_square_of_its_tokens(checkpointed: bool) -> None:
         assert gap(parameter.grad, theirs[name]) < 1e-5, name  # float32, as above
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces
 def test_it_is_part_of_a_compiled_graph() -> None:
     tokens, model = 600, gemma2(600)

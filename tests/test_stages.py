@@ -305,6 +305,7 @@ def test_frozen_layers_below_run_no_backward(make: Callable[..., Any]) -> None:
 # --- resume ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack_kind", ["packed", "alone"])
 @pytest.mark.parametrize("entries", [BERT, REWARMED], ids=["plain", "rewarmed"])
 def test_resumed_across_a_change_is_bitwise_the_uninterrupted_run(

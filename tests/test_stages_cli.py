@@ -164,6 +164,7 @@ def test_the_run_id_follows_the_stages_and_not_their_spelling() -> None:
 # --- a sweep ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_experiment_plans_both_ways_of_training(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["-m", "experiment=stages", "tracker=none"]
     assert cli.main(["plan", "--json", *arguments]) == 0
@@ -185,6 +186,7 @@ SHORT = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True])  # packed and alone
 def test_a_killed_sweep_ends_with_the_same_bits_and_the_whole_history(
     dora: bool,

@@ -49,6 +49,7 @@ def test_where_only_seeds_vary_the_p_value_is_that_of_the_paired_t_test() -> Non
         assert ends == pytest.approx([interval.low, interval.high], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_holm_is_statsmodels_and_the_interval_says_what_the_outcome_says() -> None:
     rng = np.random.default_rng(2)
     for count in (1, 2, 13):

@@ -113,6 +113,7 @@ def test_one_of_steps_and_epochs_is_set(words: list[str], told: str) -> None:
     assert told in error
 
 
+@pytest.mark.slow
 def test_a_sweep_over_epochs_trains_the_runs_of_their_steps(tmp_path: Path) -> None:
     """64 examples in batches of 2: 32 steps an epoch."""
     words = [*SMOKE, f"output_dir={tmp_path}"]

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,11 +217,32 @@ def test_a_run_that_goes_on_offline_is_sent_to_the_server_that_has_its_first_row
         assert process.wait(60) == 0, process.said
     assert "go on offline" in process.said
     server.fault = ""
+    shutil.rmtree(sweep / min(had) / "adapter")  # an adapter that cannot be sent holds up nothing
     upload(sync_command(process.said), server, tmp_path)
     for run_id, first in had.items():
         rest = [row for row in metrics(sweep, run_id) if row["step"] > first[-1]["step"]]
         assert rest and server.rows(run_id) == first + rest
     assert to_send(process.said) == set()
+
+
+@pytest.mark.faults
+def test_sync_with_a_server_that_hangs_ends_and_sends_later(tmp_path, server):
+    """No thread, no hook at the exit of Python and no second command waits for it."""
+    with tracked(tmp_path, server.address, mode="offline") as process:
+        assert process.wait(60) == 0, process.said
+    server.break_down("hang")
+    command = ["lorabench", "sync", str(tmp_path / "default")]
+    variables = {"WANDB_BASE_URL": server.address, "WANDB_API_KEY": "f" * 40, "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", *command], env=os.environ | variables, capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1 and "is not sent" in done.stderr, done.stderr
+    server.fault = ""
+    upload(command, server, tmp_path)
+    assert len(server.lines) == 2
+    for run_id in server.lines:
+        assert server.rows(run_id) == metrics(tmp_path / "default", run_id)
 
 
 @pytest.mark.faults

@@ -253,6 +253,7 @@ def exact_match(model, tokenizer, pairs):
     return num_right / len(pairs)
 
 
+@pytest.mark.slow
 def test_card_states_what_the_weights_do(model, tokenizer, card):
     match = card["exact_match"]
     stated = match["base_skills"] | match["new_skills"]

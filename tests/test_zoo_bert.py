@@ -75,6 +75,7 @@ def test_checkpoint_misses_the_classifier_alone(tokenizer, card):
     assert hashlib.sha256(weights).hexdigest() == card["weights_sha256"]
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_card_states_what_the_weights_do(tokenizer, card):
     """Measured through the classes that others would load for each pretraining head."""

@@ -83,7 +83,8 @@ def watch(arguments: list[str]) -> int:
             # once more.
             ended = _has_ended(options.folder, content)
             is_over = ended and (told is None or content.statuses == told)
-            page.write(content, out, None if is_over else max(1, round(options.seconds)))
+            seconds = max(1.0, options.seconds, 2 * (time.monotonic() - begun))
+            page.write(content, out, None if is_over else round(seconds))
             if content.statuses != told:
                 counts = ", ".join(f"{n} {name}" for name, n in content.statuses.items())
                 print(f"{out}: {counts}", flush=True)

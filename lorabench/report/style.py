@@ -22,7 +22,7 @@ COLOURS = (
 )  # fmt: skip
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross", "pentagon")
-UNITS = {"nll": "nats per token", "nll_per_token": "nats per token", "loss": "nats per token"}
+UNITS = {"nll": "nats", "nll_per_token": "nats per token", "loss": "nats per token"}
 LABEL = 60  # characters of a setting in a legend
 WIDTH = 1100  # pixels of a figure in a file or a notebook
 

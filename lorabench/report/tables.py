@@ -37,7 +37,8 @@ def settings_of(table: dict[str, Any], answers: Answers) -> Table:
 def runs_table(found: Sequence[Checked], table: dict[str, Any], answers: Answers) -> Table:
     """One row per run, whatever became of it."""
     columns = columns_of(table)
-    scores = [pair for pair in scores_in(table, answers) if pair[0] in SPLITS][:4]
+    scored = scores_in(table, table["runs"], [], answers)
+    scores = [pair for pair in scored if pair[0] in SPLITS][:4]
     several = len({one.folder.parent for one in found}) > 1
     troubled = any(_trouble(one) for one in found)
     headers = [

@@ -37,7 +37,7 @@ def settings_table(
     known = columns_of(table)
     columns = [*known, *_columns_of_foreign(foreign, table["varied"], bool(rows))]
     changes = [name for name in CHANGES if any(name in row for row in rows)]
-    scores = scores_in(table, answers, metrics)
+    scores = scores_in(table, rows, foreign, answers, metrics)
     # In a pack nobody has a time of their own: its seconds over its size is a share, called one.
     packed = any(row["pack_size"]["max"] > 1 for row in rows)
     marked = any(row["other_stack"] for row in rows)
@@ -54,7 +54,8 @@ def settings_table(
     best = _best(rows, scores)
 
     def named(row: dict[str, Any]) -> list[Cell]:
-        cells = [of_setting(row["setting"].get(key)) for key in columns]
+        own = row["setting"]
+        cells = [of_setting(own[key]) if key in own else Cell("", "") for key in columns]
         return cells or [Cell("trained")]
 
     found = []
@@ -126,22 +127,23 @@ def settings_table(
 
 
 def scores_in(
-    table: dict[str, Any], answers: Answers, metrics: Sequence[str] = ()
+    table: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    foreign: Sequence[dict[str, Any]],
+    answers: Answers,
+    metrics: Sequence[str] = (),
 ) -> list[tuple[str, str]]:
-    """Splits and metrics that settings have: of the judge first, test before the others.
+    """Splits and metrics that rows have: of the judge first, test before the others.
 
     Args:
+        foreign: rows of PEFT's results, of which only test is shown.
         metrics: to show; none: all. What a run kept is shown whatever is asked of test.
     """
-    rows, foreign = table["rows"], table.get("foreign", [])
     splits = [*SPLITS, *(one for one in table.get("evaluations", {}) if one not in SPLITS)]
     there = {
-        (split, name)
-        for row in [*rows, *foreign]
-        for split in splits
-        for name in row["metrics"].get(split, {})
-        if split == "test" or row in rows
+        (split, name) for row in rows for split in splits for name in row["metrics"].get(split, {})
     }
+    there |= {("test", name) for row in foreign for name in row["metrics"].get("test", {})}
     names = dict.fromkeys([answers.metric, *FIRST, *sorted({name for _, name in there})])
     kept = (RETENTION, answers.retention_metric)
     return [

@@ -7,7 +7,6 @@ run was started online). Such a run is resumed instead, and gets the rows that i
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -17,13 +16,13 @@ from pathlib import Path
 
 from lorabench import record
 from lorabench.config import TrackerConfig, first_line
-from lorabench.tracking import wandb_run
+from lorabench.tracking import wandb_run, wandb_service
 from lorabench.tracking.mirrored import Ending, Mirrored, last_values
 from lorabench.tracking.wandb_run import SYNCED
 
 
 def unsent(folder: Path) -> tuple[list[Path], list[str]]:
-    """Return W&B's folders of runs that are not at the server, and the ids of those that still run.
+    """Return W&B's folders of runs that are not at the server, and the ids of those that go on.
 
     Args:
         folder: of a sweep.
@@ -32,7 +31,10 @@ def unsent(folder: Path) -> tuple[list[Path], list[str]]:
     for file in sorted(folder.glob("wandb/*run-*/run-*.wandb")):
         run_id = _run_id(file.parent)
         found = record.read(folder / run_id)
-        if found is not None and found.status == "running":
+        if found is not None and (
+            found.status == "running"
+            or (found.status == "trained" and record.is_held(folder / run_id, found))
+        ):
             running.append(run_id)
         elif not _is_sent(file.parent):
             places.append(file.parent)
@@ -57,18 +59,22 @@ def send(places: Sequence[Path], notify: Callable[[str], None]) -> list[Path]:
     for place in places:
         by_run.setdefault((place.parents[1], _run_id(place)), []).append(place)
     with tempfile.TemporaryDirectory() as scratch:
-        for (sweep, run_id), own in by_run.items():
-            try:
-                if not _complete(sweep, run_id, Path(scratch), notify):
-                    new += own
+        try:
+            for (sweep, run_id), own in by_run.items():
+                try:
+                    if not _complete(sweep, run_id, Path(scratch), notify):
+                        new += own
+                        continue
+                except (wandb.errors.CommError, TimeoutError, OSError) as error:
+                    notify(f"wandb: {run_id} is not sent ({first_line(error)})")
+                    break  # the others would wait for the same server
+                except Exception as error:  # of this run alone
+                    notify(f"wandb: {run_id} is not sent ({first_line(error)})")
                     continue
-            except Exception as error:
-                notify(f"wandb: {run_id} is not sent ({first_line(error)})")
-                break  # the others would wait for the same server
-            for place in own:
-                (place / f"run-{run_id}{SYNCED}").touch()
-        with contextlib.suppress(BaseException):  # it raises and exits with the service's code
-            wandb.teardown()
+                for place in own:
+                    (place / f"run-{run_id}{SYNCED}").touch()
+        finally:
+            wandb_service.end()
     if new:
         # Online runs among them are those that no server took to the end.
         command = [sys.executable, "-m", "wandb", "sync", "--no-skip-online", *map(str, new)]
@@ -102,7 +108,10 @@ def _complete(sweep: Path, run_id: str, scratch: Path, notify: Callable[[str], N
     for row in rows:
         wandb_run.log(run, row)
     if settings.mode == "online" and settings.log_adapter and entry.has_trained():
-        wandb_run.log_adapter(run, mirrored)
+        try:
+            wandb_run.log_adapter(run, mirrored)
+        except Exception as error:  # the rows are more than the adapter
+            notify(f"wandb: the adapter of {run_id} is not sent ({first_line(error)})")
     ending = Ending(last_values(entry), entry.status == "failed")
     if not wandb_run.finish(run, mirrored, ending) or wandb_run.gave_up_sending(run):
         raise OSError("the server did not take everything")

@@ -21,7 +21,7 @@ from typing import Any
 
 from lorabench import masking
 from lorabench.config import first_line
-from lorabench.tracking import limits, wandb_run
+from lorabench.tracking import limits, wandb_run, wandb_service
 from lorabench.tracking.mirrored import Backend, Ending, Mirrored, NoTracker
 
 ADAPTER = "adapter"  # in the queue: the adapter is saved
@@ -191,7 +191,7 @@ class Client(Backend):
                     f"wandb: online start failed ({first_line(error)}); this run and later ones "
                     f"go on offline"
                 )
-                self.end_service()
+                wandb_service.end()
                 mode = "offline"
                 run = wandb_run.begin(mirrored, mode)
             self.live.add(tracker)
@@ -216,7 +216,7 @@ class Client(Backend):
             tracker.is_given_up = tracker.is_broken = True
         lost = [tracker for tracker in self.ended if tracker.place is None]
         if lost:
-            self.end_service(at_once=bool(hanging))
+            wandb_service.end(at_once=bool(hanging))
         if lost and rewrites:
             thread = threading.Thread(target=self._rewrite, args=[lost], daemon=True)
             thread.start()
@@ -241,30 +241,7 @@ class Client(Backend):
 
     def close(self) -> None:
         if self.is_used:
-            self.end_service()
-
-    def end_service(self, at_once: bool = False) -> None:
-        """End the service process, and have nothing wait for it: no thread, no exit of Python.
-
-        Args:
-            at_once: kill it, as it may be stopped; else it may close its files first.
-        """
-        import wandb
-
-        def tear_down() -> None:
-            with contextlib.suppress(BaseException):  # it raises and exits with the service's code
-                wandb.teardown()
-
-        services = _services()
-        if at_once:
-            _kill(services)
-        # In a thread, since it waits for the service; first of all it takes back its atexit hook.
-        thread = threading.Thread(target=tear_down, daemon=True)
-        thread.start()
-        thread.join(limits.CLIENT_SECONDS)
-        if thread.is_alive():
-            _kill(services)
-            thread.join(limits.CLIENT_SECONDS)
+            wandb_service.end()
 
     def told(self) -> list[str]:
         unsent = [tracker for tracker in self.settled if not tracker.is_sent]
@@ -282,25 +259,3 @@ class Client(Backend):
                 f"written for wandb; metrics.jsonl in their folders has all rows"
             )
         return lines
-
-
-def _services() -> list[Any]:
-    """The service process of this process; in a list, since it may have none."""
-    import psutil
-
-    found = []
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):
-            if child.name().startswith("wandb-core"):
-                found.append(child)
-    return found
-
-
-def _kill(services: Sequence[Any]) -> None:
-    """Kill processes, also stopped ones."""
-    import psutil
-
-    for service in services:
-        with contextlib.suppress(psutil.Error):
-            service.kill()
-    psutil.wait_procs(services, limits.CLIENT_SECONDS)

@@ -88,16 +88,24 @@
     traces.forEach(({ legendgroup, name, showlegend }) => {
       if (legendgroup && showlegend !== false) named[legendgroup] = name;
     });
-    return traces.map(({ legendgroup, name }) => named[legendgroup] || name);
+    const seen = {};  // labels that are cut may be alike
+    return traces.map(({ legendgroup, name }, i) => {
+      const label = named[legendgroup] || name;
+      const alike = seen[label] ||= [];
+      const own = legendgroup || `trace ${i}`;
+      if (!alike.includes(own)) alike.push(own);
+      return `${label} ${alike.indexOf(own)}`;
+    });
   };
-  const asKept = (group, traces, layout) => {
-    const { shown = {}, ranges = {} } = kept[viewOf(group)] || {};
+  const asKept = (group, traces) => {
+    const { shown = {} } = kept[viewOf(group)] || {};
     const labels = labelsOf(traces);
-    const found = { ...layout };
-    for (const [axis, range] of Object.entries(ranges)) {
-      if (range) found[axis] = { ...layout[axis], range, autorange: false };
-    }
-    return [traces.map((one, i) => (labels[i] in shown ? { ...one, visible: shown[labels[i]] } : one)), found];
+    return traces.map((one, i) => (labels[i] in shown ? { ...one, visible: shown[labels[i]] } : one));
+  };
+  // Behind the whole figure, to which a double click leads back.
+  const zoom = (place) => {
+    const ranges = Object.entries(kept[viewOf(place.dataset.group)]?.ranges || {}).filter(([, range]) => range);
+    if (ranges.length) Plotly.relayout(place, Object.fromEntries(ranges.map(([axis, range]) => [`${axis}.range`, range])));
   };
   const keepView = (place, change) => {
     const name = viewOf(place.dataset.group);
@@ -111,8 +119,9 @@
     const own = structuredClone(traces);
     // The cells of a heat map have their numbers.
     if (width < 600) own.forEach((one) => { if (one.type === "heatmap") one.showscale = false; });
-    const [shown, placed] = asKept(group, own, withLegend(traces, themed(narrowed(layout, width)), width));
-    Plotly.react(place, shown, placed, settings);
+    const placed = withLegend(traces, themed(narrowed(layout, width)), width);
+    Plotly.react(place, asKept(group, own), placed, settings);
+    zoom(place);
     if (!place.dataset.drawn) {
       place.removeAllListeners("plotly_relayout");
       place.removeAllListeners("plotly_restyle");
@@ -333,7 +342,7 @@
 
   // --- texts that were unfolded ---
   const folds = $$("details");
-  const nameOf = (fold) => `${fold.closest("tr")?.cells[0].textContent} ${$("summary", fold).textContent}`;
+  const nameOf = (fold) => `${fold.closest("tr")?.cells[0].textContent} ${fold.closest("td")?.cellIndex} ${$("summary", fold).textContent}`;
   folds.forEach((fold) => {
     fold.open = (kept.unfolded || []).includes(nameOf(fold));
     fold.addEventListener("toggle", () => keep("unfolded", folds.filter((one) => one.open).map(nameOf)));
@@ -360,13 +369,14 @@
   });
   if (data.reload) {
     if (kept.place) scrollTo(0, kept.place);
-    // By the reader's clock alone: that of the machine that writes the page may differ.
-    if (kept.made?.text !== data.made) keep("made", { text: data.made, since: Date.now() });
+    // How often it was loaded as it is: a tab that nobody looks at does not load.
+    const loads = kept.made?.text === data.made ? kept.made.loads + 1 : 0;
+    keep("made", { text: data.made, loads });
     const timer = setInterval(() => {
       // Not under a reader's hands, and not where nobody looks.
       const busy = ["INPUT", "SELECT"].includes(document.activeElement?.tagName);
       if (busy || document.hidden) return;
-      if (Date.now() - kept.made.since > 1000 * Math.max(data.patience, 6 * data.reload)) {
+      if (loads > Math.max(6, data.patience / data.reload)) {
         clearInterval(timer);
         $("#stale").hidden = false;
         return;
