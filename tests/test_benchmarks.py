@@ -88,6 +88,7 @@ def test_shapes_have_examples_of_different_lengths(bench: Any, tmp_path: Path) -
     assert 4 * 80 < mean < 4 * 128
 
 
+@pytest.mark.slow
 def test_what_runs_out_of_memory_or_time_is_recorded(bench: Any, tmp_path: Path) -> None:
     arguments = ["--shapes", "tiny", "--tokens", "64", "--packs", "2", "--budget", "0"]
     assert bench.main([*arguments, "--threads", "1", "--out", str(tmp_path)]) == 0

@@ -134,6 +134,7 @@ def test_the_run_id_follows_the_text_of_a_template(typed: Any) -> None:
     assert planned(*words, "data.loss_on=last")["run_id"] != own
 
 
+@pytest.mark.slow
 def test_sharegpt_is_the_same_as_messages(typed: Any) -> None:
     names = {"user": "human", "assistant": "gpt"}
     rows = [

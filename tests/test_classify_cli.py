@@ -22,6 +22,7 @@ from lorabench import model as base_model
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "lorabench:tiny-gemma"])
 def test_adapters_reload_in_plain_peft_to_the_recorded_scores(
     kind: str, classifiers: dict[str, Path], texts: Path, tmp_path: Path

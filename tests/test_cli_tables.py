@@ -17,6 +17,7 @@ from lorabench import lease
 # --- plan, runs, compare ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_sweep_says_what_the_sweep_did(output, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = say("plan", "-m", "--json", *SMOKE, *GRID, f"output_dir={output}")
@@ -45,6 +46,7 @@ def test_the_plan_of_a_sweep_says_what_the_sweep_did(output, tmp_path, monkeypat
     assert untouched(tmp_path)
 
 
+@pytest.mark.slow
 def test_plan_creates_no_files_and_shows_brackets_of_labels(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = say(
@@ -278,6 +280,7 @@ def test_a_run_that_another_process_trains_is_running(tmp_path):
     assert say(*command).code == 0 and shown() == "finished"
 
 
+@pytest.mark.slow
 def test_a_narrow_terminal_cuts_no_value_and_is_told_what_it_does_not_show(output, monkeypatch):
     """80 columns had cut numbers and ids: `0.07…`, `2f87a…`."""
     for name, value in {"FORCE_COLOR": "1", "NO_COLOR": "1", "COLUMNS": "80"}.items():

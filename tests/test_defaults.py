@@ -92,6 +92,7 @@ def test_any_real_model_takes_the_recipe(name: str) -> None:
     assert values(composed(*MODELS[name], *DATA)) == REAL
 
 
+@pytest.mark.slow
 def test_the_plan_tells_what_applies_and_what_does_not() -> None:
     words = [*BIG, *DATA, "trainer.batch_size=32"]
     told = (

@@ -80,6 +80,7 @@ def test_a_mate_that_diverged_stays_stopped_and_the_others_go_on(
     assert outcome(tmp_path / "killed") == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_inside_a_step_waits_until_the_step_is_whole(
     number: int,

@@ -270,6 +270,7 @@ def write(path: Path, lengths: Sequence[int]) -> str:
 WORDS = ["plan", "tracker=none", "data=jsonl", "data.max_length=20", "data.num_test=10"]
 
 
+@pytest.mark.slow
 def test_too_many_left_out_are_refused(tmp_path: Path) -> None:
     """With the length that keeps 99%, and a share that lets the same command through."""
     path = write(tmp_path / "a.jsonl", [5] * 90 + [30] * 10)

@@ -93,6 +93,7 @@ def test_memory_of_a_step_is_what_cuda_allocates(
     assert found["ratio"] == pytest.approx(1, abs=WITHIN), found
 
 
+@pytest.mark.slow
 def test_bfloat16_is_counted_with_its_copies(bench: Any) -> None:
     """Autocast keeps a bfloat16 copy of every float32 weight that a layer's backward needs."""
     words = ["trainer.dtype=bfloat16"]

@@ -155,6 +155,7 @@ def test_a_reload_keeps_the_place(browser: Any, many: Path) -> None:
     opened.close()
 
 
+@pytest.mark.slow
 def test_a_reload_keeps_zoom_legend_and_unfolded_texts(browser: Any, tmp_path: Path) -> None:
     folder = tmp_path / "s"
     write_hostile(folder, True)
@@ -199,6 +200,7 @@ def test_a_reload_keeps_zoom_legend_and_unfolded_texts(browser: Any, tmp_path: P
     opened.close()
 
 
+@pytest.mark.slow
 def test_paper_has_every_figure(browser: Any, many: Path) -> None:
     """In dark on white, whatever the screen has."""
     opened = Opened(browser, many, WIDE, "dark")

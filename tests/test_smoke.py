@@ -54,6 +54,7 @@ def base_is_as_loaded(bases: list[Any], *words: str) -> bool:
     return base_model.checksum(base) == base_model.checksum(fresh)
 
 
+@pytest.mark.slow
 def test_every_pack_trains_and_comes_back_and_nothing_is_left(
     places: Path, bases: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,6 +84,7 @@ def test_an_init_that_changes_the_base_comes_back_too(init: str) -> None:
     assert cli.main(["plan", "--smoke", *TINY, f"lora.init={init}", "lora.r=4"]) == 0
 
 
+@pytest.mark.slow
 def test_trained_biases_come_back_and_leave_the_base(
     bases: list[Any], tiny_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,6 +40,7 @@ UNUSED = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_train_imports_nothing_it_does_not_use(tmp_path: Path) -> None:
     """One process: pandas came with the first pyarrow.array, which cost 0.3 s."""
     code = (

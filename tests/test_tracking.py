@@ -209,6 +209,7 @@ def test_the_summary_is_the_records(sweep, mirrored):
         assert of_kind(rows, "exit")[0].get("exit_code", 0) == 0
 
 
+@pytest.mark.slow
 def test_an_unreachable_server_leaves_the_runs_offline_and_says_so(tmp_path, server):
     server(WANDB_BASE_URL=NOWHERE, WANDB_API_KEY="f" * 40)
     code, err = train("seed=0,1", "tracker.mode=online", f"output_dir={tmp_path}", multirun=True)
@@ -238,6 +239,7 @@ def test_without_a_key_the_run_goes_on_offline(tmp_path, server):
     assert list(offline_files(tmp_path)) == ["abc"]
 
 
+@pytest.mark.slow
 def test_a_failed_start_leaves_the_open_runs_of_the_process_alone(tmp_path, server, capsys):
     server(WANDB_BASE_URL=NOWHERE, WANDB_API_KEY="f" * 40)
     told: list[str] = []

@@ -41,6 +41,7 @@ def declared(package: str) -> str:
     return found[0] if found else "(not declared)"
 
 
+@pytest.mark.slow
 def test_a_plan_names_the_three_versions(capsys: pytest.CaptureFixture[str]) -> None:
     wanted = {name: metadata.version(name) for name in ("peft", "transformers", "torch")}
     assert cli.main(["plan", "tracker=none"]) == 0

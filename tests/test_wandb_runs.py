@@ -166,6 +166,7 @@ def test_online_the_server_has_config_summary_record_and_adapter(tmp_path, serve
             assert server.files[f"{artifact}/{path.name}"] == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_an_adapter_is_not_sent_where_it_is_not_wanted(tmp_path, server):
     with tracked(tmp_path, server.address, words=["tracker.log_adapter=false"]) as process:
         assert process.wait() == 0, process.said
@@ -270,6 +271,7 @@ def test_sync_sends_what_was_written_offline_once(tmp_path, server):
     assert done.returncode == 0 and "nothing to send" in done.stdout and not server.lines
 
 
+@pytest.mark.slow
 def test_sync_says_what_a_server_did_not_take(tmp_path, server):
     code, err = train(f"output_dir={tmp_path}")
     assert code == 0, err
