@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
-from packaging.version import parse
 
 from lorabench import data
 from lorabench.config import ConfigErrors, DataConfig
@@ -93,11 +91,9 @@ CORPUS = [
 
 
 def of_trl(name: str) -> str:
-    """A template that TRL brings along as a file: from version 1.0 on."""
+    """A template that TRL brings along as a file."""
     import trl
 
-    if parse(version("trl")).major < 1:
-        pytest.skip(f"trl {version('trl')} has no file of {name}; the newest versions compare it")
     place = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
     return place.read_text(encoding="utf-8")
 

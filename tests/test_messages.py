@@ -117,10 +117,7 @@ def test_ids_and_labels_are_those_that_trl_trains_on(
     assert len(made) == len(found)
     for theirs, (ids, loss) in zip(made, found, strict=True):
         assert theirs["input_ids"] == ids
-        if "labels" in theirs:
-            assert theirs["labels"] == [i if m else -100 for i, m in zip(ids, loss, strict=True)]
-        else:  # before TRL 1.0 the collator made them of the masks
-            assert theirs["assistant_masks"] == loss
+        assert theirs["labels"] == [i if m else -100 for i, m in zip(ids, loss, strict=True)]
 
 
 @pytest.mark.parametrize("name", list(chat.BUILT_IN))
