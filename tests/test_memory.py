@@ -251,3 +251,4 @@ def test_time_of_a_step_is_within_a_factor(count: int) -> None:
             took.append(time.process_time() - begun)
         ratios.append(estimate / statistics.median(took))
     assert 1 / 1.5 < statistics.median(ratios) < 1.5, ratios
+    assert found.seconds_at_most(jobs) >= found.seconds(jobs)

@@ -242,13 +242,19 @@ def test_a_hostile_sweep_has_a_page_that_works(
         opened.close()
 
 
-@pytest.mark.slow
-def test_a_watched_page_reloads_itself(browser: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "s"
-    write_many(folder, settings=20, seeds=2)
+def watched(folder: Path, settings: int, seconds: float, patience: float = 60) -> Path:
+    """The page of a sweep as `watch` writes it."""
+    write_many(folder, settings, seeds=2)
     assert say("report", folder).code == 0
     path = folder / "report.html"
-    path.write_text(path.read_text().replace('"reload":null', '"reload":1'))
+    text = path.read_text().replace('"reload":null', f'"reload":{seconds}')
+    path.write_text(text.replace('"patience":60', f'"patience":{patience}'))
+    return path
+
+
+@pytest.mark.slow
+def test_a_watched_page_reloads_itself(browser: Any, tmp_path: Path) -> None:
+    path = watched(tmp_path / "s", settings=20, seconds=1)
     opened = Opened(browser, path, NARROW, "light")
     opened.open("runs")
     opened.page.evaluate("scrollTo(0, 300)")
@@ -265,12 +271,7 @@ def test_a_watched_page_reloads_itself(browser: Any, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_page_that_nothing_writes_any_more_stops_reloading(browser: Any, tmp_path: Path) -> None:
     """As where a watch was killed."""
-    folder = tmp_path / "s"
-    write_many(folder, settings=2, seeds=2)
-    assert say("report", folder).code == 0
-    path = folder / "report.html"
-    text = path.read_text().replace('"reload":null', '"reload":0.3')
-    path.write_text(text.replace('"patience":60', '"patience":1'))
+    path = watched(tmp_path / "s", settings=2, seconds=0.3, patience=1)
     opened = Opened(browser, path, WIDE, "light")
     opened.page.wait_for_selector("#stale:visible", timeout=60_000)
     reloads = len(opened.asked)

@@ -16,7 +16,6 @@ import pandas
 import pytest
 from conftest import SMOKE, say
 from pages import LONG, Parsed, needs_browser, records_in, write_hostile, write_many, write_rows
-from plotly.offline import get_plotlyjs
 from pyarrow import parquet
 from sweeps import write_run, write_sweep
 
@@ -176,21 +175,42 @@ def test_examples_beyond_the_room_are_named(
 
 
 def test_figures_beyond_the_room_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first of each kind and the examples go last."""
+    """The first of each kind and the examples go last; no page is larger than its room."""
     write_many(tmp_path / "s", settings=6, seeds=2)
+    contents = []
+    write = page.write
+    monkeypatch.setattr(page, "write", lambda *args: (contents.append(args[0]), write(*args))[1])
     whole = made(tmp_path / "s")
-    names = {kind: len(own) for kind, own in whole.data["figures"].items()}
-    assert names["parameters"] == names["time"] == 2 and whole.data["examples"]
-    firsts = sum(len(page._script(own[0]["figure"])) for own in whole.data["figures"].values())
-    library = len(get_plotlyjs().encode())
-    room = library + page.ROUGHLY + firsts + len(page._script(whole.data["examples"]))
-    room += 100 * whole.tags.count("td") + 1000
-    monkeypatch.setattr(page, "MOST_BYTES", room)
-    found = made(tmp_path / "s")
+
+    def within(room: int) -> Parsed:
+        monkeypatch.setattr(page, "MOST_BYTES", room)
+        text = page.html(contents[0])
+        found = Parsed(text)
+        first = all(found.data["figures"].values()) and found.data["examples"]
+        assert not first or len(text.encode()) < room
+        return found
+
+    def number(found: Parsed) -> int:
+        return sum(map(len, found.data["figures"].values()))
+
+    # The largest room, to a kilobyte, in which something is left out.
+    small, large = 0, page.MOST_BYTES
+    while large - small > 1000:
+        middle = (small + large) // 2
+        shown = within(middle)
+        if number(shown) == number(whole) and shown.data["examples"]:
+            large = middle
+        else:
+            small = middle
+    found = within(small)
+    assert number(found) == number(whole) - 1
     assert all(found.data["figures"].values()) and found.data["examples"]
-    assert len(found.data["figures"]["parameters"]) == 1
-    assert "the figure “Score and trainable parameters, exact_match”: the page would" in found.text
-    assert (tmp_path / "s" / "report.html").stat().st_size < room
+    assert re.search("the figure “[^”]*, exact_match”: the page would be large", found.text)
+    # With less room the examples go too, and no first figure of a kind before them.
+    rooms = range(small, small - 100_000, -10_000)
+    less = next(one for one in map(within, rooms) if not one.data["examples"])
+    assert "the view of examples: the page would" in less.text
+    assert all(less.data["figures"].values())
 
 
 @pytest.mark.parametrize("finished", [True, False])

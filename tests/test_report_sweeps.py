@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
-from conftest import SMOKE, say
+from conftest import SMOKE, predictions, say
 from pages import Parsed
 from sources import write
 from sweeps import write_run, write_sweep
@@ -117,9 +117,17 @@ def test_a_page_of_retention_and_of_a_mixture(tmp_path: Path) -> None:
     sweep = tmp_path / "outputs" / "default"
     found = made(sweep)
     (figure,) = drawn(found, "gain and forgetting").values()
-    table = json.loads(say("compare", sweep, "--json").out)
-    points = {(one["x"][0], one["y"][0]) for one in figure["data"]}
-    assert points == {(row["forgetting"]["mean"], row["gain"]["mean"]) for row in table["rows"]}
+    # pandas' means of what was written: of each run, less those of the untrained base.
+    base = pd.read_parquet(next(sweep.glob("base/*.parquet"))).groupby("split")["nll"].mean()
+    changes: dict[float, list[pd.Series]] = {}
+    for run, entry in record.find(sweep):
+        mean = pd.read_parquet(predictions(run)).groupby("split")["nll"].mean()
+        changes.setdefault(entry.config["lora"]["lora_alpha"], []).append(mean - base)
+    expected = [sum(own) / len(own) for own in changes.values()]
+    points = sorted((one["x"][0], one["y"][0]) for one in figure["data"])
+    assert np.array(points) == pytest.approx(
+        np.array(sorted((one["retention"], -one["test"]) for one in expected)), rel=1e-9
+    )
     assert "untrained" in found.text and "gain: how much better" in found.text
     texts = {text for _, *both in found.data["examples"]["examples"] for text in both}
     assert any("maths" in text for text in texts), "prompts are read from every source again"
@@ -138,8 +146,15 @@ def test_a_page_of_classes_and_of_two_bases(tmp_path: Path) -> None:
     assert {*found.data["examples"]["texts"]} <= labels and len(labels) > 1
     settings = found.data["examples"]["settings"]
     assert ["tiny-gemma" in one for one in settings] == ["tiny-bert" not in one for one in settings]
-    values = re.findall(r"\d\.\d{4} ± \d\.\d{4}", say("compare", tmp_path / "default").out)
-    assert len(values) >= 4 and all(value in found.text for value in values)
+    # pandas' means of what was written.
+    means: dict[str, list[float]] = {}
+    for run, entry in record.find(tmp_path / "default"):
+        frame = pd.read_parquet(predictions(run))
+        mean = frame[frame["split"] == "test"]["accuracy"].mean()
+        means.setdefault(entry.config["model"]["name"], []).append(mean)
+    assert set(means) == {"tiny-gemma", "tiny-bert"}
+    for values in means.values():
+        assert f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" in found.text
 
 
 def test_results_of_pefts_benchmark_stand_beside_a_sweep(tmp_path: Path) -> None:

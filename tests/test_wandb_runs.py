@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import composed, say, scores
 from processes import wait_for
-from test_tracker_faults import has_rows, service_of, tracked
+from test_tracker_faults import has_rows, kill_when_rows_are_sent, tracked
 from test_tracking import (
     TINY,
     history,
@@ -213,13 +213,7 @@ def test_a_run_that_is_killed_and_resumed_has_each_step_once_at_the_server(
     """Fails where rows are left out by their count: other settings write another number of rows."""
     monkeypatch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "1")
     words, sweep = ["trainer.steps=40"], tmp_path / "default"
-    with tracked(tmp_path, server.address, words=[*words, *before]) as process:
-        sends = server.lines.values
-        wait_for(lambda: len(sends()) == 2 and all(len(x) > 4 for x in sends()), 40)
-        service = service_of(process.pid)
-        process.send(signal.SIGKILL)
-        service.kill()
-        process.wait()
+    kill_when_rows_are_sent(tmp_path, server, [*words, *before])
     had = {run_id: dict(lines) for run_id, lines in server.lines.items()}
     rows_before = {run_id: server.rows(run_id) for run_id in had}
     assert all(len(rows) > 4 and rows[-1]["step"] < 40 for rows in rows_before.values())

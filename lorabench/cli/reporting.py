@@ -91,6 +91,11 @@ def watch(arguments: list[str]) -> int:
                 told = content.statuses
             if is_over:
                 return 0
+            if not ended and all(name in OVER for name in content.statuses):
+                once([
+                    f"waiting for the next look: `lorabench settle {options.folder}` takes it, "
+                    f"Ctrl-C ends"
+                ])  # fmt: skip
             spent = time.monotonic() - begun
             time.sleep(max(options.seconds - spent, spent))  # a training may need this machine
     except KeyboardInterrupt:

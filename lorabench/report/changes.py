@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lorabench import hashes
 from lorabench.compare.scored import JUDGE
 from lorabench.compare.tables import choose_evaluations
 from lorabench.config import HIGHER_IS_BETTER
@@ -117,12 +117,11 @@ def _table(folder: Path, evaluation: Evaluation, seed: Any, metric: str) -> _Tab
     from pyarrow import compute, parquet
 
     column = "nll" if metric == "nll_per_token" else metric
-    recorded = evaluation.predictions_sha256
+    place, recorded = folder / evaluation.predictions, evaluation.predictions_sha256
     try:
-        content = (folder / evaluation.predictions).read_bytes()
-        if recorded and hashlib.sha256(content).hexdigest() != recorded:
+        if recorded and hashes.file_hash(place) != recorded:
             return None
-        file = parquet.ParquetFile(pa.BufferReader(content))
+        file = parquet.ParquetFile(place)
         names = file.schema_arrow.names
         if column not in names:
             return None

@@ -99,8 +99,9 @@ def _curve(setting: int, metric: str, runs: list[dict[int, float]]) -> Curve | N
     if len(runs) > 1:
         count = np.isfinite(values).sum(0)
         squares = np.nansum((values - mean) ** 2, 0)
-        deviation = np.sqrt(squares / np.maximum(count - 1, 1))
-        deviation[count < 2] = np.nan  # one seed alone has no spread
+        # One seed alone has no spread.
+        variance = np.divide(squares, count - 1, out=np.full(len(count), np.nan), where=count > 1)
+        deviation = np.sqrt(variance)
         low, high = (mean - deviation).astype(np.float32), (mean + deviation).astype(np.float32)
     x, y = steps.astype(np.float32), mean.astype(np.float32)
     return Curve(setting, metric, x, y, low, high, len(runs), per)

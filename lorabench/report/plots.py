@@ -168,7 +168,7 @@ def _intervals(answers: Answers) -> Group | None:
         "intervals",
         "How sure",
         "One line per question: by how much the first level is better than the second on test, "
-        "with the interval that its sentence names; of one seed it is over examples alone."
+        "with the interval that its sentence names; with one seed it covers the examples only."
         + (f" {more} more questions are in the list above alone." if more else ""),
         {"": finished(figure, 110 + 26 * len(shown))},
     )
@@ -250,9 +250,9 @@ def _learning(curves: Sequence[Curve], labels: Sequence[str], leading: list[int]
         "Mean over the seeds of a setting; the band is one standard deviation over seeds."
         + (f" Up to {per} logged steps are averaged into a point." if per > 1 else "")
         + (
-            f" {off} settings are off at first; on are the {len(leading)} best on validation, or "
-            "the first ones. A click in the legend shows or hides one, a double click shows it "
-            "alone."
+            f" {off} settings are hidden at first; the {len(leading)} best on validation, or the "
+            f"first {len(leading)}, are shown. A click in the legend shows or hides one, a double "
+            "click shows it alone."
             if off > 0
             else " A click in the legend hides a setting, a double click shows it alone."
         ),

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from lorabench.compare import HIGHER_IS_BETTER
 from lorabench.compare.bases import CHANGES
 from lorabench.compare.questions import Factor, factors_of, follows
-from lorabench.compare.tables import FIRST
 from lorabench.report.style import (
     COLOURS,
     MARKERS,
@@ -22,6 +21,7 @@ from lorabench.report.style import (
     safe,
     with_unit,
 )  # fmt: skip
+from lorabench.show.settings import scores_in
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -50,9 +50,9 @@ def scores(table: dict[str, Any], answers: Answers) -> list[Group]:
                 name,
                 title,
                 "Mean over seeds on test; the bar is one standard deviation. The line joins the "
-                "Pareto front: no other setting is as cheap and as good and better in one of the "
-                "two. It is of the means; whether a difference is more than chance, the verdicts "
-                "say.",
+                "Pareto front: no other setting is at least as cheap and as good, and better in "
+                "one of the two. It is of the means; whether a difference is more than chance, "
+                "the verdicts say.",
                 {one: figure for one, figure in shown.items() if figure is not None},
             )
         )
@@ -61,10 +61,7 @@ def scores(table: dict[str, Any], answers: Answers) -> list[Group]:
 
 def metrics_of(table: dict[str, Any], answers: Answers) -> list[str]:
     """Metrics of test, the judge first."""
-    there = {name for row in table["rows"] for name in row["metrics"].get("test", {})}
-    return [
-        name for name in dict.fromkeys([answers.metric, *FIRST, *sorted(there)]) if name in there
-    ]  # type: ignore[misc]
+    return [name for split, name in scores_in(table, table["rows"], [], answers) if split == "test"]
 
 
 def _pareto(

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from lorabench.compare.lints import is_linted
 from lorabench.show.settings import settings_table
-from lorabench.show.text import console, dump, whole
+from lorabench.show.text import console, count_of, dump, whole
 
 if TYPE_CHECKING:
     from lorabench.compare import Answers
@@ -96,7 +96,7 @@ def how_judged(answers: Answers) -> str:
     """What the verdicts rest on, and how often they may be false."""
     looked = any(one.look for one in answers.verdicts)
     return (
-        f"{_counted(answers)}, {_number(len(answers.verdicts), 'question')} on test "
+        f"{_counted(answers)}, {count_of(len(answers.verdicts), 'question')} on test "
         f"{answers.metric}{_and_retention(answers)}, paired by seed and example; at most one "
         f"command in twenty has a false verdict among its sentences"
         f"{', all looks together' if looked else ''}"
@@ -121,10 +121,6 @@ def nothing_asked(answers: Answers) -> str:
     return "one setting alone: there is nothing to compare it with"
 
 
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
 def _counted(answers: Answers) -> str:
     """How many runs were compared, and how many could not be."""
     left_out = answers.num_read - answers.num_runs
@@ -135,7 +131,7 @@ def _settings(
     out: Console, table: dict[str, Any], answers: Answers, folder: str, metrics: Sequence[str]
 ) -> None:
     found = settings_table(table, answers, metrics)
-    number = _number(len(found.rows), "setting")
+    number = count_of(len(found.rows), "setting")
     title = f"{folder}: {number}, mean ± standard deviation over seeds"
     shown = Table(title=title, title_justify="left")
     for i, name in enumerate(found.headers):

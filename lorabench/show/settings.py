@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorabench.compare import HIGHER_IS_BETTER as OURS
@@ -13,13 +13,14 @@ from lorabench.compare.tables import FIRST, order, short_keys
 from lorabench.config.parts import RETENTION
 from lorabench.show.cells import Cell, Table
 from lorabench.show.results import columns_of
-from lorabench.show.text import quantity, setting, size, with_spread
+from lorabench.show.text import count_of, quantity, setting, size, with_spread
 
 if TYPE_CHECKING:
     from lorabench.compare import Answers
 
 HIGHER_IS_BETTER = OURS | FOREIGN
 SPLITS = ("test", "validation")
+RANK = "rank"
 
 
 def settings_table(
@@ -34,82 +35,57 @@ def settings_table(
     """
     rows, foreign = table["rows"], table.get("foreign", [])
     bases = table.get("bases", [])
-    known = columns_of(table)
-    columns = [*known, *_columns_of_foreign(foreign, table["varied"], bool(rows))]
-    changes = [name for name in CHANGES if any(name in row for row in rows)]
+    columns = columns_of(table)
+    columns += _columns_of_foreign(foreign, table["varied"], bool(rows))
+    changes = {
+        f"{name} {next(row[name]['metric'] for row in rows if name in row)}": name
+        for name in CHANGES
+        if any(name in row for row in rows)
+    }
     scores = scores_in(table, rows, foreign, answers, metrics)
     # In a pack nobody has a time of their own: its seconds over its size is a share, called one.
     packed = any(row["pack_size"]["max"] > 1 for row in rows)
     marked = any(row["other_stack"] for row in rows)
-    costs = ["seeds", "trainable", *(["pack s", "share s"] if packed else ["train s"])]
-    costs += [*["tokens/s"] * with_speed, "peak memory", *["stack"] * marked]
-    headers = short_keys(columns) or ["setting"]
-    headers += [
-        f"{name} {next(row[name]['metric'] for row in rows if name in row)}" for name in changes
-    ]
-    if answers.ranks:
-        headers.append("test rank" if answers.retention_metric else "rank")
-    headers += [headed(*pair) for pair in scores]
-    headers += costs
+    named = short_keys(columns) or ["setting"]
+    headers = [
+        *named, *changes, *[RANK] * bool(answers.ranks), *(headed(*pair) for pair in scores),
+        "seeds", "trainable", *(["pack s", "share s"] if packed else ["train s"]),
+        *["tokens/s"] * with_speed, "peak memory", *["stack"] * marked,
+    ]  # fmt: skip
     best = _best(rows, scores)
 
-    def named(row: dict[str, Any]) -> list[Cell]:
+    def setting_of(row: dict[str, Any]) -> list[Cell]:
         own = row["setting"]
         cells = [of_setting(own[key]) if key in own else Cell("", "") for key in columns]
         return cells or [Cell("trained")]
 
-    found = []
+    def row_of(first: list[Cell], told: dict[str, Cell]) -> list[Cell]:
+        return [*first, *(told.get(name, Cell("")) for name in headers[len(first) :])]
+
+    found, foot = [], []
     for place, row in enumerate(rows):
-        cells = named(row)
+        first = setting_of(row)
         if place == best:
-            first = cells[0]
-            cells[0] = Cell(f"{first.text} *", first.sort, f"{first.kind} best".strip())
-        for name in changes:
-            value = row.get(name)
-            cells.append(Cell.of(value and value["mean"], value and with_spread(value)))
-        if answers.ranks:
-            rank = answers.ranks.get(row["runs"][0])
-            cells.append(Cell.of(None if rank is None else sum(rank) / 2, rank_text(rank)))
-        cells += [_score(row, *pair) for pair in scores]
-        seconds, share = row["train_seconds"]["mean"], row["train_seconds_share"]["mean"]
-        speed, memory = row["tokens_per_second"]["mean"], row["peak_memory_bytes"]["max"]
-        cells += [
-            Cell.of(len(row["seeds"])),
-            Cell.of(row["trainable_parameters"], quantity(row["trainable_parameters"])),
-            Cell.of(seconds, f"{seconds:,.1f}"),
-            *([Cell.of(share, f"{share:,.1f}")] if packed else []),
-            *([Cell.of(speed, f"{speed:,.0f}")] if with_speed else []),
-            Cell.of(memory, size(memory)),
-            *([_stack(row["other_stack"])] if marked else []),
-        ]
-        found.append(cells)
+            cell = first[0]
+            first[0] = Cell(f"{cell.text} *", cell.sort, f"{cell.kind} best".strip())
+        told = _costs(row) | {headed(*pair): _score(row, *pair) for pair in scores}
+        told |= {one: _known(row.get(name), "mean", with_spread) for one, name in changes.items()}
+        rank = answers.ranks.get(row["runs"][0])
+        told[RANK] = Cell.of(None if rank is None else sum(rank) / 2, rank_text(rank))
+        found.append(row_of(first, told))
     for row in foreign:
-        time, memory = row["train_seconds"], row["peak_memory_bytes"]
-        trainable = row["trainable_parameters"]
-        cells = [
-            Cell("") if row["setting"].get(key) is None else of_setting(row["setting"][key])
-            for key in columns or [""]
-        ]
-        cells += [Cell("")] * (len(changes) + bool(answers.ranks))
-        cells += [_foreign_score(row, *pair) for pair in scores]
-        cells += [
-            Cell.of(1, "one"),
-            Cell.of(trainable, trainable and quantity(trainable)),
-            Cell.of(time and time["mean"], time and f"{time['mean']:,.1f}"),
-            *([Cell("")] if packed else []),
-            *([Cell("")] if with_speed else []),
-            Cell.of(memory and memory["max"], memory and size(memory["max"])),
-            *([Cell("other", "other")] if marked else []),
-        ]
-        found.append(cells)
-    foot = []
+        known = {key: value for key, value in row["setting"].items() if value is not None}
+        told = _costs(row) | {headed(*pair): _foreign_score(row, *pair) for pair in scores}
+        found.append(row_of(setting_of({"setting": known}), told | {"seeds": Cell.of(1, "one")}))
     for base in bases:
         which = f"untrained {base['name']}" if len(bases) > 1 else "untrained"
-        gap = len(columns or [""]) - 1 + len(changes) + bool(answers.ranks)
-        values = [base["metrics"].get(split, {}).get(name) for split, name in scores]
-        cells = [Cell(which), *[Cell("")] * gap]
-        cells += [Cell.of(value, None if value is None else f"{value:.4f}") for value in values]
-        foot.append([*cells, *[Cell("")] * len(costs)])
+        values = {headed(s, name): base["metrics"].get(s, {}).get(name) for s, name in scores}
+        told = {
+            header: Cell.of(value, f"{value:.4f}")
+            for header, value in values.items()
+            if value is not None
+        }
+        foot.append(row_of([Cell(which), *[Cell("")] * (len(named) - 1)], told))
     notes = []
     if best is not None:
         notes.append(f"* the best on validation {scores[0][1]}; test judges")
@@ -120,10 +96,12 @@ def settings_table(
         )
     if foreign:
         notes.append(
-            f"{len(foreign)} result{'s' if len(foreign) > 1 else ''} of PEFT's benchmark: one seed "
-            f"each, so no verdict; the 95% interval is over its questions alone"
+            f"{count_of(len(foreign), 'result')} of PEFT's benchmark: one seed each, so no "
+            f"verdict; the 95% interval is over its questions alone"
         )
-    return Table(headers, found, foot, max(1, len(columns)), notes)
+    if RANK in headers and answers.retention_metric:
+        headers[headers.index(RANK)] = "test rank"
+    return Table(headers, found, foot, len(named), notes)
 
 
 def scores_in(
@@ -174,6 +152,37 @@ def rank_text(rank: tuple[int, int] | None) -> str:
         return ""
     low, high = rank
     return str(low) if low == high else f"{low}–{high}"
+
+
+def _costs(row: dict[str, Any]) -> dict[str, Cell]:
+    """What a row took, and what it ran on."""
+    seconds = _known(row["train_seconds"], "mean", lambda spread: f"{spread['mean']:,.1f}")
+    return {
+        "seeds": Cell.of(len(row["seeds"])),
+        "trainable": Cell.of(
+            row["trainable_parameters"],
+            row["trainable_parameters"] and quantity(row["trainable_parameters"]),
+        ),
+        "pack s": seconds,
+        "train s": seconds,
+        "share s": _known(
+            row["train_seconds_share"], "mean", lambda spread: f"{spread['mean']:,.1f}"
+        ),
+        "tokens/s": _known(
+            row["tokens_per_second"], "mean", lambda spread: f"{spread['mean']:,.0f}"
+        ),
+        "peak memory": _known(
+            row["peak_memory_bytes"], "max", lambda spread: size(spread["max"])
+        ),
+        "stack": _stack(row["other_stack"]),
+    }
+
+
+def _known(
+    spread: dict[str, Any] | None, by: str, shown: Callable[[dict[str, Any]], str]
+) -> Cell:
+    """A spread, sorted by one of its numbers; nothing where it is not known."""
+    return Cell("", None, "number") if spread is None else Cell.of(spread[by], shown(spread))
 
 
 def _score(row: dict[str, Any], split: str, name: str) -> Cell:

@@ -65,6 +65,11 @@ def whole(out: Console, table: Table, least: Iterable[str]) -> None:
         )
 
 
+def count_of(count: int, what: str) -> str:
+    """1 run or 2 runs."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def quantity(number: float) -> str:
     """12,345 or 1.23M or 2.61B."""
     for size, unit in ((1e9, "B"), (1e6, "M")):

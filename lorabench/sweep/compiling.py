@@ -52,7 +52,7 @@ def pays(jobs: Sequence[Job], device: str, needs: Needs) -> bool:
     modules = len({name for job in jobs for name in job.plan.lora_modules})
     spent = cost.seconds_a_call * CALLS_A_MODULE * modules
     if cost.saved * needs.seconds_at_most(jobs) <= spent:
-        return False  # as most small packs, at once
+        return False  # true of most small packs, and soon known
     return cost.saved * needs.seconds(jobs) > spent
 
 

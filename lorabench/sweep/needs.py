@@ -82,7 +82,7 @@ class Needs:
         """Seconds of a step of a pack of these runs, and those of them that calls take."""
         trainer = jobs[0].config.trainer
         if len(jobs) > TRACED and self._is_small(jobs):
-            # Of them all, as they are sorted by rank.
+            # Spread over all, which are sorted by rank.
             some = [jobs[i * len(jobs) // TRACED] for i in range(TRACED)]
             step, host = self.step_seconds(some)  # calls serve all at once
             return host + (step - host) * len(jobs) / TRACED, host

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorabench.config import Config, TrackerConfig, flatten, lora_alpha, model_name
+from lorabench.config import Config, TrackerConfig, lora_alpha, model_name
 from lorabench.record import Record
 
 
@@ -120,14 +120,10 @@ def columns(config: Config, setting_id: str) -> dict[str, Any]:
 def last_values(entry: Record) -> dict[str, Any]:
     """Return a run's scores and costs, as a tracker shows them beside its config."""
     scores = {
-        key.removesuffix(".value").replace(".", "/"): value
-        for key, value in flatten(
-            {
-                split: {name: metric.value for name, metric in found.items()}
-                for split, found in entry.metrics.items()
-            }
-        ).items()
-        if value is not None
+        f"{split}/{name}": metric.value
+        for split, metrics in entry.metrics.items()
+        for name, metric in metrics.items()
+        if metric.value is not None
     }
     found = {
         "status": entry.status,

@@ -64,7 +64,9 @@ class Trackio:
         self.run.finish()
         stored = SQLiteStorage.get_log_count(self.project, self.name)
         if stored != self.num_rows:
-            raise OSError(f"{stored} of {self.num_rows} rows are in the database")
+            raise OSError(
+                f"{stored} of {self.num_rows} rows are in the database, as where its disk is full"
+            )
 
 
 class TensorBoard:
@@ -97,6 +99,7 @@ class TensorBoard:
         self.writer.close()
 
 
+NOT_COMPARED = ("steps_done", "adapter_step")  # last values that say no more than the rows
 KINDS: dict[str, type[Trackio] | type[TensorBoard]] = {
     "trackio": Trackio,
     "tensorboard": TensorBoard,
@@ -136,10 +139,10 @@ class Followed:
 
     def close(self) -> None:
         self.file.close()
-        self.tracker.close()
-        os.close(self.lock)
-
-NOT_COMPARED = ("steps_done", "adapter_step")  # last values that say no more than the rows
+        try:
+            self.tracker.close()
+        finally:
+            os.close(self.lock)
 
 
 def _is_number(value: Any) -> bool:
