@@ -95,9 +95,8 @@ def words_of(kind: str, base: Callable[[str], Path], jsonl: Path, *more: str) ->
     return command(kind, base(kind), jsonl, *KINDS[kind][2], "lora.r=4", *more)
 
 
-def must_not_be_too_old(kind: str) -> None:
-    if kind == "jamba" and versions.too_old_for_experts():
-        pytest.skip("this PEFT cannot load an adapter of Jamba; refused, see above")
+# Jamba has experts, whose adapters an old PEFT cannot reload: refused there, by the test below.
+TRAINED = [kind for kind in KINDS if kind != "jamba" or not versions.too_old_for_experts()]
 
 
 def test_jamba_needs_a_peft_that_reloads_it(base: Callable[[str], Path], jsonl: Path) -> None:
@@ -106,12 +105,11 @@ def test_jamba_needs_a_peft_that_reloads_it(base: Callable[[str], Path], jsonl: 
     assert said.code == (2 if too_old else 0) and (not too_old or too_old in said.err)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINED)
 def test_gradients_are_those_of_plain_peft(
     kind: str, base: Callable[[str], Path], jsonl: Path
 ) -> None:
     """Of padded batches: a state that read padding, or a skipped adapter, has other ones."""
-    must_not_be_too_old(kind)
     config = composed(*words_of(kind, base, jsonl))
     planner = plan.Planner()
     planned = planner.make(config)
@@ -139,12 +137,11 @@ def test_gradients_are_those_of_plain_peft(
 
 @pytest.mark.parametrize(
     "kind",
-    [k if k == "falcon_h1" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS],
+    [k if k == "falcon_h1" else pytest.param(k, marks=pytest.mark.slow) for k in TRAINED],
 )
 def test_a_run_is_trained_and_its_score_is_plain_pefts(
     kind: str, base: Callable[[str], Path], jsonl: Path, tmp_path: Path
 ) -> None:
-    must_not_be_too_old(kind)
     words = words_of(kind, base, jsonl, f"output_dir={tmp_path / 'out'}")
     said = say("train", *words)
     assert said.code == 0, said.err

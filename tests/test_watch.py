@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import subprocess
 import sys
@@ -73,6 +74,26 @@ def test_watch_ends_with_ctrl_c(tmp_path: Path) -> None:
         assert "Traceback" not in process.stderr.read()
         page_file = tmp_path / "s" / "report.html"
         assert Parsed(page_file.read_text()).data["reload"] is None, "the last page stays"
+
+
+@pytest.mark.slow
+def test_watch_waits_for_a_look_that_is_planned(tmp_path: Path) -> None:
+    """As between two commands of `settle`; it says what it waits for, once."""
+    folder = tmp_path / "default"
+    words = [*SMOKE, "head=exclude,lora", "seed=0,1", f"output_dir={tmp_path}"]
+    assert say("train", "-m", *words).code == 0
+    assert say("settle", folder, "--max-seeds", "3").code == 0
+    content = json.loads((folder / "sweep.json").read_text())
+    content["settling"]["looks"].append({"seeds": [0, 1, 2, 3], "level": 0.02, "taken": None})
+    content["settling"]["margin"] = 1e-9  # nothing is settled
+    (folder / "sweep.json").write_text(json.dumps(content))
+    with watching(folder) as process:
+        assert process.stdout.readline() == f"{folder / 'report.html'}: 6 finished\n"
+        time.sleep(3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert process.stderr.read().count("waiting for the next look: `lorabench settle") == 1
 
 
 def test_watch_refuses_what_is_no_sweep(tmp_path: Path) -> None:
