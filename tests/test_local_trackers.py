@@ -96,7 +96,6 @@ def check(kind: str, sweep: Path) -> None:
 def tracked(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Path]]:
-    pytest.importorskip(request.param)
     folder = tmp_path_factory.mktemp("tracked")
     said = say("train", *TINY, *FEW, f"tracker={request.param}", f"output_dir={folder}")
     assert said.code == 0, said.err
@@ -139,7 +138,6 @@ def test_tensorboard_has_the_columns_as_hyperparameters(tracked):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_plan_says_where_it_writes(kind, tmp_path):
-    pytest.importorskip(kind)
     said = say("plan", *TINY, f"tracker={kind}", f"output_dir={tmp_path}")
     assert said.code == 0 and str(tmp_path / "default" / kind) in said.out
 
@@ -153,7 +151,6 @@ def writers(pid: int) -> list[psutil.Process]:
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_sweep_that_is_resumed_has_each_step_once(kind, tmp_path):
-    pytest.importorskip(kind)
     words = [*TINY, *LONG, f"tracker={kind}", f"output_dir={tmp_path}"]
     other = [word.replace("eval_every=2", "eval_every=3") for word in words]  # another row count
     sweep = tmp_path / "default"
@@ -182,7 +179,6 @@ def test_a_killed_sweep_that_is_resumed_has_each_step_once(kind, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_writing_process_is_stopped_or_killed(kind, number, tmp_path):
     """The run does not wait for it, and its rows are written again by another one."""
-    pytest.importorskip(kind)
     words = [*TINY, *LONG, f"tracker={kind}", f"output_dir={tmp_path}"]
     sweep = tmp_path / "default"
 
@@ -202,7 +198,6 @@ def test_the_writing_process_is_stopped_or_killed(kind, number, tmp_path):
 
 def test_rows_that_trackio_drops_are_told(tmp_path):
     """A database that takes no row, as on a full disk: trackio itself only warns of it."""
-    pytest.importorskip("trackio")
     folder = tmp_path / "s"
     (folder / "abc").mkdir(parents=True)
     (folder / "abc" / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
