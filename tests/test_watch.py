@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from lorabench import record
 
 
 @contextlib.contextmanager
-def watching(folder: Path) -> Iterator[Any]:
+def watching(folder: Path, before: Callable[[], Any] | None = None) -> Iterator[Any]:
     command = [sys.executable, "-m", "lorabench", "watch", str(folder), "--seconds", "0.5"]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, preexec_fn=before
+    ) as process:
         try:
             yield process
         finally:
@@ -65,12 +68,15 @@ def test_watch_writes_whole_pages_until_all_runs_have_ended(tmp_path: Path) -> N
         assert Parsed(page_file.read_text()).data["reload"] is None
 
 
-def test_watch_ends_with_ctrl_c(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_watch_ends_with_a_signal(tmp_path: Path, number: int) -> None:
+    """Ctrl-C, also where a script has started it with it ignored, and what a scheduler sends."""
     going(tmp_path / "s")
-    with watching(tmp_path / "s") as process:
+    ignored = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    with watching(tmp_path / "s", before=ignored) as process:
         process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number
         assert "Traceback" not in process.stderr.read()
         page_file = tmp_path / "s" / "report.html"
         assert Parsed(page_file.read_text()).data["reload"] is None, "the last page stays"

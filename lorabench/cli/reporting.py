@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench import masking
+from lorabench import interrupt, masking
 from lorabench.cli.comparing import add_folders, add_questions, compared
 from lorabench.cli.telling import Parser, above_zero, tell
 from lorabench.cli.verbs import VERBS
@@ -51,7 +51,8 @@ def watch(arguments: list[str]) -> int:
     parser = Parser(
         prog="lorabench watch",
         description=VERBS["watch"],
-        epilog="ends when every run has ended, or with Ctrl-C; the last page reloads no more",
+        epilog="ends when every run has ended, or by a signal such as Ctrl-C; the last page reloads "
+        "no more",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a sweep")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: DIR/report.html")
@@ -62,6 +63,7 @@ def watch(arguments: list[str]) -> int:
     add_questions(parser)
     options = parser.parse_args(arguments)
     options.folders = [options.folder]
+    interrupt.install()
     from lorabench.report import page
     from lorabench.report.content import without
 
@@ -100,7 +102,7 @@ def watch(arguments: list[str]) -> int:
             time.sleep(max(options.seconds - spent, spent))  # a training may need this machine
     except KeyboardInterrupt:
         page.write(_content(options, words, once), out)
-        return 130
+        return 128 + interrupt.number()
 
 
 def _has_ended(folder: Path, content: Content) -> bool:
