@@ -51,8 +51,8 @@ def watch(arguments: list[str]) -> int:
     parser = Parser(
         prog="lorabench watch",
         description=VERBS["watch"],
-        epilog="ends when every run has ended, or by a signal such as Ctrl-C; the last page reloads "
-        "no more",
+        epilog="ends when every run has ended, or by a signal such as Ctrl-C; the last page "
+        "reloads no more",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a sweep")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: DIR/report.html")
